@@ -1,0 +1,1 @@
+"""One file an operator: its inputs, its costs, its peers."""

@@ -1,0 +1,12 @@
+"""IO-aware attention and sequence operators for PyTorch.
+
+Functions take ``[batch, heads, sequence, width]`` tensors of any strides; the modules in :mod:`iokernels.nn` replace
+those of :mod:`torch.nn`. ``python -m iokernels`` checks and times every operator on this machine.
+"""
+
+from ._version import __version__
+from .ops.flash_attention import flash_attention, flash_attention_varlen
+from .runtime.dispatch import use_backend
+from .runtime.errors import UnsupportedError
+
+__all__ = ["UnsupportedError", "__version__", "flash_attention", "flash_attention_varlen", "use_backend"]

@@ -1,0 +1,111 @@
+"""``flash_attention`` as ``torch.library`` operators with an ``autograd.Function`` outside.
+
+One forward and one backward operator serve dense and packed inputs and the backends ``torch`` and ``triton``. This
+file imports torch alone; the backend's module is imported when it first runs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from iokernels.runtime.registration import register
+
+from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, empty_in_order_of, empty_lse, empty_out
+
+_MODULES = {"torch": ".portable", "triton": ".triton_launch"}
+
+
+def _backend(name: str) -> Any:
+    return import_module(_MODULES[name], __package__)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+    return _backend(backend).forward(q, k, v, Options(*options))
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+    return empty_out(q, v), empty_lse(q)
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    needs: list[bool], backend: str, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    grads = _backend(backend).backward(dout, dlse, q, k, v, out, lse, Options(*options), Needs(*needs))
+    # An operator returns tensors only: an empty one stands for a gradient that nobody needs.
+    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    needs: list[bool], backend: str, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need, opts = Needs(*needs), Options(*options)
+    return (
+        empty_in_order_of(q, q.shape[3]) if need.q else q.new_empty(0),
+        empty_in_order_of(k, k.shape[3]) if need.k else q.new_empty(0),
+        empty_in_order_of(v, v.shape[3]) if need.v else q.new_empty(0),
+        opts.bias.new_empty(opts.bias.shape) if need.bias and opts.bias is not None else q.new_empty(0),
+        opts.sinks.new_empty(opts.sinks.shape) if need.sinks and opts.sinks is not None else q.new_empty(0),
+    )
+
+
+forward_op = register(
+    f"flash_attention_fwd(Tensor q, Tensor k, Tensor v, str backend, {OPTIONS_SCHEMA}) -> (Tensor out, Tensor lse)",
+    impl=_forward,
+    fake=_forward_fake,
+)
+
+backward_op = register(
+    "flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"bool[] needs, str backend, {OPTIONS_SCHEMA}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    impl=_backward,
+    fake=_backward_fake,
+)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Calls the two operators above. ``options`` are the fields of :class:`Options`, in order."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = forward_op(q, k, v, backend, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *options[:TENSOR_OPTIONS])
+        ctx.backend = backend
+        ctx.numbers = options[TENSOR_OPTIONS:]
+        ctx.set_materialize_grads(False)  # dlse stays None in the common case that nobody uses the LSE
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        wanted = ctx.needs_input_grad
+        needs = Needs(q=wanted[0], k=wanted[1], v=wanted[2], bias=wanted[4], sinks=wanted[5])
+        grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
+        dq, dk, dv, dbias, dsinks = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return dq, dk, dv, None, *_NO_GRADIENTS._replace(bias=dbias, sinks=dsinks)
+
+
+_NO_GRADIENTS = Options(*(None for _ in Options._fields))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
+    """Run the operator, differentiably where an input wants a gradient. Returns (out, lse)."""
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (options.bias is not None and options.bias.requires_grad)
+        or (options.sinks is not None and options.sinks.requires_grad)
+    ):
+        return _FlashAttention.apply(q, k, v, backend, *options)
+    return forward_op(q, k, v, backend, *options)

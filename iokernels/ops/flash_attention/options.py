@@ -1,0 +1,117 @@
+"""What the three backends of this room agree on: the arguments after q, k, v, and what a backward pass returns.
+
+Dense inputs are ``q [B, Hq, Nq, D]``, ``k [B, Hkv, Nk, D]``, ``v [B, Hkv, Nk, Dv]``. Packed sequences reach the
+backends as a batch of one, ``[1, H, total, D]``, with ``cu_seqlens_q`` and ``cu_seqlens_k``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """Everything that shapes the attention matrix, after validation.
+
+    With i a query row, j a key and ``off = Nk - Nq`` (per sequence when packed), the score is
+
+        s = scale * q_i . k_j
+        s = softcap * tanh(s / softcap)                  if softcap > 0
+        s = s + bias[i, j] - alibi_slope * |i + off - j|
+        s = -inf   unless  i + off - window_left <= j <= i + off + window_right  and mask[i, j]
+
+    where a window of -1 is unbounded on that side; causal is ``window_right = 0``.
+    ``p = exp(s - lse)`` with ``lse = log(exp(sink) + sum_j exp(s))``, then dropout scales the survivors by
+    ``1 / (1 - dropout_p)``, and ``out_i = sum_j p_ij v_j``. A row without a key has out 0 and lse -inf (the sink,
+    where there is one).
+    """
+
+    # Tensors, in the order of the operators' schemas.
+    bias: Tensor | None = None  # any floating dtype, [B|1, Hq|1, Nq|1, Nk|1]; packed: Nq, Nk are the longest lengths
+    sinks: Tensor | None = None  # any floating dtype, [Hq], in natural-log units
+    mask: Tensor | None = None  # bool, like bias; True: attend
+    alibi_slopes: Tensor | None = None  # float32 [B|1, Hq]; packed: B counts sequences
+    dropout_seed: Tensor | None = None  # int64 [1], on the device of q; present where dropout_p > 0
+    cu_seqlens_q: Tensor | None = None  # int32 [S + 1]
+    cu_seqlens_k: Tensor | None = None  # int32 [S + 1]
+    # Numbers.
+    scale: float = 1.0
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0  # 0: none
+    dropout_p: float = 0.0
+    max_seqlen_q: int = 0  # used only when packed
+    max_seqlen_k: int = 0
+
+
+OPTIONS_SCHEMA = (
+    "Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? alibi_slopes, Tensor? dropout_seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, int window_left, int window_right, float softcap, "
+    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k"
+)
+TENSOR_OPTIONS = 7
+"""How many of the fields, from the first, are tensors."""
+
+
+def of_sequence(options: Options, sequence: int, seqlen_q: int, seqlen_k: int) -> Options:
+    """The options of one packed sequence, as those of a dense batch of one (views; dropout keeps its own count)."""
+
+    def scores(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x if x.shape[0] == 1 else x[sequence : sequence + 1]
+        return x[:, :, : seqlen_q if x.shape[2] > 1 else 1, : seqlen_k if x.shape[3] > 1 else 1]
+
+    slopes = options.alibi_slopes
+    if slopes is not None and slopes.shape[0] > 1:
+        slopes = slopes[sequence : sequence + 1]
+    return options._replace(
+        bias=scores(options.bias), mask=scores(options.mask), alibi_slopes=slopes, cu_seqlens_q=None, cu_seqlens_k=None
+    )
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass has to compute."""
+
+    q: bool
+    k: bool
+    v: bool
+    bias: bool = False
+    sinks: bool = False
+
+
+class Gradients(NamedTuple):
+    """What a backward pass returns; None where not needed. dq, dk, dv have the shape and dtype of q, k, v;
+    dbias and dsinks those of bias and sinks."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are float32, but for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """An uninitialised output [B, Hq, Nq, Dv] in the memory order of q, so that a [B, N, H, D] model gets its
+    layout back without a copy."""
+    return empty_in_order_of(q, v.shape[3])
+
+
+def empty_in_order_of(x: Tensor, width: Any) -> Tensor:
+    """An uninitialised tensor [B, H, N, width] of x's dtype and device: heads inside the sequence if x has them so."""
+    batch, heads, length, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((batch, length, heads, width)).transpose(1, 2)
+    return x.new_empty((batch, heads, length, width))
+
+
+def empty_lse(q: Tensor) -> Tensor:
+    """An uninitialised log-sum-exp [B, Hq, Nq]."""
+    return q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))

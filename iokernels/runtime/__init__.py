@@ -1,0 +1,8 @@
+"""What every room needs, one responsibility a file.
+
+``contracts``     argument checks, written as data
+``device``        what the machine is: GPU model and limits, available toolchains
+``dispatch``      which backend runs a call
+``errors``        the exceptions that callers see
+``registration``  operators as ``torch.library`` entries
+"""

@@ -1,0 +1,75 @@
+"""Which backend runs a call.
+
+The rule, in order:
+
+1. ``backend="..."`` of the call: that backend runs, or ``UnsupportedError`` says why it cannot.
+2. The innermost :func:`use_backend`: the same.
+3. Neither: the first backend of the device's list that accepts the call. On a GPU ``triton``, then ``torch``;
+   anywhere else ``torch``. ``reference`` is never chosen for anyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from .errors import UnsupportedError
+
+BACKENDS = ("reference", "torch", "triton", "cuda")
+
+PREFERENCE: Mapping[str, tuple[str, ...]] = {"cuda": ("triton", "torch")}
+"""Device type to the backends tried for it, best first. Types not listed here use ``torch``."""
+
+Refusal = Callable[[], str | None]
+"""Returns why a backend cannot run a call, as the end of a sentence, or None when it can."""
+
+# A module attribute, not a context variable: torch.compile guards on it, so a compiled function notices a change.
+_override: str | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator called inside on the backend ``name``, unless the call names its own.
+
+    The setting belongs to the process, not to the thread. An operator that cannot run there raises
+    :class:`~iokernels.UnsupportedError`; nothing falls back.
+    """
+    global _override
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    outer, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = outer
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend that the call or an enclosing :func:`use_backend` names, if any."""
+    return _override if backend is None else backend
+
+
+def choose(operator: str, backend: str | None, device_type: str, refusals: Mapping[str, Refusal]) -> str:
+    """Apply the rule above.
+
+    ``backend`` is what :func:`requested` returned; ``refusals`` holds one entry for each backend that the
+    operator has.
+    """
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"{operator}: backend is {backend!r}; it must be None or one of {', '.join(refusals)}")
+        reason = refusals[backend]() if backend in refusals else "it has no such implementation"
+        if reason is None:
+            return backend
+        able = [name for name, refuses in refusals.items() if name != backend and refuses() is None]
+        raise UnsupportedError(
+            f"{operator}: backend {backend!r} cannot run this call: {reason}. "
+            + (f"Backends that can: {', '.join(able)}." if able else "No other backend can either.")
+        )
+    reasons = []
+    for name in PREFERENCE.get(device_type, ("torch",)):
+        reason = refusals[name]() if name in refusals else "it has no such implementation"
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise UnsupportedError(f"{operator}: no backend can run this call on {device_type} ({'; '.join(reasons)}).")

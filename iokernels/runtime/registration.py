@@ -1,0 +1,29 @@
+"""Operators as ``torch.library`` entries: one schema, one implementation, one fake.
+
+``Library.define`` + ``impl`` + ``register_fake`` is the cheapest boundary that ``torch.compile`` and
+``torch.export`` can trace (a few microseconds; ``torch.library.custom_op`` costs about five times as much).
+The implementation is registered for every device: it receives the name of the backend among its arguments and
+imports that backend when it is first called. Gradients stay outside, in an ``autograd.Function``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("iokernels", "DEF")
+
+
+def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Register ``iokernels::<schema>`` and return its overload, bound once for cheap calls.
+
+    ``fake`` receives the same arguments as ``impl``, as meta tensors, and returns outputs of the same shapes,
+    dtypes and strides.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.iokernels, name).default
