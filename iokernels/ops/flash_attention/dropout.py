@@ -1,7 +1,7 @@
 """Which attention weights dropout keeps: one definition for every backend.
 
-The weight of query row i and key j in head h of sequence b survives where a 32-bit random word is at least
-``round(p * 2^32)``. The word is number ``j % 4`` of the four that Philox-4x32-10 (Salmon et al., 2011, "Parallel random
+The weight of query row i and key j in head h of sequence b survives where the upper 31 bits of a random word, as a
+number, are at least ``round(p * 2^31)``. The word is number ``j % 4`` of the four that Philox-4x32-10 (Salmon et al., 2011, "Parallel random
 numbers: as easy as 1, 2, 3") makes of the counter ``(j // 4, i, b * Hq + h, 0)`` and the 64-bit seed: a function of the
 position alone, so the backward pass recomputes it and tiles of any shape agree. Rows and keys count from the start of
 their own sequence. ``triton_scores.keep_mask`` is the same in Triton.
@@ -16,8 +16,8 @@ _WORD = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """The smallest word that survives dropout with probability ``p``."""
-    return min(round(p * 2**32), _WORD)
+    """The smallest 31-bit number that survives dropout with probability ``p``."""
+    return min(round(p * 2**31), 2**31 - 1)
 
 
 def keep_mask(seed: Tensor, p: float, sequence_heads: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def keep_mask(seed: Tensor, p: float, sequence_heads: Tensor, rows: Tensor, keys
     w0, w1, w2, w3 = _philox(seed, keys // 4, rows, sequence_heads)
     lane = keys % 4
     word = torch.where(lane < 2, torch.where(lane == 0, w0, w1), torch.where(lane == 2, w2, w3))
-    return word >= threshold(p)
+    return (word >> 1) >= threshold(p)
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
