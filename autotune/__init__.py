@@ -2,3 +2,7 @@
 
 if __name__ != "iokernels.autotune":
     raise ImportError("import iokernels.autotune: the top-level name would be a second copy of the package")
+
+from .select import override, select
+
+__all__ = ["override", "select"]

@@ -7,10 +7,12 @@ never comes from here.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -140,3 +142,10 @@ def triton_refusal(device: torch.device) -> str | None:
         if major * 10 + minor < OLDEST_SM:
             return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0 or newer"
     return None
+
+
+def guard(device: torch.device) -> Any:
+    """A context in which ``device`` is the current one; free of charge where it already is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

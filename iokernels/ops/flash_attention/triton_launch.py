@@ -1,0 +1,227 @@
+"""Launches the Triton kernels of this room: the backend ``triton`` of the operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from iokernels import autotune
+from iokernels.runtime.device import current, guard, named
+
+from . import tuning
+from .dropout import threshold
+from .options import Gradients, Needs, Options, empty_in_order_of, empty_lse, empty_out
+from .triton_bwd import flash_attention_bwd_delta_kernel, flash_attention_bwd_dq_kernel
+from .triton_bwd_bias import flash_attention_bwd_dbias_kernel
+from .triton_bwd_kv import flash_attention_bwd_dkv_kernel
+from .triton_fwd import flash_attention_fwd_kernel
+from .triton_scores import Features, ScoreTensors, Strides
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Returns (out, lse). See :class:`Options` for the arguments."""
+    out, lse = empty_out(q, v), empty_lse(q)
+    launch = Launch(q, k, v, options)
+    if launch.features.varlen:
+        # Rows that belong to no sequence are visited by no block.
+        out.zero_()
+        lse.fill_(float("-inf"))
+    config = launch.config("flash_attention_fwd", q)
+    blocks = launch.sequences * launch.heads * triton.cdiv(launch.seqlen_q, config.block_m)
+    if blocks > 0:
+        with guard(q.device):
+            flash_attention_fwd_kernel[(blocks,)](
+                q, k, v, out, lse, *launch.offsets, options.sinks, launch.tensors,
+                strides(q), strides(k), strides(v), strides(out), strides(lse),
+                *launch.sizes, *launch.numbers, launch.dropout_scale,
+                **launch.constants, **launch.tile(config, q, k, v, out), **launch.resources(config),
+            )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    options: Options, needs: Needs,
+) -> Gradients:  # fmt: skip
+    """Returns the gradients that ``needs`` asks for. ``dlse`` is None where nobody used the LSE."""
+    launch = Launch(q, k, v, options)
+    delta = torch.empty_like(lse)
+    dq = empty_in_order_of(q, q.shape[3]) if needs.q else None
+    dk = empty_in_order_of(k, k.shape[3]) if needs.k or needs.v else None
+    dv = empty_in_order_of(v, v.shape[3]) if needs.k or needs.v else None
+    dbias = torch.empty(options.bias.shape, dtype=options.bias.dtype, device=q.device) if needs.bias else None
+    # A tensor of which no block is launched, or some rows belong to no sequence, is not written throughout.
+    nothing = launch.seqlen_q == 0 or launch.seqlen_k == 0 or launch.sequences == 0
+    for grad in (dq, dk, dv, dbias):
+        if grad is not None and (nothing or (launch.features.varlen and grad is not dbias)):
+            grad.zero_()
+
+    with guard(q.device):
+        _launch_delta(launch, out, dout, dlse, delta)
+        shared = (
+            *launch.offsets, launch.tensors, strides(q), strides(k), strides(v), strides(dout), strides(lse)
+        )  # fmt: skip
+        if dq is not None and not nothing:
+            config = launch.config("flash_attention_bwd_dq", q)
+            grid = (launch.sequences * launch.heads * triton.cdiv(launch.seqlen_q, config.block_m),)
+            flash_attention_bwd_dq_kernel[grid](
+                q, k, v, dout, lse, delta, dq, *shared, strides(dq),
+                *launch.sizes, options.scale, *launch.numbers, launch.dropout_scale,
+                **launch.constants, **launch.tile(config, q, k, v, dout, dq), **launch.resources(config),
+            )  # fmt: skip
+        if dk is not None and dv is not None and not nothing:
+            config = launch.config("flash_attention_bwd_dkv", q)
+            grid = (launch.sequences * k.shape[1] * triton.cdiv(launch.seqlen_k, config.block_n),)
+            flash_attention_bwd_dkv_kernel[grid](
+                q, k, v, dout, lse, delta, dk, dv, *shared, strides(dk), strides(dv),
+                *launch.sizes, options.scale, *launch.numbers, launch.dropout_scale,
+                **launch.constants, **launch.tile(config, q, k, v, dout, dk, dv), **launch.resources(config),
+            )  # fmt: skip
+        if dbias is not None and not nothing:
+            config = launch.config("flash_attention_bwd_dbias", q)
+            one = [size == 1 for size in dbias.shape]
+            tiles = [1 if one[2] else triton.cdiv(launch.seqlen_q, config.block_m),
+                     1 if one[3] else triton.cdiv(launch.seqlen_k, config.block_n)]  # fmt: skip
+            flash_attention_bwd_dbias_kernel[(dbias.shape[0] * dbias.shape[1] * math.prod(tiles),)](
+                q, k, v, dout, lse, delta, dbias, *shared, strides(dbias), launch.sequences,
+                *launch.sizes, *launch.numbers, launch.dropout_scale, *one,
+                **launch.constants, **launch.tile(config, q, k, v, dout), **launch.resources(config),
+            )  # fmt: skip
+    return Gradients(
+        q=dq,
+        k=dk if needs.k else None,
+        v=dv if needs.v else None,
+        bias=dbias,
+        sinks=_sinks_gradient(options.sinks, lse, delta) if needs.sinks and options.sinks is not None else None,
+    )
+
+
+def _launch_delta(launch: Launch, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
+    batch, heads, rows, value_dim = out.shape
+    if delta.numel() == 0:
+        return
+    block_v = padded(value_dim)
+    block_m = max(16, 4096 // block_v)
+    dlse_strides = Strides(0, 0, 0, 0) if dlse is None else Strides(*dlse.stride(), 0)
+    flash_attention_bwd_delta_kernel[(batch * heads * triton.cdiv(rows, block_m),)](
+        out, dout, dlse, delta, strides(out), strides(dout), dlse_strides, strides(delta), heads, rows,
+        HAS_DLSE=dlse is not None, VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_M=block_m,
+        WIDE=is_wide(block_m, out, dout), num_warps=4,
+    )  # fmt: skip
+
+
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """A sink is a logit whose weight exp(sink - lse) has no value: dsink = -sum of weight * delta."""
+    weight = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+    # Rows of no sequence, or of a sink of -inf without keys, have lse = -inf and take no part.
+    return -(weight * delta).masked_fill_(lse == float("-inf"), 0.0).sum((0, 2)).to(sinks.dtype)
+
+
+class Launch:
+    """What every kernel of one call needs, from shapes and options only."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
+        batch, self.heads, rows, self.head_dim = q.shape
+        keys, self.value_dim = v.shape[2:]
+        varlen = options.cu_seqlens_q is not None
+        self.sequences = options.cu_seqlens_q.shape[0] - 1 if options.cu_seqlens_q is not None else batch
+        self.seqlen_q = min(options.max_seqlen_q, rows) if varlen else rows
+        self.seqlen_k = min(options.max_seqlen_k, keys) if varlen else keys
+        softcap, changes = options.softcap > 0.0, options.bias is not None or options.alibi_slopes is not None
+        self.features = Features(
+            varlen=varlen,
+            left=options.window_left >= 0,
+            right=options.window_right >= 0,
+            softcap=softcap,
+            bias=options.bias is not None,
+            mask=options.mask is not None,
+            alibi=options.alibi_slopes is not None,
+            sinks=options.sinks is not None,
+            dropout=options.dropout_p > 0.0,
+            fold_scale=options.scale > 0.0 and not softcap and not changes,
+        )
+        self.offsets = (options.cu_seqlens_q, options.cu_seqlens_k)
+        self.tensors = score_tensors(options)
+        # In the order of every kernel's arguments.
+        self.sizes = (self.heads, self.heads // k.shape[1], self.seqlen_q, self.seqlen_k, rows, keys)
+        self.numbers = (
+            options.scale / options.softcap if softcap else options.scale * math.log2(math.e),
+            options.softcap * math.log2(math.e),
+            clamp(options.window_left),
+            clamp(options.window_right),
+            threshold(options.dropout_p),
+        )
+        self.dropout_scale = 1.0 / (1.0 - options.dropout_p)
+        self.constants = {
+            "FEATURES": self.features,
+            "HEAD_DIM": self.head_dim,
+            "VALUE_DIM": self.value_dim,
+            "BLOCK_D": padded(self.head_dim),
+            "BLOCK_V": padded(self.value_dim),
+            "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
+        }
+
+    def config(self, kernel: str, q: Tensor) -> tuning.Config:
+        """The launch parameters of ``kernel``."""
+        device = current(q.device.index) if q.device.type == "cuda" else None
+        device = device or named("h100-sxm")  # in the interpreter any model's tiles do
+        features = self.features
+        problem = tuning.Problem(
+            kernel=kernel,
+            block_d=padded(self.head_dim),
+            block_v=padded(self.value_dim),
+            itemsize=q.element_size(),
+            extras=features.bias or features.mask or features.alibi or features.softcap or features.dropout,
+            sm=device.sm,
+            smem_block=device.smem_block,
+        )
+        return autotune.select(kernel, problem, tuning.default)
+
+    def tile(self, config: tuning.Config, *tensors: Tensor) -> dict[str, Any]:
+        """Tile shape, and whether offsets inside a tile of one of ``tensors`` need 64 bits."""
+        rows = max(config.block_m, config.block_n)
+        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WIDE": is_wide(rows, *tensors)}
+
+    def resources(self, config: tuning.Config) -> dict[str, Any]:
+        """Options of the compiler, not arguments of a kernel."""
+        return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def score_tensors(options: Options) -> ScoreTensors:
+    """The tensors that change scores, with stride 0 where they broadcast."""
+    mask = None if options.mask is None else options.mask.view(torch.uint8)
+    slopes = options.alibi_slopes
+    return ScoreTensors(
+        bias_ptr=options.bias,
+        stride_bias=None if options.bias is None else strides(options.bias),
+        mask_ptr=mask,
+        stride_mask=None if mask is None else strides(mask),
+        alibi_ptr=slopes,
+        stride_alibi=None if slopes is None else (0 if slopes.shape[0] == 1 else slopes.stride(0), slopes.stride(1)),
+        seed_ptr=options.dropout_seed,
+    )
+
+
+def strides(x: Tensor) -> Strides:
+    """Element strides of ``[B, H, N, D]`` or ``[B, H, N]``; a dimension of size 1 gets 0, so that it broadcasts."""
+    steps = [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+    return Strides(*steps, *(1 for _ in range(4 - x.dim())))
+
+
+def padded(width: int) -> int:
+    """The tile width that holds a head of ``width``: a power of two, at least the 16 of a matrix instruction."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def is_wide(rows: int, *tensors: Tensor) -> bool:
+    """Whether an offset inside a tile of ``rows`` rows can pass 2^31 elements."""
+    return any((rows - 1) * abs(x.stride(2)) + (x.shape[3] - 1) * abs(x.stride(3)) >= 2**31 for x in tensors)
+
+
+def clamp(side: int) -> int:
+    """A window side as int32 with room for sums: any longer one is as good as unbounded."""
+    return min(side, 2**30)

@@ -1,0 +1,277 @@
+"""What the forward and backward kernels share: where a sequence lies, and what the scores of a tile are.
+
+Scores leave :func:`tile_scores` in base 2 (multiplied by log2 e), because ``exp2`` is the instruction that the
+hardware has. A tile may lie as [queries, keys] or as [keys, queries]: the index arguments ``rows`` and ``keys`` are
+two-dimensional and say which, so each formula is written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Strides(NamedTuple):
+    """Element strides of a ``[B, H, N, D]`` tensor; 0 where a dimension of a bias or mask broadcasts."""
+
+    b: Any
+    h: Any
+    n: Any
+    d: Any
+
+
+class Features(NamedTuple):
+    """What a kernel is compiled for."""
+
+    varlen: bool
+    left: bool  # the window is bounded on the left
+    right: bool  # and on the right; causal is this with window_right = 0
+    softcap: bool
+    bias: bool
+    mask: bool
+    alibi: bool
+    sinks: bool
+    dropout: bool
+    fold_scale: bool  # forward: scale > 0 and nothing is added to q . k, so the scale can wait (see triton_fwd)
+
+
+class ScoreTensors(NamedTuple):
+    """Pointers to what changes scores, None where absent, with the strides of each."""
+
+    bias_ptr: Any  # [B|1, Hq|1, Nq|1, Nk|1]
+    stride_bias: Any
+    mask_ptr: Any  # bool, like bias
+    stride_mask: Any
+    alibi_ptr: Any  # float32 [B|1, Hq]
+    stride_alibi: Any  # (b, h)
+    seed_ptr: Any  # int64 [1]
+
+
+class ScoreNumbers(NamedTuple):
+    """Numbers that shape scores. ``qk_scale`` is scale * log2 e, or scale / softcap where there is a softcap."""
+
+    seqlen_q: Any
+    seqlen_k: Any
+    qk_scale: Any
+    softcap_log2: Any  # softcap * log2 e
+    window_left: Any
+    window_right: Any
+    dropout_threshold: Any
+
+
+class HeadScores(NamedTuple):
+    """The same for one head of one sequence: what a tile needs beside its indices."""
+
+    bias_ptr: Any
+    stride_bias: Any
+    mask_ptr: Any
+    stride_mask: Any
+    slope_log2: Any  # ALiBi slope * log2 e
+    seed: Any
+    sequence_head: Any  # b * Hq + h
+
+
+@triton.jit
+def locate(cu_seqlens_ptr, sequence, seqlen, total, VARLEN: tl.constexpr):
+    """First row and length of a sequence.
+
+    Packed: ``seqlen`` is the longest length and ``total`` the number of packed rows; whatever the offsets say, the
+    result lies inside the tensor. Dense: row 0 and ``seqlen``.
+    """
+    if VARLEN:
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), total)
+        stop = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), total)
+        return start, tl.minimum(tl.maximum(stop - start, 0), seqlen)
+    else:
+        return 0, seqlen
+
+
+@triton.jit
+def at_head(ptr, strides, batch, head, row):
+    """Address of a sequence's first row in one head. Products are 64-bit: a tensor may pass 2^31 elements."""
+    batch, head, row = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(row, tl.int64)
+    return ptr + batch * strides.b + head * strides.h + row * strides.n
+
+
+@triton.jit
+def at_row(ptr, strides, row):
+    """``ptr`` moved on by ``row`` rows."""
+    return ptr + tl.cast(row, tl.int64) * strides.n
+
+
+@triton.jit
+def tile_offsets(strides, rows, columns, WIDE: tl.constexpr):
+    """Offsets of a tile from its first row's address; 64-bit only where the launcher found that 32 are too few."""
+    if WIDE:
+        return rows.to(tl.int64)[:, None] * strides.n + columns.to(tl.int64)[None, :] * strides.d
+    else:
+        return rows[:, None] * strides.n + columns[None, :] * strides.d
+
+
+@triton.jit
+def load_tile(ptr, offsets, rows, columns, seqlen, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """Load ``[rows, columns]``, with zeros past the sequence or past the head's WIDTH, which BLOCK rounds up."""
+    if MASK_ROWS and BLOCK > WIDTH:
+        return tl.load(ptr + offsets, mask=(rows[:, None] < seqlen) & (columns[None, :] < WIDTH), other=0.0)
+    elif MASK_ROWS:
+        return tl.load(ptr + offsets, mask=rows[:, None] < seqlen, other=0.0)
+    elif BLOCK > WIDTH:
+        return tl.load(ptr + offsets, mask=columns[None, :] < WIDTH, other=0.0)
+    else:
+        return tl.load(ptr + offsets)
+
+
+@triton.jit
+def store_tile(ptr, offsets, tile, rows, columns, seqlen, WIDTH: tl.constexpr):
+    """Store the part of a tile that lies inside the sequence and the head's width."""
+    tl.store(ptr + offsets, tile, mask=(rows[:, None] < seqlen) & (columns[None, :] < WIDTH))
+
+
+@triton.jit
+def head_scores(tensors, batch, head, heads, FEATURES: tl.constexpr):
+    """Move the pointers to one head of one sequence, and read its ALiBi slope and the dropout seed."""
+    bias_ptr, mask_ptr = tensors.bias_ptr, tensors.mask_ptr
+    slope_log2, seed = 0.0, 0
+    if FEATURES.bias:
+        bias_ptr = at_head(bias_ptr, tensors.stride_bias, batch, head, 0)
+    if FEATURES.mask:
+        mask_ptr = at_head(mask_ptr, tensors.stride_mask, batch, head, 0)
+    if FEATURES.alibi:
+        slope_log2 = (
+            tl.load(tensors.alibi_ptr + batch * tensors.stride_alibi[0] + head * tensors.stride_alibi[1]) * LOG2E
+        )
+    if FEATURES.dropout:
+        seed = tl.load(tensors.seed_ptr)
+    return HeadScores(
+        bias_ptr, tensors.stride_bias, mask_ptr, tensors.stride_mask, slope_log2, seed, batch * heads + head
+    )
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent to float32 accuracy: a polynomial near 0, where the other form cancels."""
+    square = x * x
+    series = 0.020639088 - 0.0057049887 * square
+    series = -0.053739715 + square * series
+    series = 0.13331442 + square * series
+    series = -0.33333282 + square * series
+    near = x + x * square * series
+    decay = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|) <= 1: cannot overflow
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def tile_scores(qk, rows, keys, numbers, head, FEATURES: tl.constexpr, MASKED: tl.constexpr):
+    """Base-2 scores of a tile of ``q . k``, -inf where hidden, and their derivative with respect to ``scale * q . k``
+    (1 where there is no softcap).
+
+    MASKED says that the tile may cross the end of the keys or an edge of the window.
+    """
+    slope = 1.0
+    if FEATURES.softcap:
+        capped = tanh(qk * numbers.qk_scale)
+        scores = capped * numbers.softcap_log2
+        slope = 1.0 - capped * capped
+    elif FEATURES.fold_scale:
+        scores = qk
+    else:
+        scores = qk * numbers.qk_scale
+    inside = (rows < numbers.seqlen_q) & (keys < numbers.seqlen_k)
+    if FEATURES.bias:
+        offsets = rows.to(tl.int64) * head.stride_bias.n + keys.to(tl.int64) * head.stride_bias.d
+        scores += tl.load(head.bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    if FEATURES.alibi:
+        distance = tl.abs(rows + (numbers.seqlen_k - numbers.seqlen_q) - keys)
+        scores -= head.slope_log2 * distance.to(tl.float32)
+    if FEATURES.mask:
+        offsets = rows.to(tl.int64) * head.stride_mask.n + keys.to(tl.int64) * head.stride_mask.d
+        scores = tl.where(tl.load(head.mask_ptr + offsets, mask=inside, other=0) != 0, scores, float("-inf"))
+    if MASKED:
+        scores = tl.where(visible(rows, keys, numbers, FEATURES), scores, float("-inf"))
+    return scores, slope
+
+
+@triton.jit
+def visible(rows, keys, numbers, FEATURES: tl.constexpr):
+    """Where the window and the end of the keys let a query see a key. Rows are aligned at the end of the keys."""
+    position = rows + (numbers.seqlen_k - numbers.seqlen_q)
+    shown = (keys < numbers.seqlen_k) & (rows < numbers.seqlen_q)
+    if FEATURES.left:
+        shown = shown & (keys >= position - numbers.window_left)
+    if FEATURES.right:
+        shown = shown & (keys <= position + numbers.window_right)
+    return shown
+
+
+@triton.jit
+def key_range(first_row, last_row, numbers, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys that rows ``first_row .. last_row`` see: ``[start, stop)``, of which ``[full_start, full_stop)`` are
+    whole blocks that each of these rows sees entirely. All but ``stop`` are multiples of BLOCK_N."""
+    shift = numbers.seqlen_k - numbers.seqlen_q
+    start = 0
+    full_start = 0
+    stop = numbers.seqlen_k
+    full_stop = numbers.seqlen_k // BLOCK_N * BLOCK_N
+    if FEATURES.right:
+        ahead = shift + numbers.window_right + 1
+        stop = tl.maximum(tl.minimum(numbers.seqlen_k, last_row + ahead), 0)
+        full_stop = tl.maximum(tl.minimum(numbers.seqlen_k, first_row + ahead), 0) // BLOCK_N * BLOCK_N
+    if FEATURES.left:
+        behind = shift - numbers.window_left
+        start = tl.maximum(first_row + behind, 0) // BLOCK_N * BLOCK_N
+        full_start = (tl.maximum(last_row + behind, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        # Where no block is whole, the blocks before full_start are all there is.
+        full_start = tl.minimum(full_start, (stop + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
+        full_stop = tl.maximum(full_stop, full_start)
+    return start, full_start, full_stop, stop
+
+
+@triton.jit
+def row_range(first_key, last_key, numbers, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rows that see any of the keys ``first_key .. last_key``, in parts like those of :func:`key_range`: the right
+    edge of the window passes between ``start`` and ``full_start``, the left one or the tail after ``full_stop``."""
+    shift = numbers.seqlen_k - numbers.seqlen_q
+    start = 0
+    full_start = 0
+    stop = numbers.seqlen_q
+    full_stop = numbers.seqlen_q // BLOCK_M * BLOCK_M
+    if FEATURES.left:
+        ahead = numbers.window_left - shift + 1
+        stop = tl.maximum(tl.minimum(numbers.seqlen_q, last_key + ahead), 0)
+        full_stop = tl.maximum(tl.minimum(numbers.seqlen_q, first_key + ahead), 0) // BLOCK_M * BLOCK_M
+    if FEATURES.right:
+        behind = shift + numbers.window_right
+        start = tl.maximum(first_key - behind, 0) // BLOCK_M * BLOCK_M
+        full_start = (tl.maximum(last_key - behind, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+        full_start = tl.minimum(full_start, (stop + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+        full_stop = tl.maximum(full_stop, full_start)
+    return start, full_start, full_stop, stop
+
+
+@triton.jit
+def keep_mask(head, threshold, first_row, first_key, ROWS: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """``dropout.keep_mask`` of a tile: one Philox call makes the words of four neighbouring keys.
+
+    ``first_key`` and KEYS are multiples of 4. The result is [ROWS, KEYS], or [KEYS, ROWS] with KEYS_FIRST.
+    """
+    rows = first_row + tl.arange(0, ROWS)
+    fours = first_key // 4 + tl.arange(0, KEYS // 4)
+    if KEYS_FIRST:
+        rows, fours = tl.broadcast(rows[None, :], fours[:, None])
+    else:
+        rows, fours = tl.broadcast(rows[:, None], fours[None, :])
+    zeros = rows * 0
+    w0, w1, w2, w3 = tl.philox(head.seed, fours, rows, zeros + head.sequence_head, zeros)
+    # Lane 2x + y of the joined words is word 2x + y.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    if KEYS_FIRST:
+        words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (KEYS, ROWS))
+    else:
+        words = tl.reshape(words, (ROWS, KEYS))
+    return (words >> 1).to(tl.int32) >= threshold

@@ -1,0 +1,103 @@
+"""Launch parameters of the flash_attention kernels: what a configuration is, and the analytic default.
+
+The default follows from what must fit. A block keeps its own rows (or keys) and ``num_stages`` blocks of what it walks
+over in shared memory, and its accumulators in registers: 64 K of them an SM, 255 a thread at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+KERNELS = (
+    "flash_attention_fwd",
+    "flash_attention_bwd_dq",
+    "flash_attention_bwd_dkv",
+    "flash_attention_bwd_dbias",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to launch a kernel. ``block_m`` rows and ``block_n`` keys to a tile, powers of two, 16 at least."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice depends on. Widths are rounded up to powers of two, 16 at least."""
+
+    kernel: str
+    block_d: int
+    block_v: int
+    itemsize: int  # bytes an element of q, k, v
+    extras: bool  # bias, mask, ALiBi, softcap or dropout: more registers a score
+    sm: int
+    smem_block: int  # bytes of shared memory a thread block may use
+
+
+@lru_cache(maxsize=1024)
+def default(problem: Problem) -> Config:
+    """A configuration that fits, for every problem the kernels accept."""
+    config = _preferred(problem)
+    while not fits(problem, config):
+        config = _smaller(problem, config)
+    return config
+
+
+def _preferred(problem: Problem) -> Config:
+    """The shape that the registers suggest, before shared memory has its say."""
+    width = max(problem.block_d, problem.block_v)
+    if problem.itemsize == 4:
+        # Single precision takes twice the registers and, without tensor cores, far longer: small tiles.
+        return Config(64, 32, 4, 2) if width <= 64 else Config(32, 32, 4, 2)
+    hopper = problem.sm // 10 in (9, 10)
+    if problem.kernel == "flash_attention_fwd":
+        if width <= 64:
+            return Config(128, 128 if hopper and not problem.extras else 64, 8 if problem.extras else 4, 3)
+        if width <= 128:
+            return Config(128, 64, 8, 3)
+        return Config(64, 64, 8, 2)
+    if problem.kernel == "flash_attention_bwd_dbias":
+        return Config(64, 64, 4, 1) if width <= 128 else Config(32, 32, 4, 1)
+    own, other = (128, 64) if width <= 64 else (64, 64) if width <= 128 else (64, 32)
+    warps = 8 if width > 64 or own == 128 else 4
+    if problem.kernel == "flash_attention_bwd_dq":
+        return Config(own, other, warps, 2)
+    return Config(other, own, warps, 2)
+
+
+def _smaller(problem: Problem, config: Config) -> Config:
+    """The next thing to give up: stages first, then the side that is walked over, then the other."""
+    if config.num_stages > 1:
+        return replace(config, num_stages=config.num_stages - 1)
+    walked, own = ("block_m", "block_n") if problem.kernel == "flash_attention_bwd_dkv" else ("block_n", "block_m")
+    if getattr(config, walked) > 16:
+        return replace(config, **{walked: getattr(config, walked) // 2})
+    if getattr(config, own) > 16:
+        return replace(config, **{own: getattr(config, own) // 2})
+    raise AssertionError(f"no configuration of {problem.kernel} fits in {problem.smem_block} bytes")
+
+
+def fits(problem: Problem, config: Config) -> bool:
+    """Whether the tiles that a block holds in shared memory fit."""
+    return shared_bytes(problem, config) <= problem.smem_block
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """An upper estimate of the shared memory that the compiler takes, in bytes."""
+    rows, keys = config.block_m, config.block_n
+    widths = problem.block_d + problem.block_v
+    pair = problem.itemsize * widths  # one row of q and dO, or of k and v
+    scores = problem.itemsize * rows * keys  # room to change the layout of P or dS between two products
+    if problem.kernel == "flash_attention_fwd":
+        return problem.itemsize * rows * problem.block_d + config.num_stages * keys * pair + scores
+    if problem.kernel == "flash_attention_bwd_dq":
+        return rows * pair + config.num_stages * keys * pair + scores
+    if problem.kernel == "flash_attention_bwd_dkv":
+        return keys * pair + config.num_stages * rows * pair + 2 * scores
+    return (rows + keys) * pair + scores
