@@ -7,7 +7,8 @@ never comes from here.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -114,6 +115,27 @@ def current(index: int | None = None) -> DeviceSpec | None:
         vector_peak=base.vector_peak * share,
         threads_sm=getattr(properties, "max_threads_per_multi_processor", base.threads_sm),
     )
+
+
+_assumed: DeviceSpec | None = None
+
+
+@contextmanager
+def assume(spec: DeviceSpec) -> Iterator[None]:
+    """Choose launch parameters as on ``spec`` inside, whatever the machine has."""
+    global _assumed
+    outer, _assumed = _assumed, spec
+    try:
+        yield
+    finally:
+        _assumed = outer
+
+
+def spec_of(device: torch.device) -> DeviceSpec:
+    """The model to choose launch parameters for: that of ``device``, or an H100 in the interpreter, where any do."""
+    if _assumed is not None:
+        return _assumed
+    return (current(device.index) if device.type == "cuda" else None) or named("h100-sxm")
 
 
 @cache

@@ -9,7 +9,6 @@ from .triton_bwd import load_statistics, weights
 from .triton_scores import (
     ScoreNumbers,
     at_head,
-    at_row,
     head_scores,
     keep_mask,
     load_tile,
@@ -18,44 +17,8 @@ from .triton_scores import (
     store_tile,
     tile_offsets,
     tile_scores,
+    visible,
 )
-
-
-@triton.jit
-def _walk_rows(
-    dk, dv, k, v, start, stop, first_key,
-    q_ptr, stride_q, dout_ptr, stride_dout, lse_ptr, delta_ptr, numbers, head, dropout_scale,
-    FEATURES: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the rows from ``start`` to ``stop`` of one query head to dk (without the factor scale) and dv."""
-    keys = first_key + tl.arange(0, BLOCK_N)
-    local_m, offs_d, offs_v = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    q_offsets = tile_offsets(stride_q, local_m, offs_d, WIDE)
-    dout_offsets = tile_offsets(stride_dout, local_m, offs_v, WIDE)
-    for first_row in tl.range(start, stop, BLOCK_M):
-        rows = first_row + local_m
-        q_block = at_row(q_ptr, stride_q, first_row)
-        q = load_tile(q_block, q_offsets, rows, offs_d, numbers.seqlen_q, HEAD_DIM, BLOCK_D, MASKED)
-        dout_block = at_row(dout_ptr, stride_dout, first_row)
-        dout = load_tile(dout_block, dout_offsets, rows, offs_v, numbers.seqlen_q, VALUE_DIM, BLOCK_V, MASKED)
-        lse_log2, delta = load_statistics(lse_ptr + first_row, delta_ptr + first_row, local_m, rows, numbers.seqlen_q)
-        kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        scores, slope = tile_scores(kq, rows[None, :], keys[:, None], numbers, head, FEATURES, MASKED)
-        p = weights(scores, lse_log2[None, :], numbers, FEATURES)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        p_dropped = p
-        if FEATURES.dropout:
-            kept = keep_mask(head, numbers.dropout_threshold, first_row, first_key, BLOCK_M, BLOCK_N, True)
-            p_dropped = tl.where(kept, p * dropout_scale, 0.0)
-            dp = tl.where(kept, dp * dropout_scale, 0.0)
-        dv = tl.dot(p_dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        if FEATURES.softcap:
-            ds = ds * slope
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
 
 
 @triton.jit(
@@ -107,7 +70,11 @@ def flash_attention_bwd_dkv_kernel(
     PRECISION: tl.constexpr,
 ):
     """dk and dv of BLOCK_N keys of one key head: key blocks within key heads within sequences. When causal, the first
-    keys are seen by the most rows, so the natural order already starts with the longest blocks."""
+    keys are seen by the most rows, so the natural order already starts with the longest blocks.
+
+    One loop runs through the rows of every query head of the group, and masks a tile by a branch: with a nest of loops, or
+    a loop for each part, the compiler keeps so much alive that the accumulators spill.
+    """
     key_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     first_key = tl.program_id(0) % key_blocks * BLOCK_N
     sequence_head = tl.program_id(0) // key_blocks
@@ -132,29 +99,42 @@ def flash_attention_bwd_dkv_kernel(
         dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         last_key = tl.minimum(first_key + BLOCK_N, length_k) - 1
         start, full_start, full_stop, stop = row_range(first_key, last_key, numbers, FEATURES, BLOCK_M)
-        for member in range(group):
-            head = kv_head * group + member
+        local_m = tl.arange(0, BLOCK_M)
+        q_offsets = tile_offsets(stride_q, local_m, offs_d, WIDE)
+        dout_offsets = tile_offsets(stride_dout, local_m, offs_v, WIDE)
+        steps = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+        for step in tl.range(0, group * steps):
+            head = kv_head * group + step // steps
+            first_row = start + step % steps * BLOCK_M
+            rows = first_row + local_m
+            q_block = at_head(q_ptr, stride_q, batch, head, start_q + first_row)
+            q = load_tile(q_block, q_offsets, rows, offs_d, length_q, HEAD_DIM, BLOCK_D, True)
+            dout_block = at_head(dout_ptr, stride_dout, batch, head, start_q + first_row)
+            dout = load_tile(dout_block, dout_offsets, rows, offs_v, length_q, VALUE_DIM, BLOCK_V, True)
+            lse_log2, delta = load_statistics(
+                at_head(lse_ptr, stride_lse, batch, head, start_q + first_row),
+                at_head(delta_ptr, stride_lse, batch, head, start_q + first_row),
+                local_m, rows, length_q,
+            )  # fmt: skip
             scoring = head_scores(tensors, sequence, head, heads, FEATURES)
-            q_head = at_head(q_ptr, stride_q, batch, head, start_q)
-            dout_head = at_head(dout_ptr, stride_dout, batch, head, start_q)
-            lse_head = at_head(lse_ptr, stride_lse, batch, head, start_q)
-            delta_head = at_head(delta_ptr, stride_lse, batch, head, start_q)
-            if FEATURES.right:
-                dk, dv = _walk_rows(
-                    dk, dv, k, v, start, full_start, first_key, q_head, stride_q, dout_head, stride_dout,
-                    lse_head, delta_head, numbers, scoring, dropout_scale,
-                    FEATURES, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
-                )  # fmt: skip
-            dk, dv = _walk_rows(
-                dk, dv, k, v, full_start, full_stop, first_key, q_head, stride_q, dout_head, stride_dout,
-                lse_head, delta_head, numbers, scoring, dropout_scale,
-                FEATURES, False, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
-            )  # fmt: skip
-            dk, dv = _walk_rows(
-                dk, dv, k, v, full_stop, stop, first_key, q_head, stride_q, dout_head, stride_dout,
-                lse_head, delta_head, numbers, scoring, dropout_scale,
-                FEATURES, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
-            )  # fmt: skip
+            kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            scores, slope = tile_scores(kq, rows[None, :], keys[:, None], numbers, scoring, FEATURES, False)
+            if FEATURES.left or FEATURES.right:
+                if (first_row < full_start) | (first_row >= full_stop):
+                    shown = visible(rows[None, :], keys[:, None], numbers, FEATURES)
+                    scores = tl.where(shown, scores, float("-inf"))
+            p = weights(scores, lse_log2[None, :], numbers, FEATURES)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            p_dropped = p
+            if FEATURES.dropout:
+                kept = keep_mask(scoring, dropout_threshold, first_row, first_key, BLOCK_M, BLOCK_N, True)
+                p_dropped = tl.where(kept, p * dropout_scale, 0.0)
+                dp = tl.where(kept, dp * dropout_scale, 0.0)
+            dv = tl.dot(p_dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            if FEATURES.softcap:
+                ds = ds * slope
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         dk_block = at_head(dk_ptr, stride_dk, batch, kv_head, start_k + first_key)
         dk_offsets = tile_offsets(stride_dk, local_n, offs_d, WIDE)
         store_tile(dk_block, dk_offsets, (dk * scale).to(dk_ptr.dtype.element_ty), keys, offs_d, length_k, HEAD_DIM)

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.runtime.device import current, guard, named
+from iokernels.runtime.device import guard, spec_of
 
 from . import tuning
 from .dropout import threshold
@@ -106,9 +106,8 @@ def _launch_delta(launch: Launch, out: Tensor, dout: Tensor, dlse: Tensor | None
         return
     block_v = padded(value_dim)
     block_m = max(16, 4096 // block_v)
-    dlse_strides = Strides(0, 0, 0, 0) if dlse is None else Strides(*dlse.stride(), 0)
     flash_attention_bwd_delta_kernel[(batch * heads * triton.cdiv(rows, block_m),)](
-        out, dout, dlse, delta, strides(out), strides(dout), dlse_strides, strides(delta), heads, rows,
+        out, dout, dlse, delta, strides(out), strides(dout), strides(dlse), strides(delta), heads, rows,
         HAS_DLSE=dlse is not None, VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_M=block_m,
         WIDE=is_wide(block_m, out, dout), num_warps=4,
     )  # fmt: skip
@@ -167,14 +166,14 @@ class Launch:
 
     def config(self, kernel: str, q: Tensor) -> tuning.Config:
         """The launch parameters of ``kernel``."""
-        device = current(q.device.index) if q.device.type == "cuda" else None
-        device = device or named("h100-sxm")  # in the interpreter any model's tiles do
+        device = spec_of(q.device)
         features = self.features
         problem = tuning.Problem(
             kernel=kernel,
             block_d=padded(self.head_dim),
             block_v=padded(self.value_dim),
             itemsize=q.element_size(),
+            tensor_cores=q.dtype != torch.float32 or self.constants["PRECISION"] != "ieee",
             extras=features.bias or features.mask or features.alibi or features.softcap or features.dropout,
             sm=device.sm,
             smem_block=device.smem_block,
@@ -194,22 +193,21 @@ class Launch:
 def score_tensors(options: Options) -> ScoreTensors:
     """The tensors that change scores, with stride 0 where they broadcast."""
     mask = None if options.mask is None else options.mask.view(torch.uint8)
-    slopes = options.alibi_slopes
     return ScoreTensors(
         bias_ptr=options.bias,
-        stride_bias=None if options.bias is None else strides(options.bias),
+        stride_bias=strides(options.bias),
         mask_ptr=mask,
-        stride_mask=None if mask is None else strides(mask),
-        alibi_ptr=slopes,
-        stride_alibi=None if slopes is None else (0 if slopes.shape[0] == 1 else slopes.stride(0), slopes.stride(1)),
+        stride_mask=strides(mask),
+        alibi_ptr=options.alibi_slopes,
+        stride_alibi=strides(options.alibi_slopes),
         seed_ptr=options.dropout_seed,
     )
 
 
-def strides(x: Tensor) -> Strides:
-    """Element strides of ``[B, H, N, D]`` or ``[B, H, N]``; a dimension of size 1 gets 0, so that it broadcasts."""
-    steps = [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-    return Strides(*steps, *(1 for _ in range(4 - x.dim())))
+def strides(x: Tensor | None) -> Strides:
+    """Element strides of ``[B, H, N, D]`` or its first dimensions; a size of 1 gets 0, so that it broadcasts."""
+    steps = [] if x is None else [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+    return Strides(*steps, *[0] * (4 - len(steps)))
 
 
 def padded(width: int) -> int:

@@ -48,7 +48,7 @@ class ScoreTensors(NamedTuple):
     mask_ptr: Any  # bool, like bias
     stride_mask: Any
     alibi_ptr: Any  # float32 [B|1, Hq]
-    stride_alibi: Any  # (b, h)
+    stride_alibi: Any
     seed_ptr: Any  # int64 [1]
 
 
@@ -135,12 +135,12 @@ def store_tile(ptr, offsets, tile, rows, columns, seqlen, WIDTH: tl.constexpr):
 @triton.jit
 def head_scores(tensors, batch, head, heads, FEATURES: tl.constexpr):
     """Move the pointers to one head of one sequence, and read its ALiBi slope and the dropout seed."""
-    bias_ptr, mask_ptr = tensors.bias_ptr, tensors.mask_ptr
-    slope_log2, seed = 0.0, 0
+    # Zeros stand for what is absent: a function cannot return None among other values.
+    bias_ptr, mask_ptr, slope_log2, seed = 0, 0, 0.0, 0
     if FEATURES.bias:
-        bias_ptr = at_head(bias_ptr, tensors.stride_bias, batch, head, 0)
+        bias_ptr = at_head(tensors.bias_ptr, tensors.stride_bias, batch, head, 0)
     if FEATURES.mask:
-        mask_ptr = at_head(mask_ptr, tensors.stride_mask, batch, head, 0)
+        mask_ptr = at_head(tensors.mask_ptr, tensors.stride_mask, batch, head, 0)
     if FEATURES.alibi:
         slope_log2 = (
             tl.load(tensors.alibi_ptr + batch * tensors.stride_alibi[0] + head * tensors.stride_alibi[1]) * LOG2E
@@ -235,16 +235,19 @@ def key_range(first_row, last_row, numbers, FEATURES: tl.constexpr, BLOCK_N: tl.
 @triton.jit
 def row_range(first_key, last_key, numbers, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
     """The rows that see any of the keys ``first_key .. last_key``, in parts like those of :func:`key_range`: the right
-    edge of the window passes between ``start`` and ``full_start``, the left one or the tail after ``full_stop``."""
+    edge of the window passes between ``start`` and ``full_start``, the left one between ``full_stop`` and ``stop``.
+
+    Rows past the end of the queries count as seeing every key: they weigh nothing (``triton_bwd.load_statistics``).
+    """
     shift = numbers.seqlen_k - numbers.seqlen_q
     start = 0
     full_start = 0
     stop = numbers.seqlen_q
-    full_stop = numbers.seqlen_q // BLOCK_M * BLOCK_M
+    full_stop = (numbers.seqlen_q + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     if FEATURES.left:
         ahead = numbers.window_left - shift + 1
         stop = tl.maximum(tl.minimum(numbers.seqlen_q, last_key + ahead), 0)
-        full_stop = tl.maximum(tl.minimum(numbers.seqlen_q, first_key + ahead), 0) // BLOCK_M * BLOCK_M
+        full_stop = tl.maximum(tl.minimum(full_stop, first_key + ahead), 0) // BLOCK_M * BLOCK_M
     if FEATURES.right:
         behind = shift + numbers.window_right
         start = tl.maximum(first_key - behind, 0) // BLOCK_M * BLOCK_M

@@ -35,6 +35,7 @@ class Problem:
     block_d: int
     block_v: int
     itemsize: int  # bytes an element of q, k, v
+    tensor_cores: bool  # False for float32 at full precision
     extras: bool  # bias, mask, ALiBi, softcap or dropout: more registers a score
     sm: int
     smem_block: int  # bytes of shared memory a thread block may use
@@ -53,22 +54,39 @@ def _preferred(problem: Problem) -> Config:
     """The shape that the registers suggest, before shared memory has its say."""
     width = max(problem.block_d, problem.block_v)
     if problem.itemsize == 4:
-        # Single precision takes twice the registers and, without tensor cores, far longer: small tiles.
-        return Config(64, 32, 4, 2) if width <= 64 else Config(32, 32, 4, 2)
-    hopper = problem.sm // 10 in (9, 10)
-    if problem.kernel == "flash_attention_fwd":
-        if width <= 64:
-            return Config(128, 128 if hopper and not problem.extras else 64, 8 if problem.extras else 4, 3)
-        if width <= 128:
-            return Config(128, 64, 8, 3)
-        return Config(64, 64, 8, 2)
+        return _single_precision(problem.kernel, width, problem.tensor_cores)
     if problem.kernel == "flash_attention_bwd_dbias":
         return Config(64, 64, 4, 1) if width <= 128 else Config(32, 32, 4, 1)
-    own, other = (128, 64) if width <= 64 else (64, 64) if width <= 128 else (64, 32)
-    warps = 8 if width > 64 or own == 128 else 4
+    # Warpgroup (Hopper) and tensor-memory (Blackwell) products read operands from shared memory, which frees registers.
+    roomy = problem.sm // 10 in (9, 10)
+    if problem.kernel == "flash_attention_fwd":
+        if width <= 64:
+            return Config(128, 128, 8, 3) if problem.sm // 10 == 9 and not problem.extras else Config(128, 64, 8, 3)
+        return Config(128, 64, 8, 3) if width <= 128 else Config(64, 64, 8, 2)
     if problem.kernel == "flash_attention_bwd_dq":
-        return Config(own, other, warps, 2)
-    return Config(other, own, warps, 2)
+        if width <= 64 or (width <= 128 and roomy):
+            return Config(128, 64, 8, 2)
+        return Config(64, 64, 8, 2) if width <= 128 else Config(64, 32, 8, 2)
+    if width <= 64:
+        return Config(64, 128, 8, 2) if roomy and not problem.extras else Config(32, 128, 8, 2)
+    if width <= 128:
+        return Config(64, 128, 8, 2) if roomy and not problem.extras else Config(64, 64, 8, 2)
+    return Config(32, 64, 8, 2)
+
+
+def _single_precision(kernel: str, width: int, tensor_cores: bool) -> Config:
+    """Small tiles: an element takes twice the room, and without matrix units (IEEE float32) each thread holds whole rows
+    of both operands in registers."""
+    forward, rows, keys = (kernel == f"flash_attention_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv"))
+    if tensor_cores:
+        if width > 128:
+            return Config(32, 32, 8, 1)
+        return Config(64, 32, 8, 2) if forward or rows else Config(32, 64 if keys and width <= 64 else 32, 8, 2)
+    if width <= 64:
+        return Config(64, 32, 8, 2) if forward else Config(32, 32, 4, 1)
+    if width <= 128:
+        return Config(32, 16, 8, 1) if forward or rows else Config(16, 32 if keys else 16, 8, 1)
+    return Config(16, 16, 8, 1)
 
 
 def _smaller(problem: Problem, config: Config) -> Config:

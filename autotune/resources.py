@@ -1,0 +1,104 @@
+"""What compiled kernels take of a GPU: registers, spills and shared memory. Needs no GPU.
+
+Triton compiles for any target; its wheel carries ``cuobjdump``, which reads a cubin's resource usage and its machine code.
+The kernels are launched through their real launchers under :func:`compiling_for`, so what is compiled is what a call
+with these arguments would compile, down to the specialisation of strides.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iokernels.runtime.device import DeviceSpec, assume
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel. ``spill_bytes`` is its stack a thread, ``shared_bytes`` its shared memory a block."""
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    num_warps: int
+    cubin: bytes = field(repr=False)
+
+    def matrix_instructions(self) -> dict[str, int]:
+        """How often each matrix instruction (HGMMA, HMMA, ...) stands in the machine code."""
+        found: dict[str, int] = {}
+        for name in re.findall(r"\b([A-Z]+MMA)\b", _cuobjdump(self.cubin, "--dump-sass")):
+            found[name] = found.get(name, 0) + 1
+        return found
+
+
+@contextmanager
+def compiling_for(spec: DeviceSpec) -> Iterator[list[Resources]]:
+    """Inside, Triton launches compile for ``spec`` instead of running, and the list receives what was compiled.
+
+    Launch with meta tensors. Not under ``TRITON_INTERPRET``, whose kernels have nothing to compile.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[Resources] = []
+    real_run: Any = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = real_run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append(_resources(self.__name__, kernel))
+        return kernel
+
+    class Driver:
+        """A device that exists on paper. Its number keeps Triton's caches of several targets apart."""
+
+        def get_current_device(self) -> int:
+            return -spec.sm
+
+        def get_current_stream(self, _device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", spec.sm, 32)
+
+    outer = driver._active
+    driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
+    JITFunction.run = compile_only
+    try:
+        with assume(spec):
+            yield compiled
+    finally:
+        JITFunction.run = real_run
+        driver._active = outer
+
+
+def _resources(name: str, kernel: Any) -> Resources:
+    cubin = kernel.asm["cubin"]
+    usage = dict(re.findall(r"(\w+):(\d+)", _cuobjdump(cubin, "--dump-resource-usage")))
+    return Resources(
+        kernel=name,
+        registers=int(usage["REG"]),
+        spill_bytes=int(usage["STACK"]),
+        shared_bytes=kernel.metadata.shared,
+        num_warps=kernel.metadata.num_warps,
+        cubin=cubin,
+    )
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        run = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, what, str(path)], check=True, capture_output=True, text=True
+        )
+    return run.stdout
