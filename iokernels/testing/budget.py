@@ -1,8 +1,8 @@
 """How far from the truth a kernel may be.
 
 The truth is the formula in float64. A kernel in a low precision is allowed a small multiple of the error that the same
-formula makes when PyTorch runs it in that precision, plus the noise of rounding a result once (:func:`check`), so the
-budget follows the inputs and is never a guessed constant. Where an error grows along the sequence, as in recurrences
+formula makes when PyTorch runs it in that precision, plus the noise of rounding a result once, both for the largest
+error and for the root mean square (:func:`check`). So the budget follows the inputs and is never a guessed constant. Where an error grows along the sequence, as in recurrences
 and long convolutions, each row is held to a relative error instead (:func:`check_relative_rms`).
 """
 
@@ -22,27 +22,28 @@ GRADIENT = 3.0
 
 @dataclass(frozen=True)
 class Judgement:
-    """A result measured against its budget.
+    """A result measured against its budget, in float64.
 
-    ``error`` and ``limit`` are the largest absolute error found and allowed, in float64; ``worst`` is the index of the
-    element with the largest error, or None where there is no finite element.
+    ``error`` and ``limit`` are the largest absolute error found and allowed, ``rms_error`` and ``rms_limit`` the same
+    for the root mean square over the tensor, which sees a small error that is everywhere. ``worst`` is the index of the
+    element with the largest error, or None where there is no element.
     """
 
     error: float
     limit: float
+    rms_error: float
+    rms_limit: float
     worst: tuple[int, ...] | None
 
     @property
     def ratio(self) -> float:
-        """Error over limit: at most 1 within budget; infinite for a NaN, and for an error where none is allowed."""
-        if self.error == 0.0:
-            return 0.0
-        return self.error / self.limit if self.limit > 0.0 and self.error < float("inf") else float("inf")
+        """Error over limit, the larger of the two: at most 1 within budget, infinite for a NaN."""
+        return max(_ratio(self.error, self.limit), _ratio(self.rms_error, self.rms_limit))
 
     @property
     def within(self) -> bool:
         """Whether the budget is kept."""
-        return self.error <= self.limit
+        return self.error <= self.limit and self.rms_error <= self.rms_limit
 
 
 def judge(actual: Tensor, reference: Tensor, low_precision: Tensor, *, factor: float) -> Judgement:
@@ -75,12 +76,17 @@ def judge(actual: Tensor, reference: Tensor, low_precision: Tensor, *, factor: f
             f"the formula overflows in {low_precision.dtype}: scale the inputs down, or any result is right"
         )
     rounded = torch.where(finite, reference, 0.0).to(low_precision.dtype)
-    noise = ((rounded + 0.3 - 0.3) - rounded).abs()
-    limit = factor * _largest(low_error) + 2.0 * _largest(noise.double())
+    noise = ((rounded + 0.3 - 0.3) - rounded).double().abs()
 
     same_infinity = ~finite & (actual.double() == reference)
     error = torch.where(same_infinity, 0.0, (actual.double() - reference).abs()).nan_to_num(nan=float("inf"))
-    return Judgement(_largest(error), limit, _where_largest(error))
+    return Judgement(
+        error=_largest(error),
+        limit=factor * _largest(low_error) + 2.0 * _largest(noise),
+        rms_error=_rms(error),
+        rms_limit=factor * _rms(low_error) + 2.0 * _rms(noise),
+        worst=_where_largest(error),
+    )
 
 
 def error_ratio(actual: Tensor, reference: Tensor, low_precision: Tensor, *, factor: float) -> float:
@@ -110,14 +116,14 @@ def check(
     largest = _largest(torch.where(reference.isfinite(), reference.detach(), 0.0).abs())
     if 0.0 < largest <= judgement.limit and not may_vanish:
         raise ValueError(
-            f"{what}: an error of {judgement.limit:.3g} is allowed and no element is larger than {largest:.3g}, so zeros "
-            "would pass. Take larger inputs."
+            f"{what}: an error of {judgement.limit:.3g} is allowed and no element is larger than {largest:.3g}, so "
+            "zeros would pass. Take larger inputs."
         )
     if not judgement.within:
         worst = judgement.worst
         raise AssertionError(
-            f"{what}: error {judgement.error:.3g} exceeds the limit {judgement.limit:.3g} at {worst}: "
-            f"got {actual[worst].item():.6g}, expected {reference[worst].item():.6g}"
+            f"{what}: error {judgement.error:.3g} (limit {judgement.limit:.3g}) at {worst}: got {actual[worst].item():.6g}, "
+            f"expected {reference[worst].item():.6g}; RMS error {judgement.rms_error:.3g} (limit {judgement.rms_limit:.3g})"
         )
 
 
@@ -149,6 +155,20 @@ def check_relative_rms(actual: Tensor, reference: Tensor, *, limit: float, what:
         raise AssertionError(
             f"{what}: relative RMS error {_largest(ratios):.3g} exceeds the limit {limit:.3g} in row {worst}"
         )
+
+
+def _ratio(error: float, limit: float) -> float:
+    if error == 0.0:
+        return 0.0
+    return error / limit if limit > 0.0 else float("inf")
+
+
+def _rms(x: Tensor) -> float:
+    # Scaled by the largest, so that no square overflows or vanishes.
+    largest = _largest(x)
+    if largest in (0.0, float("inf")):
+        return largest
+    return largest * (x / largest).square().mean().sqrt().item()
 
 
 def _largest(x: Tensor) -> float:

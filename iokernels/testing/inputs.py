@@ -2,8 +2,8 @@
 
 Values are drawn in float32 on the device of the generator and then rounded, so a seed gives the same numbers for every
 dtype, and a CPU generator the same on every device. Every tensor that this module returns is a view of a larger storage
-whose other elements are NaN (the largest integer, in an integer tensor): a kernel that reads beside its tensor, and uses
-what it read, shows it.
+whose other elements are NaN (in an integer tensor, the largest integer): a kernel that reads beside its tensor and uses
+what it read shows it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def attention(
     kind: Kind = "peaked",
     layout: Layout | Literal["packed_qkv"] = "contiguous",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw q ``[B, Hq, Nq, D]``, k ``[B, Hkv, Nk, D]`` and v ``[B, Hkv, Nk, Dv]``; logits are for the scale ``D**-0.5``.
+    """Draw q ``[B, Hq, Nq, D]``, k ``[B, Hkv, Nk, D]`` and v ``[B, Hkv, Nk, Dv]``.
 
-    Kinds: ``peaked``, each query points at one key, whose weight is near one half; ``flat``, logits within about 0.1 of
+    Kinds, at the scale ``D**-0.5``: ``peaked``, each query points at one key, whose weight is near one half; ``flat``, logits within about 0.1 of
     each other; ``large``, logits of standard deviation 15, where exp overflows without its maximum taken off;
     ``constant``, one query, key and value repeated along the sequence, so the output is the value.
 
@@ -109,9 +109,9 @@ def packed(
 def poisoned_view(x: Tensor, layout: Layout = "contiguous") -> Tensor:
     """A tensor equal to ``x``, with the strides of ``layout``, inside a storage that is NaN everywhere else.
 
-    For ``x`` of ``[..., B, H, N, D]``: ``contiguous``; ``bnhd``, a transposed view of ``[B, N, H, D]``; ``seq_major``, of
-    ``[N, B, H, D]``; ``padded``, rows longer than D that start at an odd offset, so nothing is aligned; ``strided``,
-    every second element of a row, likewise; ``expanded``, stride 0 over H, where the values are those of the first head.
+    For ``x`` of ``[..., B, H, N, D]``: ``contiguous``; ``bnhd``, a transposed view of ``[B, N, H, D]``; ``seq_major``,
+    of ``[N, B, H, D]``; ``padded``, rows longer than D that start at an odd offset, so nothing is aligned; ``strided``,
+    every second element of a row, likewise; ``expanded``, stride 0 over H, with the values of the first head.
     ``bnhd`` and ``expanded`` need three dimensions, ``seq_major`` four; the others take any shape.
     """
     if layout not in get_args(Layout):

@@ -8,6 +8,7 @@ the arithmetic wrong, or raise where a kernel is right. :func:`install` mends wh
 * NumPy warns of overflow and of ``inf - inf``, in masked lanes too, where a GPU is silent. Only interpreted kernels
   are silenced, not the code around them.
 * A maximum or minimum of nothing but NaN warns; ``tl.maximum`` hands on a NaN that the hardware drops (3.6).
+* ``tl.umulhi`` of signed integers multiplies them as signed (3.6).
 * A loop bound that is a tensor goes through a conversion that NumPy deprecates (3.6); ``bool`` arguments and bfloat16
   constants raise (3.6).
 * Every call of a jit helper patches ``triton.language`` anew, which takes most of the time of a small kernel, and
@@ -15,7 +16,7 @@ the arithmetic wrong, or raise where a kernel is right. :func:`install` mends wh
   enough, and undone at its end.
 * Overflow checks of integer arithmetic are computed and then dropped, because ``debug`` is off.
 
-float8 is left as Triton has it. On a GPU, or without Triton, nothing is changed.
+float8 is left as Triton has it, and ``atomic_add`` on bfloat16 still raises. On a GPU, or without Triton, nothing is changed.
 """
 
 from __future__ import annotations
@@ -130,7 +131,16 @@ def _mend_arithmetic(interpreter: Any) -> None:
     def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
         return dot(self, widen(a), widen(b), d, *precision)
 
+    multiply_high = builder.create_umulhi
+
+    def create_umulhi(self: Any, lhs: Any, rhs: Any) -> Any:
+        signed = lhs.data.dtype
+        unsigned = np.dtype(f"u{signed.itemsize}")
+        product = multiply_high(self, *(handle(x.data.view(unsigned), x.dtype) for x in (lhs, rhs)))
+        return handle(product.data.view(signed), lhs.dtype.scalar)
+
     builder.create_dot = create_dot
+    builder.create_umulhi = create_umulhi
     builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
 

@@ -1,4 +1,4 @@
-"""Fills memory that nobody wrote with NaN, so that a kernel that forgets an element, or reads one too early, shows it."""
+"""Fills memory that nobody wrote with NaN, so that a kernel that forgets an element, or reads it too soon, shows it."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ def poisoned_memory() -> Iterator[None]:
             setattr(owner, name, original)
 
 
+# One wrapper for each allocator in a process: TorchDynamo remembers the functions that it may put in a graph.
+@functools.cache
 def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(allocate, assigned=("__name__", "__doc__"), updated=())
     def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
