@@ -2,8 +2,9 @@
 
 The truth is the formula in float64. A kernel in a low precision is allowed a small multiple of the error that the same
 formula makes when PyTorch runs it in that precision, plus the noise of rounding a result once, both for the largest
-error and for the root mean square (:func:`check`). So the budget follows the inputs and is never a guessed constant. Where an error grows along the sequence, as in recurrences
-and long convolutions, each row is held to a relative error instead (:func:`check_relative_rms`).
+error and for the root mean square (:func:`check`): the budget follows the inputs and is never a guessed constant. Where
+an error grows along the sequence, as in recurrences and long convolutions, each row is held to a relative error instead
+(:func:`check_relative_rms`).
 """
 
 from __future__ import annotations
@@ -122,8 +123,9 @@ def check(
     if not judgement.within:
         worst = judgement.worst
         raise AssertionError(
-            f"{what}: error {judgement.error:.3g} (limit {judgement.limit:.3g}) at {worst}: got {actual[worst].item():.6g}, "
-            f"expected {reference[worst].item():.6g}; RMS error {judgement.rms_error:.3g} (limit {judgement.rms_limit:.3g})"
+            f"{what}: error {judgement.error:.3g} (limit {judgement.limit:.3g}) at {worst}: "
+            f"got {actual[worst].item():.6g}, expected {reference[worst].item():.6g}; "
+            f"RMS error {judgement.rms_error:.3g} (limit {judgement.rms_limit:.3g})"
         )
 
 

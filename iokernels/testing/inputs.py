@@ -44,9 +44,9 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw q ``[B, Hq, Nq, D]``, k ``[B, Hkv, Nk, D]`` and v ``[B, Hkv, Nk, Dv]``.
 
-    Kinds, at the scale ``D**-0.5``: ``peaked``, each query points at one key, whose weight is near one half; ``flat``, logits within about 0.1 of
-    each other; ``large``, logits of standard deviation 15, where exp overflows without its maximum taken off;
-    ``constant``, one query, key and value repeated along the sequence, so the output is the value.
+    Kinds, at the scale ``D**-0.5``: ``peaked``, each query points at one key, whose weight is near one half; ``flat``,
+    logits within about 0.1 of zero; ``large``, logits of standard deviation 15, where exp overflows unless the maximum
+    is taken off; ``constant``, the logits of a query are equal, but for rounding, though the keys differ.
 
     Layouts: those of :func:`poisoned_view`, where ``expanded`` applies to k and v; ``packed_qkv``, three views of one
     ``[B, N, Hq*D + Hkv*D + Hkv*Dv]`` tensor, as a joint projection gives (needs ``seqlen_q == seqlen_k``).
@@ -180,13 +180,17 @@ def _draw(
         return 0.3 * q, 0.3 * k, v
     if kind == "large":
         return 5.0 * q, 3.0 * k, v
+    group = heads // kv_heads
     if kind == "constant":
-        return q[:, :, :1].expand_as(q), k[:, :, :1].expand_as(k), v[:, :, :1].expand_as(v)
+        # Queries along one direction, on which all keys have the same component.
+        direction = torch.nn.functional.normalize(normal(batch, kv_heads, 1, head_dim), dim=-1)
+        length = (q * direction.repeat_interleave(group, dim=1)).sum(-1, keepdim=True) * math.sqrt(head_dim)
+        q = length * direction.repeat_interleave(group, dim=1)
+        return q, k + (1.0 - (k * direction).sum(-1, keepdim=True)) * direction, v
     if seqlen_k == 0:
         return q, k, v
     chosen = torch.randint(seqlen_k, (batch, heads, seqlen_q), generator=generator, device=generator.device)
-    shared = k.repeat_interleave(heads // kv_heads, dim=1)
-    aimed = torch.take_along_dim(shared, chosen[..., None], dim=2)
+    aimed = torch.take_along_dim(k.repeat_interleave(group, dim=1), chosen[..., None], dim=2)
     # The chosen key's logit stands log(Nk) above the rest, where it weighs about as much as all of them.
     reach = math.sqrt(head_dim) * math.log(seqlen_k + 1.0) / aimed.square().sum(-1, keepdim=True).clamp_min(1e-3)
     return q + reach * aimed, k, v

@@ -70,5 +70,5 @@ def _has_memory(x: Tensor) -> bool:
         and x.device.type != "meta"
         and x.layout == torch.strided
         and not x.is_quantized
-        and not torch._is_functional_tensor(x)
+        and not torch._is_functional_tensor(x)  # pyright: ignore[reportPrivateImportUsage]
     )

@@ -111,7 +111,8 @@ def trace() -> Iterator[Trace]:
 
     harness.install()
     record = Trace()
-    executor, memory = interpreter.GridExecutor, interpreter._interpreter
+    executor: Any = interpreter.GridExecutor
+    memory = interpreter._interpreter
     call, to_host = executor.__call__, executor._init_args_hst
     watch = _Watch(memory, interpreter.interpreter_builder)
 

@@ -89,9 +89,8 @@ def test_kinds_are_what_they_say():
     assert largest["flat"].max() < 2.0 / 256
     q, k, _ = drawn["large"]
     assert 10.0 < (q @ k[:, :1].mT * 32**-0.5).std() < 20.0
-    assert largest["constant"].allclose(torch.tensor(1.0 / 256))
-    for x in drawn["constant"]:
-        assert torch.equal(x, x[:, :, :1].expand_as(x))
+    assert largest["constant"].allclose(torch.tensor(1.0 / 256), rtol=1e-4)
+    assert drawn["constant"][1].std(2).amin() > 0.5
 
 
 def test_packed_qkv_is_three_views_of_one_storage():
