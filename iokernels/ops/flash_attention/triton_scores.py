@@ -142,9 +142,8 @@ def head_scores(tensors, batch, head, heads, FEATURES: tl.constexpr):
     if FEATURES.mask:
         mask_ptr = at_head(tensors.mask_ptr, tensors.stride_mask, batch, head, 0)
     if FEATURES.alibi:
-        slope_log2 = (
-            tl.load(tensors.alibi_ptr + batch * tensors.stride_alibi[0] + head * tensors.stride_alibi[1]) * LOG2E
-        )
+        offset = batch * tensors.stride_alibi.b + head * tensors.stride_alibi.h
+        slope_log2 = tl.load(tensors.alibi_ptr + offset) * LOG2E
     if FEATURES.dropout:
         seed = tl.load(tensors.seed_ptr)
     return HeadScores(

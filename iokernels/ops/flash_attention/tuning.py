@@ -83,9 +83,9 @@ def _single_precision(kernel: str, width: int, tensor_cores: bool) -> Config:
             return Config(32, 32, 8, 1)
         return Config(64, 32, 8, 2) if forward or rows else Config(32, 64 if keys and width <= 64 else 32, 8, 2)
     if width <= 64:
-        return Config(64, 32, 8, 2) if forward else Config(32, 32, 4, 1)
+        return Config(64, 32, 8, 2) if forward else Config(32, 32, 8, 1)
     if width <= 128:
-        return Config(32, 16, 8, 1) if forward or rows else Config(16, 32 if keys else 16, 8, 1)
+        return Config(32, 32, 16, 2) if forward else Config(32, 16, 8, 1) if rows else Config(16, 32 if keys else 16, 8, 1)
     return Config(16, 16, 8, 1)
 
 
