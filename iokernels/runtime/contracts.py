@@ -115,8 +115,8 @@ class Contract:
             raise ValueError(f"{self.operator}: {message}")
 
     def number(self, name: str, value: Any, *, above: float | None = None, least: float | None = None,
-               below: float | None = None) -> float:  # fmt: skip
-        """Return ``value`` as a finite float within the bounds, or raise."""
+               below: float | None = None) -> Any:  # fmt: skip
+        """Return ``value`` as a finite float (a traced one stays symbolic) within the bounds, or raise."""
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{self.operator}: {name} is {type(value).__name__}; it must be a number")
         bounds = [

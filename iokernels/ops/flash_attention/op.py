@@ -95,7 +95,7 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, *_NO_GRADIENTS._replace(bias=dbias, sinks=dsinks)
 
 
-_NO_GRADIENTS = Options(*(None for _ in Options._fields))
+_NO_GRADIENTS = Options._make([None] * len(Options._fields))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
