@@ -20,10 +20,10 @@ from .options import Options
 
 _SCORES = "B|1 Hq|1 Nq|1 Nk|1"
 _OPTIONAL = {
-    "mask": Spec(_SCORES, (torch.bool,)),
-    "bias": Spec(_SCORES, FLOATS),
-    "alibi_slopes": Spec("B|1 Hq", (torch.float32,)),
-    "sinks": Spec("Hq", FLOATS),
+    "mask": Spec(_SCORES, (torch.bool,), optional=True),
+    "bias": Spec(_SCORES, FLOATS, optional=True),
+    "alibi_slopes": Spec("B|1 Hq", (torch.float32,), optional=True),
+    "sinks": Spec("Hq", FLOATS, optional=True),
 }
 DENSE = Contract(
     "flash_attention",
@@ -239,8 +239,6 @@ def _varlen_plan(
             raise TypeError(f"{VARLEN.operator}: {name} is {type(value).__name__}; it must be an int")
         VARLEN.require(value >= 0, f"{name} is {value}; it must be at least 0")
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if offsets is None:
-            raise TypeError(f"{VARLEN.operator}: {name} is None; it must be a torch.Tensor")
         if isinstance(offsets, Tensor) and offsets.dim() == 1:
             VARLEN.require(
                 offsets.shape[0] >= 1, f"{name} is empty; it must have one entry more than there are sequences"
