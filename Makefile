@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints/ci.txt
 		{ echo '$(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		echo 'warning: no C++ compiler found; whatever uses torch.compile will fail' >&2
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints/ci.txt setuptools
 	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints/ci.txt --editable '.[dev]'
 	@touch $@
