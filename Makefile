@@ -51,6 +51,7 @@ bench: $(READY) ## time every operator against what else is installed
 	$(BIN)/iokernels bench flash_attention
 
 dist: $(READY) ## wheel and sdist in dist/
+	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove all that make has made
