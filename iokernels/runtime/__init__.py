@@ -4,5 +4,6 @@
 ``device``        what the machine is: GPU model and limits, available toolchains
 ``dispatch``      which backend runs a call
 ``errors``        the exceptions that callers see
+``plans``         remembering what validation made of a call
 ``registration``  operators as ``torch.library`` entries
 """

@@ -6,13 +6,13 @@ A room states once what its tensors look like::
         "flash_attention",
         q=Spec("B Hq Nq D", FLOATS),
         k=Spec("B Hkv Nk D", same_dtype_as="q"),
-        mask=Spec("B|1 Hq|1 Nq|1 Nk|1", (torch.bool,)),
+        mask=Spec("B|1 Hq|1 Nq|1 Nk|1", (torch.bool,), optional=True),
     )
     sizes = CONTRACT.check(q=q, k=k, mask=mask)   # {"B": 2, "Hq": 8, ...}
 
 The first argument that names a dimension sets its size and the others must agree; ``X|1`` also takes 1, to be
-broadcast; ``X+1`` is one more than X, ``*`` any size. An argument that is None is skipped. Every message names the
-argument, what it got and what it takes. The code below runs under ``torch.compile`` with symbolic sizes too.
+broadcast; ``X+1`` is one more than X, ``*`` any size. An optional argument that is None is skipped. Every message
+names the argument, what it got and what it takes. The code below runs under ``torch.compile`` with symbolic sizes too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Spec(NamedTuple):
     shape: str
     dtypes: tuple[torch.dtype, ...] = ()
     same_dtype_as: str | None = None
+    optional: bool = False
 
 
 def short(dtype: torch.dtype) -> str:
@@ -56,10 +57,11 @@ class Contract:
         first: torch.Tensor | None = None
         first_name = ""
         for name, tensor in tensors.items():
-            if tensor is None:
+            if tensor is None and self.specs[name].optional:
                 continue
             if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{self.operator}: {name} is {type(tensor).__name__}; it must be a torch.Tensor")
+                got = "None" if tensor is None else type(tensor).__name__
+                raise TypeError(f"{self.operator}: {name} is {got}; it must be a torch.Tensor")
             if first is None:
                 first, first_name = tensor, name
             elif tensor.device != first.device:
@@ -115,8 +117,8 @@ class Contract:
             raise ValueError(f"{self.operator}: {message}")
 
     def number(self, name: str, value: Any, *, above: float | None = None, least: float | None = None,
-               below: float | None = None) -> float:  # fmt: skip
-        """Return ``value`` as a finite float within the bounds, or raise."""
+               below: float | None = None) -> Any:  # fmt: skip
+        """Return ``value`` as a finite float (a traced one stays symbolic) within the bounds, or raise."""
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{self.operator}: {name} is {type(value).__name__}; it must be a number")
         bounds = [
@@ -124,7 +126,8 @@ class Contract:
             (least is None or value >= least, f"at least {least}"),
             (below is None or value < below, f"below {below}"),
         ]
-        finite = not isinstance(value, (int, float)) or math.isfinite(value)
+        # A comparison, not math.isfinite, which torch.compile cannot trace on a number that it made dynamic.
+        finite = -math.inf < value < math.inf
         if not finite or not all(ok for ok, _ in bounds):
             asked = [text for (_, text), bound in zip(bounds, (above, least, below), strict=True) if bound is not None]
             raise ValueError(

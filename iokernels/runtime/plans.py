@@ -32,6 +32,7 @@ def remembered(
         key = (
             make,
             arguments,
+            *map(type, arguments),  # 1 == 1.0 == True, and not all of them may be accepted
             *[None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors],
         )
         plan = plans.get(key)

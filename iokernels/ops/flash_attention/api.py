@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,10 @@ from .options import Options
 
 _SCORES = "B|1 Hq|1 Nq|1 Nk|1"
 _OPTIONAL = {
-    "mask": Spec(_SCORES, (torch.bool,)),
-    "bias": Spec(_SCORES, FLOATS),
-    "alibi_slopes": Spec("B|1 Hq", (torch.float32,)),
-    "sinks": Spec("Hq", FLOATS),
+    "mask": Spec(_SCORES, (torch.bool,), optional=True),
+    "bias": Spec(_SCORES, FLOATS, optional=True),
+    "alibi_slopes": Spec("B|1 Hq", (torch.float32,), optional=True),
+    "sinks": Spec("Hq", FLOATS, optional=True),
 }
 DENSE = Contract(
     "flash_attention",
@@ -203,16 +204,19 @@ _PLANS: dict[Any, Plan] = {}
 
 
 def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
-    backend, *numbers = plan
-    scale, window_left, window_right, softcap, dropout_p = numbers
-    if dropout_p > 0.0:
+    if plan.dropout_p > 0.0:
         rest["dropout_seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
     options = Options(
-        scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, dropout_p=dropout_p, **rest
+        scale=plan.scale,
+        window_left=plan.window_left,
+        window_right=plan.window_right,
+        softcap=plan.softcap,
+        dropout_p=plan.dropout_p,
+        **rest,
     )
-    if backend == "reference":
+    if plan.backend == "reference":
         return reference.attend(q, k, v, options)
-    return attend(q, k, v, backend, options)
+    return attend(q, k, v, plan.backend, options)
 
 
 def _dense_plan(
@@ -233,16 +237,16 @@ def _varlen_plan(
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
             raise TypeError(f"{VARLEN.operator}: {name} is {type(value).__name__}; it must be an int")
-        VARLEN.require(value >= 0, f"{name} is {value}; it must be at least 0")
+        if value < 0:  # not require(): torch.compile cannot format a symbol, and would have to for the message
+            raise ValueError(f"{VARLEN.operator}: {name} is {value}; it must be at least 0")
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if offsets is None:
-            raise TypeError(f"{VARLEN.operator}: {name} is None; it must be a torch.Tensor")
         if isinstance(offsets, Tensor) and offsets.dim() == 1:
             VARLEN.require(
                 offsets.shape[0] >= 1, f"{name} is empty; it must have one entry more than there are sequences"
             )
     sizes = VARLEN.check(
-        {"Nq": max_seqlen_q, "Nk": max_seqlen_k}, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, mask=_four_dims(mask),
+        {"Nq": max_seqlen_q, "Nk": max_seqlen_k},
+        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, mask=_four_dims(mask),
         bias=_four_dims(bias), alibi_slopes=_two_dims(alibi_slopes), sinks=sinks,
     )  # fmt: skip
     return _plan(VARLEN, q, sizes, causal, window, scale, softcap, dropout_p, deterministic, alibi_slopes, backend)
@@ -268,7 +272,8 @@ def _plan(
         )
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError(
-            f"{contract.operator}: alibi_slopes requires a gradient, which is not computed; pass learnable slopes as bias"
+            f"{contract.operator}: alibi_slopes requires a gradient, which is not computed; "
+            "pass learnable slopes as bias"
         )
     left, right = _window(contract, window)
     if causal:
@@ -316,7 +321,7 @@ def _check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> None
     if offsets.device.type != "cpu" or torch.compiler.is_compiling() or not is_concrete(offsets):
         return
     values = offsets.tolist()
-    lengths = [end - start for start, end in zip(values, values[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(values)]
     VARLEN.require(values[0] == 0, f"{name} starts with {values[0]}; it must start with 0")
     VARLEN.require(all(length >= 0 for length in lengths), f"{name} is {values}; it must not decrease")
     VARLEN.require(values[-1] <= total, f"{name} ends with {values[-1]}, past the {total} packed rows")

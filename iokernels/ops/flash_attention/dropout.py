@@ -1,10 +1,10 @@
 """Which attention weights dropout keeps: one definition for every backend.
 
 The weight of query row i and key j in head h of sequence b survives where the upper 31 bits of a random word, as a
-number, are at least ``round(p * 2^31)``. The word is number ``j % 4`` of the four that Philox-4x32-10 (Salmon et al., 2011, "Parallel random
-numbers: as easy as 1, 2, 3") makes of the counter ``(j // 4, i, b * Hq + h, 0)`` and the 64-bit seed: a function of the
-position alone, so the backward pass recomputes it and tiles of any shape agree. Rows and keys count from the start of
-their own sequence. ``triton_scores.keep_mask`` is the same in Triton.
+number, are at least ``round(p * 2^31)``. The word is number ``j % 4`` of the four that Philox-4x32-10 (Salmon et al.,
+2011, "Parallel random numbers: as easy as 1, 2, 3") makes of the counter ``(j // 4, i, b * Hq + h, 0)`` and the 64-bit
+seed: a function of the position alone, so the backward pass recomputes it and tiles of any shape agree. Rows and keys
+count from the start of their own sequence. ``triton_scores.keep_mask`` is the same in Triton.
 """
 
 from __future__ import annotations

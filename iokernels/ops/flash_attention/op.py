@@ -84,7 +84,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
@@ -95,7 +95,7 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None, *_NO_GRADIENTS._replace(bias=dbias, sinks=dsinks)
 
 
-_NO_GRADIENTS = Options(*(None for _ in Options._fields))
+_NO_GRADIENTS = Options._make([None] * len(Options._fields))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,8 @@ def _kept(q: Tensor, k: Tensor, options: Options, first_sequence: int) -> Tensor
 
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Sequence by sequence. Reads the offsets on the host."""
-    assert options.cu_seqlens_q is not None and options.cu_seqlens_k is not None
+    assert options.cu_seqlens_q is not None
+    assert options.cu_seqlens_k is not None
     starts_q, starts_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
     outs, lses = [], []
     for sequence in range(len(starts_q) - 1):

@@ -1,0 +1,59 @@
+# Needs Python 3.10 or newer, a C and C++ compiler (torch.compile calls it) and make. Everything else is installed
+# into .venv, at the versions of constraints/ci.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test lint format type bench dist clean
+.DELETE_ON_ERROR:
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install into .venv; runs by itself, and again when pyproject.toml or constraints/ change
+
+$(READY): pyproject.toml constraints/ci.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'iokernels needs Python 3.10 or newer: make PYTHON=/path/to/python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo '$(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		echo 'warning: no C++ compiler found; whatever uses torch.compile will fail' >&2
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints/ci.txt setuptools
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints/ci.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## prove every operator on this machine, time one, train a small language model
+	$(BIN)/iokernels check
+	$(BIN)/iokernels bench flash_attention --suite quick
+	$(BIN)/python docs/examples/language_model.py --mixer flash --short
+
+test: export OMP_NUM_THREADS ?= 1
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY) ## style, without changing a file
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## style, repaired where that can be done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(READY) ## static types
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+bench: $(READY) ## time every operator against what else is installed
+	$(BIN)/iokernels bench flash_attention
+
+dist: $(READY) ## wheel and sdist in dist/
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove all that make has made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
