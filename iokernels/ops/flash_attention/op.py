@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from iokernels.runtime.registration import register
 
@@ -83,19 +82,37 @@ class _FlashAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         wanted = ctx.needs_input_grad
         needs = Needs(q=wanted[0], k=wanted[1], v=wanted[2], bias=wanted[4], sinks=wanted[5])
-        grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
+        with torch.no_grad():
+            grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grads = _Once.apply(len(grads), *grads, dout, dlse, q, k, v, *tensors)
         dq, dk, dv, dbias, dsinks = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dq, dk, dv, None, *_NO_GRADIENTS._replace(bias=dbias, sinks=dsinks)
+        return dq, dk, dv, None, dbias, dsinks, *_NO_GRADIENTS
 
 
-_NO_GRADIENTS = Options(*(None for _ in Options._fields))
+class _Once(torch.autograd.Function):
+    """Hands on the first ``count`` of its tensors, and refuses to be differentiated with respect to any."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            "flash_attention: the gradients of this backend cannot be differentiated again; "
+            'backend="reference" supports gradients of any order'
+        )
+
+
+_NO_GRADIENTS = (None,) * (len(Options._fields) - 2)
+"""For the options after bias and sinks."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
@@ -107,5 +124,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> t
         or (options.bias is not None and options.bias.requires_grad)
         or (options.sinks is not None and options.sinks.requires_grad)
     ):
+        if torch.compiler.is_compiling():
+            k, v, options = _distinct(k, v, options)
         return _FlashAttention.apply(q, k, v, backend, *options)
     return forward_op(q, k, v, backend, *options)
+
+
+def _distinct(k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:
+    """Views, because Dynamo refuses a Function that gets one tensor twice: self-attention of ``x, x, x``, or the same
+    offsets for queries and keys."""
+    if options.cu_seqlens_k is not None:
+        options = options._replace(cu_seqlens_k=options.cu_seqlens_k.view_as(options.cu_seqlens_k))
+    return k.view_as(k), v.view_as(v), options
