@@ -233,7 +233,8 @@ def _varlen_plan(
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
             raise TypeError(f"{VARLEN.operator}: {name} is {type(value).__name__}; it must be an int")
-        VARLEN.require(value >= 0, f"{name} is {value}; it must be at least 0")
+        if value < 0:  # not require(): torch.compile cannot format a symbol, and would have to for the message
+            raise ValueError(f"{VARLEN.operator}: {name} is {value}; it must be at least 0")
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if offsets is None:
             raise TypeError(f"{VARLEN.operator}: {name} is None; it must be a torch.Tensor")
