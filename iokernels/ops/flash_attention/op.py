@@ -6,6 +6,7 @@ file imports torch alone; the backend's module is imported when it first runs.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,7 @@ from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, empty_in_or
 _MODULES = {"torch": ".portable", "triton": ".triton_launch"}
 
 
+@cache
 def _backend(name: str) -> Any:
     return import_module(_MODULES[name], __package__)
 
@@ -70,10 +72,18 @@ backward_op = register(
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Calls the two operators above. ``options`` are the fields of :class:`Options`, in order."""
+    """Calls the two operators above.
+
+    bias and sinks stand twice among the arguments, because autograd does not look into ``options``; all of it as one
+    argument, because each costs a call half a microsecond.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, backend: str,
+        options: Options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        options = Options(bias, sinks, *options[2:])
         out, lse = forward_op(q, k, v, backend, *options)
         ctx.save_for_backward(q, k, v, out, lse, *options[:TENSOR_OPTIONS])
         ctx.backend = backend
@@ -86,14 +96,12 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        wanted = ctx.needs_input_grad
-        needs = Needs(q=wanted[0], k=wanted[1], v=wanted[2], bias=wanted[4], sinks=wanted[5])
+        needs = Needs(*ctx.needs_input_grad[:5])
         with torch.no_grad():
             grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _Once.apply(len(grads), *grads, dout, dlse, q, k, v, *tensors)
-        dq, dk, dv, dbias, dsinks = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dq, dk, dv, None, dbias, dsinks, *_NO_GRADIENTS
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
 class _Once(torch.autograd.Function):
@@ -111,10 +119,6 @@ class _Once(torch.autograd.Function):
         )
 
 
-_NO_GRADIENTS = (None,) * (len(Options._fields) - 2)
-"""For the options after bias and sinks."""
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, lse)."""
     if torch.is_grad_enabled() and (
@@ -126,7 +130,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> t
     ):
         if torch.compiler.is_compiling():
             k, v, options = _distinct(k, v, options)
-        return _FlashAttention.apply(q, k, v, backend, *options)
+        return _FlashAttention.apply(q, k, v, options.bias, options.sinks, backend, options)
     return forward_op(q, k, v, backend, *options)
 
 
