@@ -115,7 +115,7 @@ def flash_attention(
         (q, k, v, mask, bias, alibi_slopes, sinks),
     )
     mask, bias, alibi_slopes = _four_dims(mask), _four_dims(bias), _two_dims(alibi_slopes)
-    out, lse = _run(plan, q, k, v, bias=bias, sinks=sinks, mask=mask, alibi_slopes=alibi_slopes)
+    out, lse = _run(plan, q, k, v, bias, sinks, mask, alibi_slopes)
     return (out, lse) if return_lse else out
 
 
@@ -173,24 +173,30 @@ def flash_attention_varlen(
     )  # fmt: skip
     _check_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     _check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out, lse = _run(
         plan,
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
-        bias=_four_dims(bias),
-        sinks=sinks,
-        mask=_four_dims(mask),
-        alibi_slopes=_two_dims(alibi_slopes),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        q,
+        k,
+        v,
+        _four_dims(bias),
+        sinks,
+        _four_dims(mask),
+        _two_dims(alibi_slopes),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
     )
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out
 
 
 class Plan(NamedTuple):
-    """What validation makes of a call: a function of metadata alone, so it is remembered."""
+    """What validation makes of a call: a function of metadata alone, so it is remembered.
+
+    After the backend, fields of :class:`Options` in their order.
+    """
 
     backend: str
     scale: float
@@ -203,16 +209,15 @@ class Plan(NamedTuple):
 _PLANS: dict[Any, Plan] = {}
 
 
-def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+def _run(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Any, sinks: Any, mask: Any, alibi_slopes: Any,
+    cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    seed = None
     if plan.dropout_p > 0.0:
-        rest["dropout_seed"] = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
     options = Options(
-        scale=plan.scale,
-        window_left=plan.window_left,
-        window_right=plan.window_right,
-        softcap=plan.softcap,
-        dropout_p=plan.dropout_p,
-        **rest,
+        bias, sinks, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *plan[1:], max_seqlen_q, max_seqlen_k
     )
     if plan.backend == "reference":
         return reference.attend(q, k, v, options)

@@ -31,6 +31,19 @@ def keep_mask(seed: Tensor, p: float, sequence_heads: Tensor, rows: Tensor, keys
     return (word >> 1) >= threshold(p)
 
 
+def keep_tile(seed: Tensor, p: float, sequence_heads: Tensor, rows: slice, keys: slice) -> Tensor:
+    """:func:`keep_mask` of consecutive rows and keys, at a quarter of its cost: all four words of a counter are used.
+
+    ``sequence_heads`` is int64 ``[..., 1, 1]``; the result ``[..., rows, keys]``.
+    """
+    device = sequence_heads.device
+    counters = torch.arange(keys.start // 4, (keys.stop + 3) // 4, device=device)
+    words = _philox(seed, counters, torch.arange(rows.start, rows.stop, device=device)[:, None], sequence_heads)
+    kept = torch.stack([(word >> 1) >= threshold(p) for word in torch.broadcast_tensors(*words)], dim=-1)
+    first = keys.start % 4
+    return kept.flatten(-2)[..., first : first + keys.stop - keys.start]
+
+
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox-4x32 on int64 tensors that hold 32-bit words; the fourth counter is 0."""
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD

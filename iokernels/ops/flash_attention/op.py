@@ -6,12 +6,12 @@ file imports torch alone; the backend's module is imported when it first runs.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from iokernels.runtime.registration import register
 
@@ -20,6 +20,7 @@ from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, empty_in_or
 _MODULES = {"torch": ".portable", "triton": ".triton_launch"}
 
 
+@cache
 def _backend(name: str) -> Any:
     return import_module(_MODULES[name], __package__)
 
@@ -71,10 +72,18 @@ backward_op = register(
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Calls the two operators above. ``options`` are the fields of :class:`Options`, in order."""
+    """Calls the two operators above.
+
+    bias and sinks stand twice among the arguments, because autograd does not look into ``options``; all of it as one
+    argument, because each costs a call half a microsecond.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, backend: str,
+        options: Options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        options = Options(bias, sinks, *options[2:])
         out, lse = forward_op(q, k, v, backend, *options)
         ctx.save_for_backward(q, k, v, out, lse, *options[:TENSOR_OPTIONS])
         ctx.backend = backend
@@ -83,19 +92,31 @@ class _FlashAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        wanted = ctx.needs_input_grad
-        needs = Needs(q=wanted[0], k=wanted[1], v=wanted[2], bias=wanted[4], sinks=wanted[5])
-        grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
-        dq, dk, dv, dbias, dsinks = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dq, dk, dv, None, *_NO_GRADIENTS._replace(bias=dbias, sinks=dsinks)
+        needs = Needs(*ctx.needs_input_grad[:5])
+        with torch.no_grad():
+            grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grads = _Once.apply(len(grads), *grads, dout, dlse, q, k, v, *tensors)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
-_NO_GRADIENTS = Options._make([None] * len(Options._fields))
+class _Once(torch.autograd.Function):
+    """Hands on the first ``count`` of its tensors, and refuses to be differentiated with respect to any."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            "flash_attention: the gradients of this backend cannot be differentiated again; "
+            'backend="reference" supports gradients of any order'
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
@@ -107,5 +128,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> t
         or (options.bias is not None and options.bias.requires_grad)
         or (options.sinks is not None and options.sinks.requires_grad)
     ):
-        return _FlashAttention.apply(q, k, v, backend, *options)
+        if torch.compiler.is_compiling():
+            k, v, options = _distinct(k, v, options)
+        return _FlashAttention.apply(q, k, v, options.bias, options.sinks, backend, options)
     return forward_op(q, k, v, backend, *options)
+
+
+def _distinct(k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:
+    """Views, because Dynamo refuses a Function that gets one tensor twice: self-attention of ``x, x, x``, or the same
+    offsets for queries and keys."""
+    if options.cu_seqlens_k is not None:
+        options = options._replace(cu_seqlens_k=options.cu_seqlens_k.view_as(options.cu_seqlens_k))
+    return k.view_as(k), v.view_as(v), options
