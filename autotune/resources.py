@@ -1,8 +1,8 @@
 """What compiled kernels take of a GPU: registers, spills and shared memory. Needs no GPU.
 
-Triton compiles for any target; its wheel carries ``cuobjdump``, which reads a cubin's resource usage and its machine code.
-The kernels are launched through their real launchers under :func:`compiling_for`, so what is compiled is what a call
-with these arguments would compile, down to the specialisation of strides.
+Triton compiles for any target; its wheel carries ``cuobjdump``, which reads a cubin's resource usage and its machine
+code. The kernels are launched through their real launchers under :func:`compiling_for`, so what is compiled is what a
+call with these arguments would compile, down to the specialisation of strides.
 """
 
 from __future__ import annotations
@@ -98,7 +98,5 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        run = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, what, str(path)], check=True, capture_output=True, text=True
-        )
+        run = subprocess.run([knobs.nvidia.cuobjdump.path, what, str(path)], check=True, capture_output=True, text=True)
     return run.stdout

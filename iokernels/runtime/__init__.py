@@ -4,6 +4,7 @@
 ``device``        what the machine is: GPU model and limits, available toolchains
 ``dispatch``      which backend runs a call
 ``errors``        the exceptions that callers see
+``once``          what a second derivative meets
 ``plans``         remembering what validation made of a call
 ``registration``  operators as ``torch.library`` entries
 """

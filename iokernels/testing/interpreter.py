@@ -123,7 +123,13 @@ def _mend_arithmetic(interpreter: Any) -> None:
 
         return mended
 
-    for name, operands in {"binary_op": 2, "unary_op": 1, "create_fma": 3, "create_rsqrt": 1, "create_clampf": 3}.items():
+    for name, operands in {
+        "binary_op": 2,
+        "unary_op": 1,
+        "create_fma": 3,
+        "create_rsqrt": 1,
+        "create_clampf": 3,
+    }.items():
         setattr(builder, name, through_float32(getattr(builder, name), operands))
 
     dot = builder.create_dot

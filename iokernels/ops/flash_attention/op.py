@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iokernels.runtime.once import differentiable_once
 from iokernels.runtime.registration import register
 
 from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, empty_in_order_of, empty_lse, empty_out
@@ -92,31 +93,14 @@ class _FlashAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    @differentiable_once("flash_attention")
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         needs = Needs(*ctx.needs_input_grad[:5])
-        with torch.no_grad():
-            grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = _Once.apply(len(grads), *grads, dout, dlse, q, k, v, *tensors)
+        grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
-
-
-class _Once(torch.autograd.Function):
-    """Hands on the first ``count`` of its tensors, and refuses to be differentiated with respect to any."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(
-            "flash_attention: the gradients of this backend cannot be differentiated again; "
-            'backend="reference" supports gradients of any order'
-        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ The scores are recomputed from q, k and the saved lse. With dO the gradient of o
     dv_j    = sum_i P_ij dO_i                         the rows of every query head of its group)
 
 Kernels 2 and 3 both recompute S and dP. That costs two more products than one kernel with atomic additions to dq would
-(seven instead of five), and buys the same bits on every run. In kernel 3 tiles lie as [keys, queries], so that no result of
-a matrix product has to be transposed before the next one.
+(seven instead of five), and buys the same bits on every run. In kernel 3 tiles lie as [keys, queries], so that no
+result of a matrix product has to be transposed before the next one.
 
-FLOPs a head: 2 Nq Nk (2 D + Dv) in kernel 2, 2 Nq Nk (2 D + 2 Dv) in kernel 3. Bytes that blocks request: kernel 1 out, dO
-and delta once; kernel 2 q, dO, lse, delta and dq once, k and v once for each of Nq / BLOCK_M blocks; kernel 3 k, v,
-dk and dv once, q, dO, lse and delta once for each of Nk / BLOCK_N blocks.
+FLOPs a head: 2 Nq Nk (2 D + Dv) in kernel 2, 2 Nq Nk (2 D + 2 Dv) in kernel 3. Bytes that blocks request: kernel 1 out,
+dO and delta once; kernel 2 q, dO, lse, delta and dq once, k and v once for each of Nq / BLOCK_M blocks; kernel 3 k, v,
+dk and dv once, q, dO, lse and delta once for each of Nk / BLOCK_N blocks. Kernel 3 is in ``triton_bwd_kv``, the gradient
+of a bias in ``triton_bwd_bias``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The gradient of an additive bias, without ever holding dS.
 
 dbias is dS = P (dP - delta) summed over the dimensions along which the bias was broadcast (see ``triton_bwd``). A block
-owns one BLOCK_M x BLOCK_N tile of the bias's own shape and visits everything that tile was added to: all sequences where
-the bias has one batch, all heads where it has one head, all row (key) blocks where it has one row (key). So memory is
-that of the bias, nothing is atomic, and the sum is always taken in the same order.
+owns one BLOCK_M x BLOCK_N tile of the bias's own shape and visits everything that tile was added to: all sequences
+where the bias has one batch, all heads where it has one head, all row (key) blocks where it has one row (key). So
+memory is that of the bias, nothing is atomic, and the sum is always taken in the same order.
 
-FLOPs: 2 Nq Nk (D + Dv) a head. Bytes that blocks request, a visit: q, dO, lse, delta of BLOCK_M rows and k, v of BLOCK_N
-keys; then the bias is read once a visit and dbias written once.
+FLOPs: 2 Nq Nk (D + Dv) a head. Bytes that blocks request at a visit: q, dO, lse and delta of BLOCK_M rows, k and v of
+BLOCK_N keys, the bias of the tile; dbias is written once.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def flash_attention_bwd_dbias_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """dbias of one tile: key tiles within row tiles within heads within sequences, of the bias's own shape."""
     row_blocks, key_blocks = tl.cdiv(seqlen_q, BLOCK_M), tl.cdiv(seqlen_k, BLOCK_N)
     row_tiles = 1 if ONE_ROW else row_blocks
     key_tiles = 1 if ONE_KEY else key_blocks

@@ -72,8 +72,8 @@ def flash_attention_bwd_dkv_kernel(
     """dk and dv of BLOCK_N keys of one key head: key blocks within key heads within sequences. When causal, the first
     keys are seen by the most rows, so the natural order already starts with the longest blocks.
 
-    One loop runs through the rows of every query head of the group, and masks a tile by a branch: with a nest of loops, or
-    a loop for each part, the compiler keeps so much alive that the accumulators spill.
+    One loop runs through the rows of every query head of the group, and masks a tile by a branch: with a nest of loops,
+    or a loop for each part, the compiler keeps so much alive that the accumulators spill.
     """
     key_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     first_key = tl.program_id(0) % key_blocks * BLOCK_N
@@ -119,7 +119,7 @@ def flash_attention_bwd_dkv_kernel(
             scoring = head_scores(tensors, sequence, head, heads, FEATURES)
             kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             scores, slope = tile_scores(kq, rows[None, :], keys[:, None], numbers, scoring, FEATURES, False)
-            if FEATURES.left or FEATURES.right:
+            if FEATURES.left or FEATURES.right:  # noqa: SIM102 - the first is known to the compiler, the second is not
                 if (first_row < full_start) | (first_row >= full_stop):
                     shown = visible(rows[None, :], keys[:, None], numbers, FEATURES)
                     scores = tl.where(shown, scores, float("-inf"))

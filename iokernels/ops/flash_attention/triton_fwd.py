@@ -119,7 +119,8 @@ def flash_attention_fwd_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One grid axis, because the others end at 65,535: row blocks within heads within sequences.
+    """out and lse of BLOCK_M rows of one head. One grid axis, because the others end at 65,535: row blocks within heads
+    within sequences."""
     row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
     pid_m = tl.program_id(0) % row_blocks
     sequence_head = tl.program_id(0) // row_blocks

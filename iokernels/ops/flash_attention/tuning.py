@@ -85,7 +85,9 @@ def _single_precision(kernel: str, width: int, tensor_cores: bool) -> Config:
     if width <= 64:
         return Config(64, 32, 8, 2) if forward else Config(32, 32, 8, 1)
     if width <= 128:
-        return Config(32, 32, 16, 2) if forward else Config(32, 16, 8, 1) if rows else Config(16, 32 if keys else 16, 8, 1)
+        return (
+            Config(32, 32, 16, 2) if forward else Config(32, 16, 8, 1) if rows else Config(16, 32 if keys else 16, 8, 1)
+        )
     return Config(16, 16, 8, 1)
 
 
