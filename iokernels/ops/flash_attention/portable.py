@@ -1,0 +1,224 @@
+"""``flash_attention`` in chunked PyTorch: the backend ``torch``, for any device and any dtype.
+
+Maths. Query rows are taken in blocks of m, keys in blocks of n. A row block walks the key blocks with a running
+maximum M, sum L and unnormalised output A (online softmax; Dao et al., 2022, arXiv:2205.14135, section 3.1):
+
+    S = scores(Q_i, K_j)    M' = max(M, rowmax S)    P = exp(S - M')    d = exp(M - M')
+    L = d L + rowsum P      A = d A + drop(P) V_j    at the end  out = A / L,  lse = M + log L
+
+The backward pass makes every tile again from lse (same paper, section 3.1; Dao, 2023, arXiv:2307.08691, section 3.1):
+
+    P = exp(S - lse)        dV_j += drop(P)^T dO_i   dP = drop(dO_i V_j^T)
+    dS = P (dP - delta)     delta = rowsum(dO_i * O_i) - dlse_i
+    dbias += dS             dQ_i += scale dS K_j     dK_j += scale dS^T Q_i    dsink = -sum exp(sink - lse) delta
+
+where drop() zeroes the dropped weights and divides by 1 - dropout_p; with a softcap, dS is multiplied by
+``1 - tanh^2`` before the last two products. Key blocks that the window hides from all rows of a block are never made.
+
+FLOPs, with P visible (row, key) pairs: ``2 B Hq P (D + Dv)`` forward, ``2 B Hq P (3 D + 2 Dv)`` backward. Bytes: q,
+out and lse once, k and v once for each row block, ``ceil(Nq / m)`` times; the backward pass also reads dout once, reads
+and writes dq once, and reads and writes dk and dv once for each row block. Extra memory: a few tiles of ``B Hq m n``,
+and in the backward pass sums of the shape of dk and dv. Each elementwise step reads and writes its tile of S again: m
+and n are chosen so that a tile stays in cache (:func:`portable_tiles.block_sizes`).
+
+Tiles are float32 (float64 for float64 inputs). Query heads that share a key head are rows of one product, so k and v
+are not repeated. PyTorch's own CPU kernel runs the calls for which it is the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import TENSOR_OPTIONS, Gradients, Needs, Options, empty_in_order_of, empty_lse, empty_out, of_sequence
+from .portable_bwd import Sums, backward_tiles
+from .portable_tiles import Tiles
+
+_ATEN_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_ATEN_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Attention as :class:`Options` defines it: ``(out [B, Hq, Nq, Dv], lse [B, Hq, Nq])``.
+
+    Packed sequences are run one after the other; their offsets are read on the host.
+    """
+    out, lse = empty_out(q, v), empty_lse(q)
+    if runs_in_aten(q, k, v, options):
+        made, statistics = _ATEN_FORWARD(
+            q, k, v, 0.0, options.window_right == 0 and q.shape[2] > 1, scale=options.scale
+        )
+        out.copy_(made)
+        lse.copy_(statistics)
+    elif options.cu_seqlens_q is None:
+        _forward_tiles(Tiles(q, k, v, options), q, k, v, out, lse)
+    else:
+        out.zero_()
+        lse.fill_(float("-inf"))
+        for part in _sequences(q, k, options):
+            rows, keys = part.rows, part.keys
+            q_part, k_part, v_part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            tiles = Tiles(q_part, k_part, v_part, part.options, part.index, part.seqlen_q)
+            _forward_tiles(tiles, q_part, k_part, v_part, out[:, :, rows], lse[:, :, rows])
+    return out, lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
+    needs: Needs,
+) -> Gradients:  # fmt: skip
+    """The gradients that ``needs`` names, given those of out and, where the loss uses it, of lse."""
+    if dlse is None and runs_in_aten(q, k, v, options):
+        dout = dout if _rows_are_contiguous(dout) else dout.contiguous()
+        made = _ATEN_BACKWARD(dout, q, k, v, out, lse, 0.0, _causal(q, options), scale=options.scale)
+        grads = (_in_order_of(x, dx) if need else None for x, dx, need in zip((q, k, v), made, needs[:3], strict=True))
+        return Gradients(*grads)
+
+    dq, dk, dv = (
+        empty_in_order_of(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
+    )
+    sums = Sums.zeros(q, options, needs)
+    if options.cu_seqlens_q is None:
+        backward_tiles(Tiles(q, k, v, options), dout, dlse, q, k, v, out, lse, dq, dk, dv, sums)
+    else:
+        for grad in (dq, dk, dv):
+            if grad is not None:
+                grad.zero_()
+        for part in _sequences(q, k, options):
+            rows, keys = part.rows, part.keys
+            q_part, k_part, v_part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            backward_tiles(
+                Tiles(q_part, k_part, v_part, part.options, part.index, part.seqlen_q),
+                dout[:, :, rows],
+                None if dlse is None else dlse[:, :, rows],
+                q_part,
+                k_part,
+                v_part,
+                out[:, :, rows],
+                lse[:, :, rows],
+                None if dq is None else dq[:, :, rows],
+                None if dk is None else dk[:, :, keys],
+                None if dv is None else dv[:, :, keys],
+                sums.of_sequence(options, part.index, rows, keys),
+            )
+    dbias = None if sums.bias is None or options.bias is None else sums.bias.to(options.bias.dtype)
+    dsinks = None if sums.sinks is None or options.sinks is None else sums.sinks.to(options.sinks.dtype)
+    return Gradients(dq, dk, dv, dbias, dsinks)
+
+
+def runs_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether PyTorch's CPU flash kernel computes the same function of these arguments.
+
+    It knows neither windows nor unequal heads, aligns a causal mask at the start, and takes rows for contiguous and
+    apart without looking at their strides. Every row must have a key.
+    """
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    return (
+        q.device.type == "cpu"
+        and all(x is None for x in options[:TENSOR_OPTIONS])
+        and options.softcap == 0.0
+        and options.window_left == -1
+        and (options.window_right == -1 or (options.window_right == 0 and seqlen_q in (1, seqlen_k)))
+        and q.shape[1] == k.shape[1]
+        and q.shape[3] == v.shape[3]
+        and q.numel() > 0
+        and seqlen_k > 0
+        and all(_rows_are_contiguous(x) for x in (q, k, v))
+    )
+
+
+def _causal(q: Tensor, options: Options) -> bool:
+    """A single row at the end of the keys sees them all."""
+    return options.window_right == 0 and q.shape[2] > 1
+
+
+def _rows_are_contiguous(x: Tensor) -> bool:
+    return x.stride(3) == 1 and x.stride(2) >= x.shape[3]
+
+
+def _in_order_of(x: Tensor, made: Tensor) -> Tensor:
+    """``made``, copied where its memory is not laid out as promised."""
+    promised = empty_in_order_of(x, made.shape[3])
+    return made if made.stride() == promised.stride() else promised.copy_(made)
+
+
+def _forward_tiles(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Fill out [B, Hq, Nq, Dv] and lse [B, Hq, Nq], views of any strides."""
+    for rows in tiles.row_blocks():
+        block_out, block_lse = _forward_rows(tiles, tiles.queries(q, rows), k, v, rows)
+        out[:, :, rows].copy_(block_out)
+        lse[:, :, rows].copy_(block_lse)
+
+
+def _forward_rows(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Online softmax of one block of rows, q [B * Hkv, G * m, D]: (out [B, Hq, m, Dv], lse [B, Hq, m])."""
+    shape = (tiles.batch, tiles.heads, rows.stop - rows.start, 1)
+    sinks = tiles.options.sinks
+    if sinks is None:
+        highest = q.new_full(shape, float("-inf"))
+        total = q.new_zeros(shape)
+    else:
+        highest = sinks.to(q.dtype).view(1, -1, 1, 1).expand(shape)
+        total = (highest > float("-inf")).to(q.dtype)  # exp(sink - sink), and nothing of a sink that is -inf
+    flat = (q.shape[0], q.shape[1], -1)
+    acc = None
+    for keys in tiles.key_blocks(rows):
+        scores, _ = tiles.scores(q, tiles.block(k, keys), rows, keys)
+        raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        # A row without a key so far: exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN.
+        base = raised.masked_fill(raised == float("-inf"), 0.0)
+        weights = scores.sub_(base).exp_()
+        decay = torch.exp(highest - base)
+        total = total * decay + weights.sum(-1, keepdim=True)
+        highest = raised
+        kept = tiles.kept(rows, keys)
+        if kept is not None:
+            weights.mul_(kept)
+        values = tiles.block(v, keys)
+        if acc is None:
+            acc = torch.bmm(weights.view(*flat), values)
+        else:
+            acc.mul_(decay.reshape(flat)).baddbmm_(weights.view(*flat), values)
+    lse = (highest + torch.log(total)).squeeze(-1)
+    if acc is None:
+        return q.new_zeros((1, 1, 1, 1)).expand(*shape[:3], v.shape[3]), lse
+    total = total.masked_fill(total == 0.0, 1.0).mul_(1.0 - tiles.options.dropout_p)
+    return acc.view(*shape[:3], -1).div_(total), lse
+
+
+class _Sequence(NamedTuple):
+    """One packed sequence: where its rows and keys lie, and its options as those of a dense batch of one."""
+
+    index: int
+    rows: slice
+    keys: slice
+    seqlen_q: int  # rows holds fewer where the sequence is longer than max_seqlen_q
+    options: Options
+
+
+def _sequences(q: Tensor, k: Tensor, options: Options) -> Iterator[_Sequence]:
+    """The sequences that have rows. Offsets outside the tensors are clamped; a negative length is none."""
+    assert options.cu_seqlens_q is not None
+    assert options.cu_seqlens_k is not None
+
+    def bounds(offsets: Tensor, total: int) -> list[tuple[int, int]]:
+        clamped = [min(max(offset, 0), total) for offset in offsets.tolist()]
+        return [(start, max(start, stop)) for start, stop in pairwise(clamped)]
+
+    pairs = zip(bounds(options.cu_seqlens_q, q.shape[2]), bounds(options.cu_seqlens_k, k.shape[2]), strict=True)
+    for index, ((start_q, stop_q), (start_k, stop_k)) in enumerate(pairs):
+        seqlen_q = stop_q - start_q
+        rows = min(seqlen_q, options.max_seqlen_q)
+        if rows == 0:
+            continue
+        yield _Sequence(
+            index,
+            slice(start_q, start_q + rows),
+            slice(start_k, stop_k),
+            seqlen_q,
+            of_sequence(options, index, rows, stop_k - start_k),
+        )
