@@ -1,10 +1,10 @@
 """Which attention weights dropout keeps: one definition for every backend.
 
 The weight of query row i and key j in head h of sequence b survives where the upper 31 bits of a random word, as a
-number, are at least ``round(p * 2^31)``. The word is number ``j % 4`` of the four that Philox-4x32-10 (Salmon et al., 2011, "Parallel random
-numbers: as easy as 1, 2, 3") makes of the counter ``(j // 4, i, b * Hq + h, 0)`` and the 64-bit seed: a function of the
-position alone, so the backward pass recomputes it and tiles of any shape agree. Rows and keys count from the start of
-their own sequence. ``triton_scores.keep_mask`` is the same in Triton.
+number, are at least ``round(p * 2^31)``. The word is number ``j % 4`` of the four that Philox-4x32-10 (Salmon et al.,
+2011, "Parallel random numbers: as easy as 1, 2, 3") makes of the counter ``(j // 4, i, b * Hq + h, 0)`` and the 64-bit
+seed: a function of the position alone, so the backward pass recomputes it and tiles of any shape agree. Rows and keys
+count from the start of their own sequence. ``triton_scores.keep_mask`` is the same in Triton.
 """
 
 from __future__ import annotations
@@ -29,6 +29,19 @@ def keep_mask(seed: Tensor, p: float, sequence_heads: Tensor, rows: Tensor, keys
     lane = keys % 4
     word = torch.where(lane < 2, torch.where(lane == 0, w0, w1), torch.where(lane == 2, w2, w3))
     return (word >> 1) >= threshold(p)
+
+
+def keep_tile(seed: Tensor, p: float, sequence_heads: Tensor, rows: slice, keys: slice) -> Tensor:
+    """:func:`keep_mask` of consecutive rows and keys, at a quarter of its cost: all four words of a counter are used.
+
+    ``sequence_heads`` is int64 ``[..., 1, 1]``; the result ``[..., rows, keys]``.
+    """
+    device = sequence_heads.device
+    counters = torch.arange(keys.start // 4, (keys.stop + 3) // 4, device=device)
+    words = _philox(seed, counters, torch.arange(rows.start, rows.stop, device=device)[:, None], sequence_heads)
+    kept = torch.stack([(word >> 1) >= threshold(p) for word in torch.broadcast_tensors(*words)], dim=-1)
+    first = keys.start % 4
+    return kept.flatten(-2)[..., first : first + keys.stop - keys.start]
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
