@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iokernels import flash_attention, flash_attention_varlen
 from iokernels.ops.flash_attention import portable, portable_tiles
+from iokernels.ops.flash_attention.dropout import keep_mask, keep_tile
 from iokernels.ops.flash_attention.options import Needs, Options
 from iokernels.ops.flash_attention.portable_tiles import block_sizes
 
@@ -284,14 +285,15 @@ class LargestTensor(TorchDispatchMode):
         Options(window_right=0, scale=0.1),
         Options(softcap=3.0, sinks=torch.tensor([0.5, -0.5])),
         Options(bias=torch.zeros(1, 2, 1, 1), alibi_slopes=torch.tensor([[0.3, 0.1]])),
-        Options(dropout_p=0.2, dropout_seed=torch.tensor([7]), window_left=700),
+        Options(dropout_p=0.2, dropout_seed=torch.tensor([7]), window_left=300),
     ],
     ids=["causal", "softcap, sinks", "bias, slopes", "dropout, window"],
 )
-def test_memory_is_linear(options: Options) -> None:
+def test_memory_is_linear(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor grows like N x N, in either direction; a bias keeps its own shape."""
+    monkeypatch.setattr(portable_tiles, "_TILE_ELEMENTS", 2**14)
     largest = {}
-    for length in (2048, 4096):
+    for length in (512, 1024):
         q = torch.randn(1, 2, length, 8)
         k, v = (torch.randn(1, 1, length, 8) for _ in range(2))
         needs = Needs(True, True, True, bias=options.bias is not None, sinks=options.sinks is not None)
@@ -299,8 +301,8 @@ def test_memory_is_linear(options: Options) -> None:
             out, lse = portable.forward(q, k, v, options)
             portable.backward(q, lse, q, k, v, out, lse, options, needs)
         largest[length] = counter.elements
-    assert largest[2048] < 2048 * 2048
-    assert largest[4096] <= 2 * largest[2048]
+    assert largest[512] < 512 * 512
+    assert largest[1024] <= 2 * largest[512]
 
 
 def test_blocks_are_bounded() -> None:
@@ -348,6 +350,14 @@ def test_rows_without_keys_stay_clean(poison: str) -> None:
     if poison != "window":
         assert not dk[:, :, :2].any()
         assert not dv[:, :, :2].any()
+
+
+def test_dropout_of_a_tile_is_that_of_its_positions() -> None:
+    seed, heads = torch.tensor([123456789012345]), torch.arange(6).view(2, 3, 1, 1)
+    whole = keep_mask(seed, 0.4, heads, torch.arange(20)[:, None], torch.arange(30)[None, :])
+    for rows, keys in ((slice(0, 20), slice(0, 30)), (slice(3, 10), slice(5, 6)), (slice(19, 20), slice(7, 29))):
+        assert torch.equal(keep_tile(seed, 0.4, heads, rows, keys), whole[:, :, rows, keys])
+    assert 0.55 < whole.float().mean().item() < 0.65
 
 
 @pytest.fixture

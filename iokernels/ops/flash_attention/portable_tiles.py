@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .dropout import keep_mask
+from .dropout import keep_tile
 from .options import Options, lse_dtype
 
 _TILE_ELEMENTS = 2**20
@@ -118,13 +118,7 @@ class Tiles:
         if self.options.dropout_p == 0.0 or seed is None:
             return None
         heads = torch.arange(self.batch * self.heads, device=self.device).view(self.batch, self.heads, 1, 1)
-        return keep_mask(
-            seed,
-            self.options.dropout_p,
-            self.first_head + heads,
-            torch.arange(rows.start, rows.stop, device=self.device)[:, None],
-            torch.arange(keys.start, keys.stop, device=self.device)[None, :],
-        )
+        return keep_tile(seed, self.options.dropout_p, self.first_head + heads, rows, keys)
 
     def unfold(self, x: Tensor, rows: slice) -> Tensor:
         """[B * Hkv, G * m, width] as [B, Hq, m, width]."""
