@@ -124,7 +124,8 @@ class Contract:
             (least is None or value >= least, f"at least {least}"),
             (below is None or value < below, f"below {below}"),
         ]
-        finite = not isinstance(value, (int, float)) or math.isfinite(value)
+        # A comparison, which is false for NaN: torch.compile traces it on symbols, and math.isfinite not.
+        finite = -math.inf < value < math.inf
         if not finite or not all(ok for ok, _ in bounds):
             asked = [text for (_, text), bound in zip(bounds, (above, least, below), strict=True) if bound is not None]
             raise ValueError(
