@@ -237,7 +237,7 @@ def train(
 
 
 @torch.no_grad()
-def generate(model: nn.Module, settings: Settings, prompt: bytes = b'    def ', temperature: float = 0.7) -> str:
+def generate(model: nn.Module, settings: Settings, prompt: bytes = b"    def ", temperature: float = 0.7) -> str:
     """Text written byte by byte. The whole context is computed anew for each: slow, and nothing to get wrong."""
     model.eval()
     generator = torch.Generator().manual_seed(settings.seed)
@@ -278,12 +278,12 @@ def plot(results: Sequence[Result], known: dict[str, float], path: Path) -> bool
     axes = figure.subplots()
     for result in results:
         losses = torch.tensor(result.losses)
-        smooth = min(25, len(losses))
+        smooth = max(1, len(losses) // 40)
         (line,) = axes.plot(range(smooth - 1, len(losses)), losses.unfold(0, smooth, 1).mean(1).tolist(), alpha=0.5)
         axes.plot(*zip(*result.heldout, strict=True), "o-", color=line.get_color(), label=f"{result.mixer}, held out")
     for name, value in known.items():
         axes.axhline(value, color="grey", linestyle=":", linewidth=1)
-        axes.annotate(f"{name} counts", (0, value), color="grey", fontsize=8, va="bottom")
+        axes.text(0.01, value, f"{name} counts", color="grey", va="bottom", transform=axes.get_yaxis_transform())
     axes.set(xlabel="step", ylabel="bits per byte", title="Byte-level language model of Python's standard library")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder for loss.png and results.json")
+    parser.add_argument("--out", type=Path, default=Path("build/language_model"), help="for loss.png and results.json")
     parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else, to stdout")
     asked = parser.parse_args(arguments)
     settings = replace(SHORT if asked.short else Settings(), seed=asked.seed, device=asked.device)
@@ -335,13 +335,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": asdict(settings), "torch": torch.__version__, "python": sys.version.split()[0],
         "baselines": known, "results": [asdict(result) for result in results],
     }  # fmt: skip
-    if asked.out is not None:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        (asked.out / "results.json").write_text(json.dumps(report, indent=1))
-        drawn = plot(results, known, asked.out / "loss.png")
-        console.print(f"Written: {asked.out}/results.json" + (f", {asked.out}/loss.png" if drawn else ""))
-        if not drawn:
-            console.print("No plot: matplotlib is not installed.")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / "results.json").write_text(json.dumps(report, indent=1))
+    drawn = plot(results, known, asked.out / "loss.png")
+    console.print(
+        f"In {asked.out}: results.json, {'loss.png' if drawn else 'and no plot: matplotlib is not installed'}"
+    )
     if asked.json:
         print(json.dumps(report))
 
