@@ -249,6 +249,14 @@ def test_a_fully_padded_sequence_gives_the_output_bias(evaluate: bool, need_weig
     assert not gradients[0][1].any()
 
 
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_bias_kv": True, "add_zero_attn": True}])
+def test_a_fully_padded_sequence_sees_the_added_key(options: dict[str, Any]):
+    theirs, ours = pair(batch_first=True, **options)
+    hidden = padding(KEYS, True, "bool")
+    hidden[1] = True
+    assert_parity(theirs, ours, inputs("three inputs", {"batch_first": True}), key_padding_mask=hidden)
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_evaluation_matches_the_inference_path_of_torch(batch_first: bool):
     theirs, ours = (m.eval() for m in pair(batch_first=batch_first, dropout=0.4))
@@ -303,9 +311,15 @@ def by_hand(module: FlashAttention, x: Tensor, hidden: Tensor | None) -> tuple[T
         if module.sinks is not None:
             sink = module.sinks[head].expand(len(x), 1)
         zero = sink.new_full(sink.shape, 0.0 if module.add_zero_attn else float("-inf"))
-        p = torch.softmax(torch.cat([scores, sink, zero], -1), -1)
-        outs.append(p[:, : len(x)] @ v)
-        weights.append(torch.cat([p[:, : len(x)], p[:, -1:]], -1) if module.add_zero_attn else p[:, : len(x)])
+        if module.bias_k is not None and module.bias_v is not None:
+            mine = slice(group * width, (group + 1) * width)
+            added = (module.scale or width**-0.5) * q @ module.bias_k[0, :, mine].T
+            added = module.softcap * torch.tanh(added / module.softcap) if module.softcap else added
+            scores = torch.cat([scores, added], -1)
+            v = torch.cat([v, module.bias_v[0, :, mine]])
+        p = torch.softmax(torch.cat([scores, zero, sink], -1), -1)
+        outs.append(p[:, : len(v)] @ v)
+        weights.append(p[:, : len(v) + module.add_zero_attn])
     return module.out_proj(torch.cat(outs, -1)), torch.stack(weights)
 
 
@@ -318,6 +332,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True, "causal": True},
     "sinks and a zero key": {"sinks": True, "add_zero_attn": True, "softcap": 2.0, "window": (1, 0)},
     "no bias": {"bias": False, "num_kv_heads": 2, "sinks": True},
+    "an added key": {"add_bias_kv": True, "num_kv_heads": 2, "softcap": 1.5, "sinks": True, "window": (1, 0)},
 }
 
 
