@@ -82,7 +82,7 @@ def test_it_learns(lm: Any, text: Any, tiny: Any):
     heard = []
     model, result = lm.train("flash", replace(tiny, steps=150), text, lambda *said: heard.append(said))
     known = lm.baselines(train, heldout)
-    assert result.losses[0] == pytest.approx(8.0, abs=0.3)
+    assert result.losses[0] == pytest.approx(8.0, abs=1e-4)
     assert result.heldout[-1][1] < known["order 0"] - 0.3
     assert [step for step, _ in result.heldout] == [18, 36, 54, 72, 90, 108, 126, 144, 150]
     assert heard[-1] == (150, result.losses[-1], result.tokens_per_second)
@@ -94,6 +94,7 @@ def test_it_learns(lm: Any, text: Any, tiny: Any):
 def test_a_mixer_sees_no_later_byte(lm: Any, tiny: Any, name: str):
     torch.manual_seed(0)
     model = lm.LanguageModel(lm.MIXERS[name], tiny).eval()
+    torch.nn.init.normal_(model.head.weight)
     text = torch.randint(256, (1, tiny.context))
     changed = text.clone()
     changed[0, 20] = (changed[0, 20] + 1) % 256
