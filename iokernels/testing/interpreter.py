@@ -16,7 +16,8 @@ the arithmetic wrong, or raise where a kernel is right. :func:`install` mends wh
   enough, and undone at its end.
 * Overflow checks of integer arithmetic are computed and then dropped, because ``debug`` is off.
 
-float8 is left as Triton has it, and ``atomic_add`` on bfloat16 still raises. On a GPU, or without Triton, nothing is changed.
+float8 is left as Triton has it, and ``atomic_add`` on bfloat16 still raises. On a GPU, or without Triton, nothing is
+changed.
 """
 
 from __future__ import annotations

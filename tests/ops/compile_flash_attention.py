@@ -1,6 +1,7 @@
 """Compiles every Triton kernel of flash_attention for one GPU model and prints what it takes, a JSON line a kernel.
 
-A process of its own, because the tests' process interprets its kernels: python tests/ops/compile_flash_attention.py h100-sxm
+A process of its own, because the tests' process interprets its kernels:
+``python tests/ops/compile_flash_attention.py h100-sxm``.
 """
 
 import json

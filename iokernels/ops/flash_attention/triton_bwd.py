@@ -15,8 +15,8 @@ result of a matrix product has to be transposed before the next one.
 
 FLOPs a head: 2 Nq Nk (2 D + Dv) in kernel 2, 2 Nq Nk (2 D + 2 Dv) in kernel 3. Bytes that blocks request: kernel 1 out,
 dO and delta once; kernel 2 q, dO, lse, delta and dq once, k and v once for each of Nq / BLOCK_M blocks; kernel 3 k, v,
-dk and dv once, q, dO, lse and delta once for each of Nk / BLOCK_N blocks. Kernel 3 is in ``triton_bwd_kv``, the gradient
-of a bias in ``triton_bwd_bias``.
+dk and dv once, q, dO, lse and delta once for each of Nk / BLOCK_N blocks. Kernel 3 is in ``triton_bwd_kv``, the
+gradient of a bias in ``triton_bwd_bias``.
 """
 
 from __future__ import annotations

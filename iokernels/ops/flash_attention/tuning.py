@@ -75,8 +75,8 @@ def _preferred(problem: Problem) -> Config:
 
 
 def _single_precision(kernel: str, width: int, tensor_cores: bool) -> Config:
-    """Small tiles: an element takes twice the room, and without matrix units (IEEE float32) each thread holds whole rows
-    of both operands in registers."""
+    """Small tiles: an element takes twice the room, and without matrix units (IEEE float32) each thread holds whole
+    rows of both operands in registers."""
     forward, rows, keys = (kernel == f"flash_attention_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv"))
     if tensor_cores:
         if width > 128:
@@ -85,9 +85,9 @@ def _single_precision(kernel: str, width: int, tensor_cores: bool) -> Config:
     if width <= 64:
         return Config(64, 32, 8, 2) if forward else Config(32, 32, 8, 1)
     if width <= 128:
-        return (
-            Config(32, 32, 16, 2) if forward else Config(32, 16, 8, 1) if rows else Config(16, 32 if keys else 16, 8, 1)
-        )
+        if forward:
+            return Config(32, 32, 16, 2)
+        return Config(32, 16, 8, 1) if rows else Config(16, 32 if keys else 16, 8, 1)
     return Config(16, 16, 8, 1)
 
 
