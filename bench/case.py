@@ -94,7 +94,6 @@ class Case:
     output written once. ``reference_bytes(shape)`` estimates what the float64 reference needs for both passes, and
     ``smaller(shape)`` is a cheaper shape with the same options (itself when there is none). ``peers(device)`` maps a
     name to a :data:`Prepare`, or to the reason why it is missing. ``check_points()`` covers every option.
-    ``config(shape, dtype, backend, device)`` says with which launch parameters the kernel runs, ``"-"`` if it has none.
     """
 
     operator: str
@@ -110,7 +109,6 @@ class Case:
     smaller: Callable[[Shape], Shape]
     check_points: Callable[[], tuple[Point, ...]]
     peers: Callable[[torch.device], Mapping[str, Prepare | str]] = field(default=lambda device: {})
-    config: Callable[[Shape, torch.dtype, str, torch.device], str] = field(default=lambda *_: "-")
 
     def suite(self, name: str) -> tuple[Shape, ...]:
         """The shapes of a suite. Raises :class:`UsageError`."""

@@ -90,7 +90,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     console.print(escape(here.header()), highlight=False)
     console.print(_where(device), style="dim", highlight=False)
     rows = list(_rows(cases, arguments, device))
-    _prove(rows, cases, arguments, device, Console(stderr=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the points are small: on the CPU threads would cost more than they bring
+    try:
+        _prove(rows, cases, arguments, device, Console(stderr=True))
+    finally:
+        torch.set_num_threads(threads)
     _print(rows, f" --seed {arguments.seed}" if arguments.seed else "", console)
     wrong = any(row.status == "WRONG" for row in rows)
     render.write_json(

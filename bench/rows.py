@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -106,3 +107,21 @@ def against(rows: list[Row], baseline: str | None) -> list[Row]:
 def flops_unit(rows: list[Row]) -> tuple[str, float]:
     """The unit that fits the fastest of ``rows``, and how many of it make a TFLOP/s."""
     return ("TFLOP/s", 1.0) if max((row.tflops or 0.0 for row in rows), default=1.0) >= 1.0 else ("GFLOP/s", 1e3)
+
+
+def config_text(operator: str, configs: Mapping[str, object]) -> str:
+    """Launch parameters of the kernels of one call: ``128x64 w8 s3``, after the kernel's name if there are several."""
+    short = {name.removeprefix(f"{operator}_"): _parameters(config) for name, config in configs.items()}
+    if len(short) == 1:
+        return next(iter(short.values()))
+    return "; ".join(f"{name} {text}" for name, text in short.items()) or "-"
+
+
+def _parameters(config: Any) -> str:
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {"config": config}
+    tile = "x".join(str(value) for name, value in values.items() if name.startswith("block_"))
+    letters = {"num_warps": "w", "num_stages": "s"}
+    rest = [
+        f"{letters.get(name, f'{name}=')}{value}" for name, value in values.items() if not name.startswith("block_")
+    ]
+    return " ".join(filter(None, (tile, *rest)))

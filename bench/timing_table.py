@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from iokernels import autotune
 from iokernels.bench import machine, render, rows_table
 from iokernels.bench.case import DTYPES, Case, Inputs, Outputs, Pass, Prepare, dtype_name, load
 from iokernels.bench.machine import Machine
 from iokernels.bench.measure import Call, Clock, clock_for, measure
 from iokernels.bench.proof import Proof, Verdict
-from iokernels.bench.rows import Need, Row, against
+from iokernels.bench.rows import Need, Row, against, config_text
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.runtime import device as devices
 from iokernels.runtime.errors import UnsupportedError
@@ -160,9 +161,14 @@ def _time(
             )  # fmt: skip
             if verdict.status == "ok":
                 try:
+                    # At full size it may still fail: for want of memory, say.
                     call = pass_call(inputs, contender.prepare(inputs), need.which)
-                    row = replace(row, status="timed", peak_bytes=clock.peak_bytes(call))
-                    call()  # at full size it may still fail: for want of memory, say
+                    with autotune.watch() as configs:
+                        call()
+                    row = replace(
+                        row, status="timed", config=config_text(case.operator, configs),
+                        peak_bytes=clock.peak_bytes(call),
+                    )  # fmt: skip
                 except UnsupportedError as error:
                     row = replace(row, status="refused", reason=str(error))
                 except Exception as error:  # told in its row; the others are still timed
@@ -170,8 +176,6 @@ def _time(
                     row = replace(row, status="failed", reason=f"{type(error).__name__}: {text}")
                 else:
                     calls[contender.name] = call
-                    if contender.kind == "backend":
-                        row = replace(row, config=case.config(need.shape, need.dtype, contender.name, device))
         rows.append(row)
     # A backward pass alone runs on the stream of its forward pass, which no capture contains.
     timings = measure(calls, clock, seconds=arguments.seconds, capturable=need.which != "bwd")
