@@ -120,8 +120,10 @@ def config_text(operator: str, configs: Mapping[str, object]) -> str:
 def _parameters(config: Any) -> str:
     values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {"config": config}
     tile = "x".join(str(value) for name, value in values.items() if name.startswith("block_"))
-    letters = {"num_warps": "w", "num_stages": "s"}
     rest = [
-        f"{letters.get(name, f'{name}=')}{value}" for name, value in values.items() if not name.startswith("block_")
+        f"{_LETTERS.get(name, f'{name}=')}{value}" for name, value in values.items() if not name.startswith("block_")
     ]
     return " ".join(filter(None, (tile, *rest)))
+
+
+_LETTERS = {"num_warps": "w", "num_stages": "s"}
