@@ -16,6 +16,9 @@ from iokernels.bench.case import Case, Inputs, Outputs, Shape
 from iokernels.runtime.errors import UnsupportedError
 from iokernels.testing.budget import FORWARD, GRADIENT, error_ratio
 
+_FLOAT32_TO_FLOAT64 = 1e6
+"""How much smaller than in float32 an error in float64 must be. Its precision is 5e8 times higher."""
+
 Run = Callable[[Inputs], Outputs]
 """A forward call on given inputs, differentiable."""
 
@@ -73,32 +76,37 @@ class Proof:
 
         self.truth = results(self.inputs.to(torch.float64), reference)
         # What eager arithmetic of this precision makes of the same formula. For float64 there is nothing more exact
-        # to compare with, so float32 arithmetic would be the budget; a millionth of it is asked for instead.
+        # to compare with, so a millionth of the budget of float32 is allowed.
         self.low = results(self.inputs.to(torch.float32) if dtype == torch.float64 else self.inputs, reference)
 
     def judge(self, run: Run) -> Verdict:
         """Run an implementation on these inputs and compare all that it returns. Never raises for a broken one."""
         try:
-            found = results(self.inputs, run)
+            return self._compare(results(self.inputs, run))
         except UnsupportedError as refusal:
             return Verdict("refused", reason=str(refusal))
         except Exception as error:  # a kernel may break in any way: it is reported, and the others still run
             return Verdict("failed", reason=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+    def _compare(self, found: dict[str, Tensor]) -> Verdict:
         worst, where = 0.0, ""
         for name, actual in found.items():
-            ratio = self._ratio(name, actual)
-            if not ratio <= worst:  # NaN is the worst of all
+            truth, low = self.truth[name], self.low[name]
+            dtype = torch.float64 if self.inputs.dtype == torch.float64 else low.dtype
+            for what, is_, must_be in (("shape", actual.shape, truth.shape), ("dtype", actual.dtype, dtype)):
+                if is_ != must_be:
+                    reason = f"{name} has the {what} {_plain(is_)} and should have {_plain(must_be)}"
+                    return Verdict("wrong", float("inf"), name, reason)
+            factor = GRADIENT if name.removeprefix("d") in self.inputs.tensors else FORWARD
+            ratio = error_ratio(actual, truth, low, factor=factor)
+            if dtype == torch.float64:
+                ratio *= _FLOAT32_TO_FLOAT64
+            if ratio > worst:
                 worst, where = ratio, name
-            if ratio != ratio:
-                break
         if worst <= 1.0:
             return Verdict("ok", worst, where)
         return Verdict("wrong", worst, where, f"the error of {where} is {worst:.3g} times what its precision allows")
 
-    def _ratio(self, name: str, actual: Tensor) -> float:
-        truth, low = self.truth[name], self.low[name]
-        if actual.shape != truth.shape:
-            return float("inf")
-        factor = GRADIENT if name.removeprefix("d") in self.inputs.tensors else FORWARD
-        ratio = error_ratio(actual, truth, low, factor=factor)
-        return ratio * 1e6 if actual.dtype == torch.float64 else ratio
+
+def _plain(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value).removeprefix("torch.")
