@@ -185,14 +185,16 @@ def _print(rows: list[Row], seed: str, console: Console) -> None:
     table = render.table("operator", "backend", "dtype", *numbers[:2], "verdict", numbers[2], "", right=numbers)
     for row in rows:
         worst, refused = row.worst(), len(row.having("refused"))
-        note = row.absent or (f"{refused} refused" if refused else "")
+        note = f"{refused} refused" if refused else ""
         table.add_row(
             row.operator, row.backend, dtype_name(row.dtype),
             f"{len(row.having('ok'))}/{len(row.verdicts)}" if row.verdicts else "-",
             f"{worst[1].ratio:.2f}x" if worst else "-",
-            f"[{_STYLES[row.status]}]{row.status}[/]", f"{row.seconds:.1f}" if row.verdicts else "-", escape(note),
+            f"[{_STYLES[row.status]}]{row.status}[/]", f"{row.seconds:.1f}" if row.verdicts else "-", note,
         )  # fmt: skip
     console.print(table)
+    for backend, absent in dict.fromkeys((row.backend, row.absent) for row in rows if row.absent is not None):
+        console.print(f"[dim]not here[/] {backend}: {escape(absent)}", highlight=False)
     for status, style in (("failed", "bold red"), ("wrong", "bold red"), ("refused", "yellow")):
         by_reason: dict[str, list[tuple[Row, Point]]] = {}
         for row in rows:

@@ -82,7 +82,10 @@ def describe(device: torch.device) -> Machine:
         if clock := nvidia_smi("clocks.max.sm"):
             details.append(f"up to {clock}")
         return Machine(device, spec.name, tuple(details), versions | {"driver": driver or "-"}, spec)
-    details = (f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads")
+    details = tuple(
+        f"{count} {what}" + ("s" if count != 1 else "")
+        for what, count in (("core", os.cpu_count()), ("thread", torch.get_num_threads()))
+    )
     return Machine(device, cpu_name(), details, versions, None)
 
 
