@@ -54,13 +54,13 @@ def test_the_script_runs_every_step(tmp_path: Path) -> None:
     assert done.stdout.endswith(summary)
     assert [line.split("  ")[0].split(" ")[0] for line in summary.splitlines()] == ["no", *["ok"] * 5, "total"]
     log = (tmp_path / "out" / "log.txt").read_text()
-    for words in ("iokernels env", "pytest -q", "iokernels check --quick", "bench one --suite quick", "bench two"):
+    for words in ("iokernels env", "pytest -q", "iokernels check --quick", "iokernels bench one --suite quick", "iokernels bench two"):
         assert f"ran -m {words}" in log
 
 
 def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
-    body = f'{OPERATORS}\ncase "$*" in *check*) echo broken; exit 1;; *pytest*) sleep 60;; esac\necho "ran $*"'
-    done = script(tmp_path / "out", fake_python(tmp_path, body) | {"SECONDS_TOTAL": "3"})
+    body = f'{OPERATORS}\ncase "$*" in *"m pytest"*) sleep 60;; esac\necho "ran $*"'
+    done = script(tmp_path / "out", fake_python(tmp_path, body) | {"SECONDS_TOTAL": "4"})
     assert done.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     assert summary[2].startswith("timeout")
