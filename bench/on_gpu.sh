@@ -22,7 +22,8 @@ root=$(cd "$(dirname "$0")/.." && pwd) || exit 2
 cd "$root" || exit 2
 python=${PYTHON:-python3}
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH
+COLUMNS=${COLUMNS:-160}
+export PYTHONPATH COLUMNS
 started=$(date +%s)
 deadline=$((started + ${SECONDS_TOTAL:-570}))
 failures=0
