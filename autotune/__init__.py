@@ -3,6 +3,6 @@
 if __name__ != "iokernels.autotune":
     raise ImportError("import iokernels.autotune: the top-level name would be a second copy of the package")
 
-from .select import override, select
+from .select import override, select, watch
 
-__all__ = ["override", "select"]
+__all__ = ["override", "select", "watch"]

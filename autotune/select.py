@@ -13,6 +13,7 @@ _Problem = TypeVar("_Problem")
 _Config = TypeVar("_Config")
 
 _overrides: dict[str, object] = {}
+_watched: dict[str, object] | None = None
 
 
 @contextmanager
@@ -34,7 +35,25 @@ def override(**configs: object) -> Iterator[None]:
         _overrides = outer
 
 
+@contextmanager
+def watch() -> Iterator[dict[str, object]]:
+    """Collect the configuration of every kernel launched inside, by the kernel's name: for reports.
+
+    The setting belongs to the process, not to the thread. Of nested ones the innermost sees the launches.
+    """
+    global _watched
+    outer, _watched = _watched, {}
+    try:
+        yield _watched
+    finally:
+        _watched = outer
+
+
 def select(kernel: str, problem: _Problem, default: Callable[[_Problem], _Config]) -> _Config:
     """The configuration for one launch of ``kernel``."""
     config = _overrides.get(kernel)
-    return default(problem) if config is None else config  # pyright: ignore[reportReturnType]
+    if config is None:
+        config = default(problem)
+    if _watched is not None:
+        _watched[kernel] = config
+    return config  # pyright: ignore[reportReturnType]

@@ -7,6 +7,7 @@ never comes from here.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -146,6 +147,19 @@ def has_triton() -> bool:
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton kernels run in Triton's interpreter. Read once: Triton reads it when a kernel is defined."""
+
+
+def interpret_triton() -> bool:
+    """Run the Triton kernels of this process in Triton's interpreter, as ``TRITON_INTERPRET=1`` does from outside.
+
+    Returns whether they run there. Once Triton was imported without it, that is too late.
+    """
+    global INTERPRET
+    if not INTERPRET and has_triton() and "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+        INTERPRET = True
+        triton_refusal.cache_clear()
+    return INTERPRET
 
 
 @cache

@@ -1,0 +1,119 @@
+"""``iokernels`` on the command line: the parser. Each command is a module of its own, imported when it runs.
+
+Exit codes: 0 all right, 1 a wrong result, 2 a usage error, 3 the device that was asked for is not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from rich.console import Console
+
+from iokernels import __version__
+from iokernels.bench.case import DTYPES, PASSES
+from iokernels.bench.machine import NoDeviceError
+from iokernels.bench.shape import UsageError
+from iokernels.ops import OPERATORS
+from iokernels.runtime.dispatch import BACKENDS
+
+_MODULES = {"env": "env", "list": "list_operators", "check": "check", "bench": "timing_table"}
+
+OK, WRONG, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = parser().parse_args(argv)
+    command = import_module(f"iokernels.bench.{_MODULES[arguments.command]}")
+    console = Console(stderr=arguments.json == "-")  # JSON on standard output must stand there alone
+    try:
+        return command.run(arguments, console)
+    except (UsageError, NoDeviceError) as error:
+        print(f"iokernels {arguments.command}: {error}", file=sys.stderr)
+        return NO_DEVICE if isinstance(error, NoDeviceError) else USAGE
+    except KeyboardInterrupt:
+        print(f"iokernels {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    root = argparse.ArgumentParser(
+        prog="iokernels", description="Check, time and describe IO-aware sequence operators on this machine."
+    )
+    root.add_argument("--version", action="version", version=f"iokernels {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    env = commands.add_parser("env", help="this machine: devices, versions, usable backends, folders")
+    _json(env)
+
+    listing = commands.add_parser("list", help="every operator and backend, and whether it can run here")
+    listing.add_argument("operators", nargs="*", metavar="OP", help=f"one of {', '.join(OPERATORS)} (default: all)")
+    _json(listing)
+
+    check = commands.add_parser(
+        "check",
+        help="prove operators on this machine",
+        description="Hold every backend against the float64 reference, forward and all gradients, on the GPU if "
+        "there is one and else on the CPU, where Triton kernels run in Triton's interpreter.",
+    )
+    check.add_argument("operators", nargs="*", metavar="OP", help=f"one of {', '.join(OPERATORS)} (default: all)")
+    check.add_argument("-k", "--option", metavar="TEXT", help="only the points whose name contains TEXT")
+    check.add_argument("--quick", action="store_true", help="only a few points")
+    check.add_argument("--dtype", type=_dtypes, metavar="A,B", help=f"of {', '.join(DTYPES)} (default: all)")
+    _common(check)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time an operator beside what else could be called",
+        description="Time every backend and every installed peer on the same inputs, after checking each against "
+        "the float64 reference. A wrong result prints no speed.",
+    )
+    bench.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
+    bench.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
+    bench.add_argument("--suite", help="a named list of shapes (default: quick on a CPU, train on a GPU)")
+    bench.add_argument("--dtype", type=_dtypes, metavar="A,B", help="default: fp32 on a CPU, bf16 on a GPU")
+    bench.add_argument(
+        "--pass", dest="passes", type=_passes, default=("fwd",), metavar="A,B",
+        help="of fwd, bwd (backward alone) and both (one after the other) (default: fwd)",
+    )  # fmt: skip
+    bench.add_argument("--baseline", metavar="NAME", help="the row that the others are compared with")
+    bench.add_argument("--seconds", type=float, default=0.5, help="time spent on each row (default: 0.5)")
+    bench.add_argument("--csv", metavar="FILE", help="write the rows as CSV")
+    bench.add_argument("--plot", metavar="FILE.png", help="draw the rows (needs matplotlib)")
+    _common(bench)
+    return root
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--backend", type=_backends, metavar="A,B", help=f"of {', '.join(BACKENDS)} (default: all)")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    command.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    _json(command)
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': standard output)")
+
+
+def _several(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for part in found:
+        if part not in known:
+            raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(known)}")
+    return found
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    return _several(text, tuple(DTYPES))
+
+
+def _passes(text: str) -> tuple[str, ...]:
+    return _several(text, PASSES)
+
+
+def _backends(text: str) -> tuple[str, ...]:
+    return _several(text, BACKENDS)

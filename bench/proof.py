@@ -1,0 +1,112 @@
+"""Is a result right? Outputs and gradients against the float64 reference, on the same inputs.
+
+The error of a result may be a small multiple of the error that the reference itself makes when it runs in the low
+precision (:mod:`iokernels.testing.budget`). It is reported as a fraction of that budget: up to 1 is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iokernels.bench.case import Case, Inputs, Outputs, Shape
+from iokernels.runtime.errors import UnsupportedError
+from iokernels.testing.budget import FORWARD, GRADIENT, error_ratio
+
+_FLOAT32_TO_FLOAT64 = 1e6
+"""How much smaller than in float32 an error in float64 must be. Its precision is 5e8 times higher."""
+
+Run = Callable[[Inputs], Outputs]
+"""A forward call on given inputs, differentiable."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found: ``ok``, ``wrong``, ``refused`` (a valid call that this backend does not take) or ``failed``.
+
+    ``ratio`` is the worst error as a fraction of its budget and ``where`` the tensor that has it; ``reason`` is a
+    sentence for the other outcomes.
+    """
+
+    status: str
+    ratio: float | None = None
+    where: str = ""
+    reason: str = ""
+
+    @property
+    def bad(self) -> bool:
+        """Whether this makes a command fail: a refusal does not."""
+        return self.status in ("wrong", "failed")
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return self.status
+        return f"{self.status} {self.ratio:.2g}x" + (f" ({self.where})" if self.status == "wrong" else "")
+
+
+def results(inputs: Inputs, run: Run) -> dict[str, Tensor]:
+    """Outputs and gradients of one call by name, detached. Torch's generator is set to the seed of the inputs."""
+    torch.manual_seed(inputs.seed)
+    outputs = run(inputs)
+    used = [name for name in inputs.output_gradients if name in outputs]
+    wanted = {name: x for name, x in inputs.tensors.items() if x.requires_grad}
+    gradients = torch.autograd.grad(
+        [outputs[name] for name in used],
+        list(wanted.values()),
+        [inputs.output_gradients[name] for name in used],
+        allow_unused=True,
+    )
+    found = {name: output.detach() for name, output in outputs.items()}
+    for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
+        found[f"d{name}"] = torch.zeros_like(x) if gradient is None else gradient
+    return found
+
+
+class Proof:
+    """The truth for one set of inputs, computed once and held against any number of implementations."""
+
+    def __init__(self, case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self.inputs = case.make_inputs(shape, dtype, device, seed)
+
+        def reference(inputs: Inputs) -> Outputs:
+            return case.run(inputs, "reference")
+
+        self.truth = results(self.inputs.to(torch.float64), reference)
+        # What eager arithmetic of this precision makes of the same formula. For float64 there is nothing more exact
+        # to compare with, so a millionth of the budget of float32 is allowed.
+        self.low = results(self.inputs.to(torch.float32) if dtype == torch.float64 else self.inputs, reference)
+
+    def judge(self, run: Run) -> Verdict:
+        """Run an implementation on these inputs and compare all that it returns. Never raises for a broken one."""
+        try:
+            return self._compare(results(self.inputs, run))
+        except UnsupportedError as refusal:
+            return Verdict("refused", reason=str(refusal))
+        except Exception as error:  # a kernel may break in any way: it is reported, and the others still run
+            return Verdict("failed", reason=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+    def _compare(self, found: dict[str, Tensor]) -> Verdict:
+        worst, where = 0.0, ""
+        for name, actual in found.items():
+            truth, low = self.truth[name], self.low[name]
+            dtype = torch.float64 if self.inputs.dtype == torch.float64 else low.dtype
+            for what, is_, must_be in (("shape", actual.shape, truth.shape), ("dtype", actual.dtype, dtype)):
+                if is_ != must_be:
+                    reason = f"{name} has the {what} {_plain(is_)} and should have {_plain(must_be)}"
+                    return Verdict("wrong", float("inf"), name, reason)
+            factor = GRADIENT if name.removeprefix("d") in self.inputs.tensors else FORWARD
+            ratio = error_ratio(actual, truth, low, factor=factor)
+            if dtype == torch.float64:
+                ratio *= _FLOAT32_TO_FLOAT64
+            if ratio > worst:
+                worst, where = ratio, name
+        if worst <= 1.0:
+            return Verdict("ok", worst, where)
+        return Verdict("wrong", worst, where, f"the error of {where} is {worst:.3g} times what its precision allows")
+
+
+def _plain(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value).removeprefix("torch.")

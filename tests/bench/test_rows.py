@@ -1,0 +1,70 @@
+"""Launch parameters and relations between rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from iokernels import autotune
+from iokernels.bench.cases.flash_attention import CASE
+from iokernels.bench.machine import Floor
+from iokernels.bench.measure import Timing
+from iokernels.bench.rows import Need, Row, against, config_text, flops_unit
+
+
+@dataclass(frozen=True)
+class Config:
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    split: int = 1
+
+
+def row(name: str, seconds: float | None, floor: Floor | None = None) -> Row:
+    need = Need(CASE.vocabulary.parse("n=8"), torch.bfloat16, "fwd", 2 * 10**12, 3 * 10**9, floor)
+    timing = None if seconds is None else Timing(seconds / 2, seconds, seconds * 2, 5, "wall")
+    return Row(need, name, "backend", "timed" if timing else "refused", timing=timing)
+
+
+def test_speed_relative_to_the_baseline() -> None:
+    found = against([row("a", 1.0), row("b", 4.0), row("c", None)], "b")
+    assert [one.speedup for one in found] == [4.0, 1.0, None]
+    assert [one.speedup for one in against([row("a", 1.0), row("b", None)], "b")] == [None, None]
+
+
+def test_figures() -> None:
+    one = row("a", 0.5, Floor(0.25, "compute"))
+    assert (one.tflops, one.gbytes, one.roofline) == (4.0, 6.0, 0.5)
+    assert row("a", None).tflops is None
+    flat = one.as_dict()
+    assert (flat["ms"], flat["ms_p20"], flat["ms_p80"]) == (500.0, 250.0, 1000.0)
+    assert (flat["floor_ms"], flat["floor_bound"]) == (250.0, "compute")
+    assert flops_unit([one]) == ("TFLOP/s", 1.0)
+    assert flops_unit([row("slow", 5.0)]) == ("GFLOP/s", 1e3)
+
+
+def test_launch_parameters_as_text() -> None:
+    wide, tall = Config(128, 64, 8, 3), Config(64, 32, 4, 2, split=2)
+    assert config_text("op", {"op_fwd": wide}) == "128x64 w8 s3 split=1"
+    assert config_text("op", {"op_dq": wide, "op_dkv": tall}) == "dq 128x64 w8 s3 split=1; dkv 64x32 w4 s2 split=2"
+    assert config_text("op", {}) == "-"
+
+
+@pytest.fixture
+def nothing_watched() -> Iterator[None]:
+    with autotune.watch():
+        yield
+
+
+@pytest.mark.usefixtures("nothing_watched")
+def test_watching_sees_what_was_launched() -> None:
+    with autotune.watch() as seen:
+        autotune.select("op_fwd", 3, lambda problem: ("default", problem))
+        with autotune.override(op_bwd="mine"):
+            assert autotune.select("op_bwd", 3, lambda problem: ("default", problem)) == "mine"
+    autotune.select("op_later", 3, lambda problem: problem)
+    assert seen == {"op_fwd": ("default", 3), "op_bwd": "mine"}
