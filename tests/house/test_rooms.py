@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 import re
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def wrong_imports(module: str, source: str) -> list[str]:
             wrong.append(f"{module} imports {name}: Triton belongs in triton_*.py")
         if in_room and target[0] == "cupy" and stem != "cuda":
             wrong.append(f"{module} imports {name}: CuPy belongs in cuda.py")
-        if in_room and stem == "op" and target[0] not in ("torch", "__future__", "typing", "importlib", "collections"):
+        if in_room and stem == "op" and target[0] not in ("torch", *sys.stdlib_module_names):
             own = target[:3] == ["iokernels", "ops", room] or target[:2] == ["iokernels", "runtime"]
             if not own:
                 wrong.append(f"{module} imports {name}: op.py needs torch and iokernels.runtime only")

@@ -50,7 +50,13 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options, first_seque
     denominator = denominator.masked_fill(empty, 1.0)
     lse = (highest + torch.log(denominator)).masked_fill(empty, float("-inf"))
 
-    weights = weights / denominator[..., None]
+    if q.dtype == torch.float32:
+        # exp(s - lse), from which every backward pass recomputes the weights. In exact arithmetic it is the same; its
+        # rounding grows with the logits, and a reference without it would hold kernels to what none can reach. In half
+        # precision the LSE itself would be too coarse.
+        weights = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
+    else:
+        weights = weights / denominator[..., None]
     if options.dropout_p > 0.0:
         weights = weights * _kept(q, k, options, first_sequence) / (1.0 - options.dropout_p)
     return einsum(weights, v, "b h i j, b h j d -> b h i d"), lse.to(lse_dtype(q.dtype))
