@@ -15,6 +15,7 @@ from iokernels.ops.flash_attention import portable, portable_tiles
 from iokernels.ops.flash_attention.dropout import keep_mask, keep_tile
 from iokernels.ops.flash_attention.options import Needs, Options
 from iokernels.ops.flash_attention.portable_tiles import block_sizes
+from iokernels.testing.budget import FORWARD, GRADIENT, check, judge
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, heads_inside: bool = False) -> Tensor:
@@ -218,14 +219,6 @@ def with_gradients(function: Any, inputs: list[Tensor], dout: Tensor, dtype: tor
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
 
-def within_budget(actual: Tensor, low: Tensor, exact: Tensor, factor: float) -> bool:
-    """At most ``factor`` times the error of the naive formula in low precision, plus its rounding noise."""
-    rounded = exact.to(low.dtype)
-    noise = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
-    error, allowed = ((x.double() - exact).abs().max().item() for x in (actual, low))
-    return error <= factor * allowed + noise
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("seqlen_q", "seqlen_k", "width", "magnitude", "causal", "softcap"),
@@ -247,12 +240,14 @@ def test_error_budget(
     exact = with_gradients(lambda *x: naive(*x, **options), inputs, dout, torch.float64)
     low = with_gradients(lambda *x: naive(*x, **options), inputs, dout, dtype)
     actual = with_gradients(lambda *x: flash_attention(*x, backend="torch", **options), inputs, dout, dtype)
-    for name, factor, a, n, e in zip(("out", "dq", "dk", "dv"), (2, 3, 3, 3), actual, low, exact, strict=True):
+    for name, factor, a, n, e in zip(
+        ("out", "dq", "dk", "dv"), (FORWARD, *(GRADIENT,) * 3), actual, low, exact, strict=True
+    ):
         assert a.dtype == dtype
-        assert within_budget(a, n, e, factor), name
+        check(a, e, n, factor=factor, what=name)
         if magnitude == 1.0:
-            assert not within_budget(torch.zeros_like(a), n, e, factor), f"{name}: zeros pass"
-            assert not within_budget(a * 1.1, n, e, factor), f"{name}: 10% off passes"
+            assert not judge(torch.zeros_like(a), e, n, factor=factor).within, f"{name}: zeros pass"
+            assert not judge(a * 1.1, e, n, factor=factor).within, f"{name}: 10% off passes"
 
 
 def test_half_precision_gradients_stay_exact_in_long_sequences() -> None:
@@ -263,7 +258,8 @@ def test_half_precision_gradients_stay_exact_in_long_sequences() -> None:
     exact = with_gradients(lambda *x: naive(*x, causal=True, softcap=0.0), inputs, dout, torch.float64)
     low = with_gradients(lambda *x: naive(*x, causal=True, softcap=0.0), inputs, dout, torch.float16)
     actual = with_gradients(lambda *x: flash_attention(*x, causal=True, backend="torch"), inputs, dout, torch.float16)
-    assert all(within_budget(a, n, e, 2) for a, n, e in zip(actual, low, exact, strict=True))
+    for name, a, n, e in zip(("out", "dq", "dk", "dv"), actual, low, exact, strict=True):
+        check(a, e, n, factor=FORWARD, what=name)
 
 
 class LargestTensor(TorchDispatchMode):
