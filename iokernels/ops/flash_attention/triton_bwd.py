@@ -150,7 +150,13 @@ def flash_attention_bwd_dq_kernel(
     dq_ptr,  # [B, Hq, Nq, D]
     cu_seqlens_q_ptr,  # int32 [S + 1] or None
     cu_seqlens_k_ptr,  # int32 [S + 1] or None
-    tensors,  # ScoreTensors
+    bias_ptr,  # [B|1, Hq|1, Nq|1, Nk|1] or None
+    mask_ptr,  # bytes, like bias
+    alibi_ptr,  # float32 [B|1, Hq] or None
+    seed_ptr,  # int64 [1] or None
+    stride_bias,
+    stride_mask,
+    stride_alibi,
     stride_q,
     stride_k,
     stride_v,
@@ -194,7 +200,10 @@ def flash_attention_bwd_dq_kernel(
     if first_row < length_q:
         batch = 0 if FEATURES.varlen else sequence
         numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap_log2, window_left, window_right, dropout_threshold)
-        scoring = head_scores(tensors, sequence, head, heads, FEATURES)
+        scoring = head_scores(
+            bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr,
+            sequence, head, heads, FEATURES,
+        )  # fmt: skip
         k_head = at_head(k_ptr, stride_k, batch, head // group, start_k)
         v_head = at_head(v_ptr, stride_v, batch, head // group, start_k)
 

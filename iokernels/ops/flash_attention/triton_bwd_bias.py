@@ -44,7 +44,13 @@ def flash_attention_bwd_dbias_kernel(
     dbias_ptr,  # [B|1, Hq|1, Nq|1, Nk|1]
     cu_seqlens_q_ptr,  # int32 [S + 1] or None
     cu_seqlens_k_ptr,  # int32 [S + 1] or None
-    tensors,  # ScoreTensors
+    bias_ptr,  # [B|1, Hq|1, Nq|1, Nk|1] or None
+    mask_ptr,  # bytes, like bias
+    alibi_ptr,  # float32 [B|1, Hq] or None
+    seed_ptr,  # int64 [1] or None
+    stride_bias,
+    stride_mask,
+    stride_alibi,
     stride_q,
     stride_k,
     stride_v,
@@ -95,7 +101,10 @@ def flash_attention_bwd_dbias_kernel(
         batch = 0 if FEATURES.varlen else sequence
         numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap_log2, window_left, window_right, dropout_threshold)
         for head in range(0 if ONE_HEAD else pid_h, heads if ONE_HEAD else pid_h + 1):
-            scoring = head_scores(tensors, sequence, head, heads, FEATURES)
+            scoring = head_scores(
+                bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr,
+                sequence, head, heads, FEATURES,
+            )  # fmt: skip
             q_head = at_head(q_ptr, stride_q, batch, head, start_q)
             dout_head = at_head(dout_ptr, stride_dout, batch, head, start_q)
             lse_head = at_head(lse_ptr, stride_lse, batch, head, start_q)

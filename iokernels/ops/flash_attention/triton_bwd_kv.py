@@ -38,7 +38,13 @@ def flash_attention_bwd_dkv_kernel(
     dv_ptr,  # [B, Hkv, Nk, Dv]
     cu_seqlens_q_ptr,  # int32 [S + 1] or None
     cu_seqlens_k_ptr,  # int32 [S + 1] or None
-    tensors,  # ScoreTensors
+    bias_ptr,  # [B|1, Hq|1, Nq|1, Nk|1] or None
+    mask_ptr,  # bytes, like bias
+    alibi_ptr,  # float32 [B|1, Hq] or None
+    seed_ptr,  # int64 [1] or None
+    stride_bias,
+    stride_mask,
+    stride_alibi,
     stride_q,
     stride_k,
     stride_v,
@@ -116,7 +122,10 @@ def flash_attention_bwd_dkv_kernel(
                 at_head(delta_ptr, stride_lse, batch, head, start_q + first_row),
                 local_m, rows, length_q,
             )  # fmt: skip
-            scoring = head_scores(tensors, sequence, head, heads, FEATURES)
+            scoring = head_scores(
+                bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr,
+                sequence, head, heads, FEATURES,
+            )  # fmt: skip
             kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             scores, slope = tile_scores(kq, rows[None, :], keys[:, None], numbers, scoring, FEATURES, False)
             if FEATURES.left or FEATURES.right:  # noqa: SIM102 - the first is known to the compiler, the second is not

@@ -19,7 +19,7 @@ from .triton_bwd import flash_attention_bwd_delta_kernel, flash_attention_bwd_dq
 from .triton_bwd_bias import flash_attention_bwd_dbias_kernel
 from .triton_bwd_kv import flash_attention_bwd_dkv_kernel
 from .triton_fwd import flash_attention_fwd_kernel
-from .triton_scores import Features, ScoreTensors, Strides
+from .triton_scores import Features, Strides
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     if blocks > 0:
         with guard(q.device):
             flash_attention_fwd_kernel[(blocks,)](
-                q, k, v, out, lse, *launch.offsets, options.sinks, launch.tensors,
+                q, k, v, out, lse, *launch.offsets, options.sinks, *launch.tensors,
                 strides(q), strides(k), strides(v), strides(out), strides(lse),
                 *launch.sizes, *launch.numbers, launch.dropout_scale,
                 **launch.constants, **launch.tile(config, q, k, v, out), **launch.resources(config),
@@ -63,7 +63,7 @@ def backward(
     with guard(q.device):
         _launch_delta(launch, out, dout, dlse, delta)
         shared = (
-            *launch.offsets, launch.tensors, strides(q), strides(k), strides(v), strides(dout), strides(lse)
+            *launch.offsets, *launch.tensors, strides(q), strides(k), strides(v), strides(dout), strides(lse)
         )  # fmt: skip
         if dq is not None and not nothing:
             config = launch.config("flash_attention_bwd_dq", q)
@@ -190,18 +190,13 @@ class Launch:
         return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def score_tensors(options: Options) -> ScoreTensors:
-    """The tensors that change scores, with stride 0 where they broadcast."""
+def score_tensors(options: Options) -> tuple[Any, ...]:
+    """The tensors that change scores, then their strides, 0 where they broadcast."""
     mask = None if options.mask is None else options.mask.view(torch.uint8)
-    return ScoreTensors(
-        bias_ptr=options.bias,
-        stride_bias=strides(options.bias),
-        mask_ptr=mask,
-        stride_mask=strides(mask),
-        alibi_ptr=options.alibi_slopes,
-        stride_alibi=strides(options.alibi_slopes),
-        seed_ptr=options.dropout_seed,
-    )
+    return (
+        options.bias, mask, options.alibi_slopes, options.dropout_seed,
+        strides(options.bias), strides(mask), strides(options.alibi_slopes),
+    )  # fmt: skip
 
 
 def strides(x: Tensor | None) -> Strides:

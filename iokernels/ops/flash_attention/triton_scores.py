@@ -40,18 +40,6 @@ class Features(NamedTuple):
     fold_scale: bool  # forward: scale > 0 and nothing is added to q . k, so the scale can wait (see triton_fwd)
 
 
-class ScoreTensors(NamedTuple):
-    """Pointers to what changes scores, None where absent, with the strides of each."""
-
-    bias_ptr: Any  # [B|1, Hq|1, Nq|1, Nk|1]
-    stride_bias: Any
-    mask_ptr: Any  # bool, like bias
-    stride_mask: Any
-    alibi_ptr: Any  # float32 [B|1, Hq]
-    stride_alibi: Any
-    seed_ptr: Any  # int64 [1]
-
-
 class ScoreNumbers(NamedTuple):
     """Numbers that shape scores. ``qk_scale`` is scale * log2 e, or scale / softcap where there is a softcap."""
 
@@ -133,22 +121,22 @@ def store_tile(ptr, offsets, tile, rows, columns, seqlen, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def head_scores(tensors, batch, head, heads, FEATURES: tl.constexpr):
+def head_scores(
+    bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr, batch, head, heads,
+    FEATURES: tl.constexpr,
+):  # fmt: skip
     """Move the pointers to one head of one sequence, and read its ALiBi slope and the dropout seed."""
     # Zeros stand for what is absent: a function cannot return None among other values.
-    bias_ptr, mask_ptr, slope_log2, seed = 0, 0, 0.0, 0
+    bias_head, mask_head, slope_log2, seed = 0, 0, 0.0, 0
     if FEATURES.bias:
-        bias_ptr = at_head(tensors.bias_ptr, tensors.stride_bias, batch, head, 0)
+        bias_head = at_head(bias_ptr, stride_bias, batch, head, 0)
     if FEATURES.mask:
-        mask_ptr = at_head(tensors.mask_ptr, tensors.stride_mask, batch, head, 0)
+        mask_head = at_head(mask_ptr, stride_mask, batch, head, 0)
     if FEATURES.alibi:
-        offset = batch * tensors.stride_alibi.b + head * tensors.stride_alibi.h
-        slope_log2 = tl.load(tensors.alibi_ptr + offset) * LOG2E
+        slope_log2 = tl.load(at_head(alibi_ptr, stride_alibi, batch, head, 0)) * LOG2E
     if FEATURES.dropout:
-        seed = tl.load(tensors.seed_ptr)
-    return HeadScores(
-        bias_ptr, tensors.stride_bias, mask_ptr, tensors.stride_mask, slope_log2, seed, batch * heads + head
-    )
+        seed = tl.load(seed_ptr)
+    return HeadScores(bias_head, stride_bias, mask_head, stride_mask, slope_log2, seed, batch * heads + head)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ class Problem:
     block_v: int
     itemsize: int  # bytes an element of q, k, v
     tensor_cores: bool  # False for float32 at full precision
-    extras: bool  # bias, mask, ALiBi, softcap or dropout: more registers a score
+    extras: bool  # bias, mask, ALiBi, softcap or dropout: each takes registers for every score
     sm: int
     smem_block: int  # bytes of shared memory a thread block may use
 
@@ -56,21 +56,23 @@ def _preferred(problem: Problem) -> Config:
     if problem.itemsize == 4:
         return _single_precision(problem.kernel, width, problem.tensor_cores)
     if problem.kernel == "flash_attention_bwd_dbias":
-        return Config(64, 64, 4, 1) if width <= 128 else Config(32, 32, 4, 1)
+        return Config(64, 32, 8, 1) if width <= 128 else Config(32, 32, 4, 1)
+    if problem.extras and width <= 128:
+        return Config(64, 64 if problem.kernel == "flash_attention_fwd" else 32, 8, 2)
     # Warpgroup (Hopper) and tensor-memory (Blackwell) products read operands from shared memory, which frees registers.
     roomy = problem.sm // 10 in (9, 10)
     if problem.kernel == "flash_attention_fwd":
         if width <= 64:
-            return Config(128, 128, 8, 3) if problem.sm // 10 == 9 and not problem.extras else Config(128, 64, 8, 3)
+            return Config(128, 128 if problem.sm // 10 == 9 else 64, 8, 3)
         return Config(128, 64, 8, 3) if width <= 128 else Config(64, 64, 8, 2)
     if problem.kernel == "flash_attention_bwd_dq":
         if width <= 64 or (width <= 128 and roomy):
             return Config(128, 64, 8, 2)
         return Config(64, 64, 8, 2) if width <= 128 else Config(64, 32, 8, 2)
     if width <= 64:
-        return Config(64, 128, 8, 2) if roomy and not problem.extras else Config(32, 128, 8, 2)
+        return Config(64, 128, 8, 2) if roomy else Config(32, 128, 8, 2)
     if width <= 128:
-        return Config(64, 128, 8, 2) if roomy and not problem.extras else Config(64, 64, 8, 2)
+        return Config(64, 128, 8, 2) if roomy else Config(64, 64, 8, 2)
     return Config(32, 64, 8, 2)
 
 

@@ -1,0 +1,164 @@
+"""The tracer on the kernels of flash_attention: no byte outside the tensors, and as many bytes as the model says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from iokernels import autotune
+from iokernels.bench.cases import flash_attention_io as model
+from iokernels.ops.flash_attention import triton_launch
+from iokernels.ops.flash_attention.options import Needs, Options
+from iokernels.ops.flash_attention.tuning import Config
+from iokernels.runtime import device as devices
+from iokernels.testing import inputs
+from iokernels.testing.tracer import trace
+
+pytestmark = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
+
+TILES = {
+    "flash_attention_fwd": Config(16, 32, 4, 2),
+    "flash_attention_bwd_dq": Config(32, 16, 4, 2),
+    "flash_attention_bwd_dkv": Config(16, 32, 4, 2),
+    "flash_attention_bwd_dbias": Config(16, 16, 4, 1),
+}
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    """Shapes, layouts and options of one call; everything is optional and everything may come together."""
+    packed = draw(st.booleans())
+    length = st.integers(0, 40)
+    sequences = draw(st.integers(1, 3))
+    sides = [(draw(length), draw(length)) for _ in range(sequences if packed else 1)]
+    kv_heads = draw(st.integers(1, 2))
+    broadcast = st.tuples(*(st.booleans() for _ in range(4)))
+    return {
+        "packed": packed,
+        "lengths": sides if packed else sides * sequences,
+        "kv_heads": kv_heads,
+        "heads": kv_heads * draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from([8, 16, 20, 33])),
+        "value_dim": draw(st.sampled_from([8, 16, 24])),
+        "dtype": draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32])),
+        "layout": draw(st.sampled_from(["contiguous", "bnhd", "seq_major", "padded", "strided", "expanded"])),
+        "window": draw(st.tuples(st.integers(-1, 30), st.integers(-1, 30))),
+        "softcap": draw(st.sampled_from([0.0, 2.0])),
+        "dropout": draw(st.sampled_from([0.0, 0.4])),
+        "mask": draw(st.none() | broadcast),
+        "bias": draw(st.none() | broadcast),
+        "alibi": draw(st.booleans()),
+        "sinks": draw(st.booleans()),
+        "dlse": draw(st.booleans()),
+    }
+
+
+def run(call: dict[str, Any], device: str = "cpu") -> Any:
+    """Forward and backward of one call under the tracer, which raises at a stray byte."""
+    lengths, heads, kv_heads = call["lengths"], call["heads"], call["kv_heads"]
+    widths = {"dtype": call["dtype"], "layout": call["layout"]}
+    longest = max(n for n, _ in lengths), max(nk for _, nk in lengths)
+    options = Options(scale=0.3, window_left=call["window"][0], window_right=call["window"][1], softcap=call["softcap"])
+    if call["packed"]:
+        q, k, v, cu_q, cu_k = inputs.packed(
+            0, *zip(*lengths, strict=True), heads, kv_heads, call["head_dim"], call["value_dim"], dtype=call["dtype"]
+        )
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        options = options._replace(
+            cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest[0], max_seqlen_k=longest[1]
+        )
+    else:
+        q, k, v = inputs.attention(
+            0, len(lengths), heads, kv_heads, *lengths[0], call["head_dim"], call["value_dim"], **widths
+        )
+    scores = (len(lengths), heads, *longest)
+    for name, dtype in (("mask", torch.bool), ("bias", call["dtype"])):
+        if call[name] is not None:
+            shape = [1 if one else size for one, size in zip(call[name], scores, strict=True)]
+            options = options._replace(**{name: torch.randn(shape).gt(-0.5).to(dtype)})
+    if call["alibi"]:
+        options = options._replace(alibi_slopes=torch.rand(1, heads))
+    if call["sinks"]:
+        options = options._replace(sinks=torch.randn(heads))
+    if call["dropout"]:
+        options = options._replace(dropout_p=call["dropout"], dropout_seed=torch.tensor([7]))
+    with autotune.override(**TILES), trace() as traced:
+        out, lse = triton_launch.forward(q, k, v, options)
+        dout = torch.randn(out.shape).to(out.dtype)
+        dlse = torch.randn(lse.shape) if call["dlse"] else None
+        needs = Needs(True, True, True, options.bias is not None, options.sinks is not None)
+        triton_launch.backward(dout, dlse, q, k, v, out, lse, options, needs)
+    return traced
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(calls())
+def test_no_byte_outside_the_tensors(call: dict[str, Any]) -> None:
+    run(call)
+
+
+PLAIN = {
+    "packed": False, "lengths": [(70, 90)], "heads": 4, "kv_heads": 2, "head_dim": 24, "value_dim": 40,
+    "dtype": torch.float16, "layout": "contiguous", "window": (-1, -1), "softcap": 0.0, "dropout": 0.0, "mask": None,
+    "bias": None, "alibi": False, "sinks": False, "dlse": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"lengths": [(64, 64), (64, 64)], "dtype": torch.float32},
+        {"window": (-1, 0)},
+        {"window": (-1, 0), "lengths": [(90, 40)]},
+        {"window": (20, 0)},
+        {"window": (7, 9), "heads": 2},
+        {"window": (0, 40), "lengths": [(33, 100)]},
+        {"packed": True, "lengths": [(20, 33), (0, 5), (50, 0), (41, 41)], "window": (-1, 0)},
+        {"dlse": True, "softcap": 2.0, "lengths": [(1, 77)]},
+    ],
+    ids=str,
+)
+def test_as_many_bytes_as_the_model_says(change: dict[str, Any]) -> None:
+    call = PLAIN | change
+    traced = run(call)
+    lengths = call["lengths"]
+    problem = model.Problem(
+        lengths=tuple(lengths),
+        heads=call["heads"],
+        kv_heads=call["kv_heads"],
+        head_dim=call["head_dim"],
+        value_dim=call["value_dim"],
+        itemsize=call["dtype"].itemsize,
+        window_left=call["window"][0],
+        window_right=call["window"][1],
+        packed=call["packed"],
+        longest=(max(n for n, _ in lengths), max(nk for _, nk in lengths)),
+        dlse=call["dlse"],
+    )
+    expected = {
+        "flash_attention_fwd_kernel": model.forward(problem, TILES["flash_attention_fwd"]),
+        "flash_attention_bwd_delta_kernel": model.backward_delta(problem),
+        "flash_attention_bwd_dq_kernel": model.backward_dq(problem, TILES["flash_attention_bwd_dq"]),
+        "flash_attention_bwd_dkv_kernel": model.backward_dkv(problem, TILES["flash_attention_bwd_dkv"]),
+    }
+    for kernel, count in expected.items():
+        traffic = traced.bytes(kernel)
+        assert (traffic.read, traffic.written, traffic.atomic) == (*count, 0), kernel
+
+
+def test_offsets_out_of_range_stay_inside_the_tensors() -> None:
+    """On a GPU nobody reads the offsets before the kernels do, so whatever they say must do no harm."""
+    q = torch.randn(1, 2, 40, 16)
+    for bad in ([0, 99, 40], [-5, 20, 10], [30, 10, 2**30], [0, 0, -(2**31)]):
+        offsets = torch.tensor(bad, dtype=torch.int32)
+        options = Options(cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=25, max_seqlen_k=40)
+        with autotune.override(**TILES), trace():
+            out, lse = triton_launch.forward(q, q, q, options)
+            grads = triton_launch.backward(out, None, q, q, q, out, lse, options, Needs(True, True, True))
+        assert out.isfinite().all()
+        assert all(x is None or x.isfinite().all() for x in grads)
