@@ -57,10 +57,10 @@ def _preferred(problem: Problem) -> Config:
         return _single_precision(problem.kernel, width, problem.tensor_cores)
     if problem.kernel == "flash_attention_bwd_dbias":
         return Config(64, 32, 8, 1) if width <= 128 else Config(32, 32, 4, 1)
-    if problem.extras and width <= 128:
-        return Config(64, 64 if problem.kernel == "flash_attention_fwd" else 32, 8, 2)
     # Warpgroup (Hopper) and tensor-memory (Blackwell) products read operands from shared memory, which frees registers.
     roomy = problem.sm // 10 in (9, 10)
+    if problem.extras and width <= 128:
+        return Config(64, 64 if problem.kernel == "flash_attention_fwd" and (roomy or width <= 64) else 32, 8, 2)
     if problem.kernel == "flash_attention_fwd":
         if width <= 64:
             return Config(128, 128 if problem.sm // 10 == 9 else 64, 8, 3)
