@@ -34,6 +34,7 @@ from .triton_scores import (
     key_range,
     load_tile,
     locate,
+    row_block,
     store_tile,
     tile_offsets,
     tile_scores,
@@ -187,16 +188,9 @@ def flash_attention_bwd_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq of BLOCK_M rows of one head. The grid is that of the forward kernel."""
-    row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    pid_m = tl.program_id(0) % row_blocks
-    sequence_head = tl.program_id(0) // row_blocks
-    sequence, head = sequence_head // heads, sequence_head % heads
-    if FEATURES.right:
-        pid_m = row_blocks - 1 - pid_m
-
+    sequence, head, first_row = row_block(seqlen_q, heads, FEATURES, BLOCK_M)
     start_q, length_q = locate(cu_seqlens_q_ptr, sequence, seqlen_q, total_q, FEATURES.varlen)
     start_k, length_k = locate(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, FEATURES.varlen)
-    first_row = pid_m * BLOCK_M
     if first_row < length_q:
         batch = 0 if FEATURES.varlen else sequence
         numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap_log2, window_left, window_right, dropout_threshold)

@@ -28,6 +28,7 @@ from .triton_scores import (
     key_range,
     load_tile,
     locate,
+    row_block,
     store_tile,
     tile_offsets,
     tile_scores,
@@ -125,18 +126,10 @@ def flash_attention_fwd_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and lse of BLOCK_M rows of one head. One grid axis, because the others end at 65,535: row blocks within heads
-    within sequences."""
-    row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    pid_m = tl.program_id(0) % row_blocks
-    sequence_head = tl.program_id(0) // row_blocks
-    sequence, head = sequence_head // heads, sequence_head % heads
-    if FEATURES.right:
-        pid_m = row_blocks - 1 - pid_m
-
+    """out and lse of BLOCK_M rows of one head."""
+    sequence, head, first_row = row_block(seqlen_q, heads, FEATURES, BLOCK_M)
     start_q, length_q = locate(cu_seqlens_q_ptr, sequence, seqlen_q, total_q, FEATURES.varlen)
     start_k, length_k = locate(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, FEATURES.varlen)
-    first_row = pid_m * BLOCK_M
     if first_row < length_q:
         batch = 0 if FEATURES.varlen else sequence
         numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap_log2, window_left, window_right, dropout_threshold)

@@ -65,6 +65,21 @@ class HeadScores(NamedTuple):
 
 
 @triton.jit
+def row_block(seqlen_q, heads, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Which sequence, head and first row this block owns: row blocks within heads within sequences.
+
+    One grid axis, because the others end at 65,535. Where a right bound makes the last rows the longest, they start
+    first, so that the short ones fill the gaps at the end.
+    """
+    row_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    block = tl.program_id(0) % row_blocks
+    sequence_head = tl.program_id(0) // row_blocks
+    if FEATURES.right:
+        block = row_blocks - 1 - block
+    return sequence_head // heads, sequence_head % heads, block * BLOCK_M
+
+
+@triton.jit
 def locate(cu_seqlens_ptr, sequence, seqlen, total, VARLEN: tl.constexpr):
     """First row and length of a sequence.
 
