@@ -64,9 +64,12 @@ else
     quick='--quick' bench='--suite quick --seconds 0.05' tests=${TESTS:-tests/bench/test_shape.py}
 fi
 
+# Compiling takes most of the tests' time, so it is spread over the cores where pytest-xdist is installed.
+workers=$("$python" -c 'import os, xdist; print("-n", max(1, min(8, (os.cpu_count() or 1) // 2)))' 2>/dev/null) || workers=''
+
 step env 60 "$python" -m iokernels env --json "$out/env.json"
 # shellcheck disable=SC2086 # several words on purpose
-step tests 240 "$python" -m pytest -q $tests
+step tests 240 "$python" -m pytest -q $workers $tests
 # shellcheck disable=SC2086
 step check 120 "$python" -m iokernels check $quick --json "$out/check.json"
 
