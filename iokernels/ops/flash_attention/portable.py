@@ -49,11 +49,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     """
     out, lse = empty_out(q, v), empty_lse(q)
     if runs_in_aten(q, k, v, options):
-        made, statistics = _ATEN_FORWARD(
-            q, k, v, 0.0, options.window_right == 0 and q.shape[2] > 1, scale=options.scale
-        )
-        out.copy_(made)
-        lse.copy_(statistics)
+        for member in _members(q, k):
+            made, statistics = _ATEN_FORWARD(q[:, member], k, v, 0.0, _causal(q, options), scale=options.scale)
+            out[:, member].copy_(made)
+            lse[:, member].copy_(statistics)
     elif options.cu_seqlens_q is None:
         _forward_tiles(Tiles(q, k, v, options), q, k, v, out, lse)
     else:
@@ -74,9 +73,7 @@ def backward(
     """The gradients that ``needs`` names, given those of out and, where the loss uses it, of lse."""
     if dlse is None and runs_backward_in_aten(q, k, v, options):
         dout = dout if _rows_are_contiguous(dout) else dout.contiguous()
-        made = _ATEN_BACKWARD(dout, q, k, v, out, lse, 0.0, _causal(q, options), scale=options.scale)
-        grads = (_in_order_of(x, dx) if need else None for x, dx, need in zip((q, k, v), made, needs[:3], strict=True))
-        return Gradients(*grads)
+        return _backward_in_aten(dout, q, k, v, out, lse, options, needs)
 
     dq, dk, dv = (
         empty_in_order_of(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
@@ -113,8 +110,8 @@ def backward(
 def runs_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Whether PyTorch's CPU flash kernel computes the same function of these arguments.
 
-    It knows neither windows nor unequal heads, aligns a causal mask at the start, and takes rows for contiguous and
-    apart without looking at their strides. Every row must have a key.
+    It knows no windows, aligns a causal mask at the start, and takes rows for contiguous and apart without looking at
+    their strides. Every row must have a key. Grouped heads are one call a member (:func:`_members`).
     """
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     return (
@@ -123,12 +120,37 @@ def runs_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
         and options.softcap == 0.0
         and options.window_left == -1
         and (options.window_right == -1 or (options.window_right == 0 and seqlen_q in (1, seqlen_k)))
-        and q.shape[1] == k.shape[1]
         and q.shape[3] == v.shape[3]
         and q.numel() > 0
         and seqlen_k > 0
         and all(_rows_are_contiguous(x) for x in (q, k, v))
     )
+
+
+def _members(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Query heads with one of each group, in the order of the key heads: the kernel wants as many of both."""
+    group = q.shape[1] // k.shape[1]
+    return (slice(member, None, group) for member in range(group))
+
+
+def _backward_in_aten(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options, needs: Needs
+) -> Gradients:
+    """The kernel's backward pass, in which the members of a group add up to dk and dv."""
+    dq, dk, dv = (
+        empty_in_order_of(x, x.shape[3]) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
+    )
+    for index, member in enumerate(_members(q, k)):
+        made = _ATEN_BACKWARD(
+            dout[:, member], q[:, member], k, v, out[:, member], lse[:, member].contiguous(), 0.0,
+            _causal(q, options), scale=options.scale,
+        )  # fmt: skip
+        if dq is not None:
+            dq[:, member].copy_(made[0])
+        for grad, part in ((dk, made[1]), (dv, made[2])):
+            if grad is not None:
+                grad.copy_(part) if index == 0 else grad.add_(part)
+    return Gradients(dq, dk, dv)
 
 
 def runs_backward_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -144,12 +166,6 @@ def _causal(q: Tensor, options: Options) -> bool:
 
 def _rows_are_contiguous(x: Tensor) -> bool:
     return x.stride(3) == 1 and x.stride(2) >= x.shape[3]
-
-
-def _in_order_of(x: Tensor, made: Tensor) -> Tensor:
-    """``made``, copied where its memory is not laid out as promised."""
-    promised = empty_in_order_of(x, made.shape[3])
-    return made if made.stride() == promised.stride() else promised.copy_(made)
 
 
 def _forward_tiles(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
