@@ -136,12 +136,9 @@ def _describe_inspect(commands: Any) -> None:
 
 
 def _gpu(command: argparse.ArgumentParser) -> None:
+    known = ", ".join(KNOWN)
     command.add_argument(
-        "--gpu",
-        choices=tuple(KNOWN),
-        default="h100-sxm",
-        metavar="NAME",
-        help=f"of {', '.join(KNOWN)} (default: h100-sxm)",
+        "--gpu", choices=tuple(KNOWN), default="h100-sxm", metavar="NAME", help=f"of {known} (default: h100-sxm)"
     )
 
 

@@ -45,8 +45,8 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
 
 NAIVE = (
     "S = q k^T, P = softmax(S), out = P v; then dv = P^T dO, dP = dO v^T, dS = P (dP - delta), dq = dS k, dk = dS^T q. "
-    "Each product and each softmax reads its operands and writes its result once, in the inputs' dtype; whatever "
-    "changes scores (bias, mask, a soft cap, dropout) is taken to happen within the softmax"
+    "Each product and each softmax reads its operands and writes its result once, in the inputs' dtype, for hidden "
+    "scores too; whatever changes scores (bias, mask, a soft cap, dropout) is taken to happen within the softmax"
 )
 
 
