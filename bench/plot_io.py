@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from iokernels.bench.accounts import Account, OnChip
 from iokernels.bench.case import Case, dtype_name
+from iokernels.bench.shape import Shape
 from iokernels.runtime.device import DeviceSpec
 
 if TYPE_CHECKING:
@@ -26,14 +29,14 @@ def draw(target: str, case: Case, rows: list[Row], spec: DeviceSpec) -> None:
     figure.savefig(target, dpi=150)
 
 
-def best_tilings(case: Case, row: Row) -> list[tuple[int, int]]:
+def best_tilings(case: Case, shape: Shape, dtype: torch.dtype) -> list[tuple[int, int]]:
     """(on-chip bytes M, the fewest bytes that any tiling within M moves), M rising and the bytes falling."""
     assert case.accounts is not None
     assert case.accounts.on_chip is not None
     on_chip: OnChip = case.accounts.on_chip
     points = sorted(
-        (on_chip.nbytes(row.shape, row.dtype, tiling), _forward(case.accounts.model(row.shape, row.dtype, tiling)))
-        for tiling in on_chip.tilings(row.shape, row.dtype)
+        (on_chip.nbytes(shape, dtype, tiling), _forward(case.accounts.model(shape, dtype, tiling)))
+        for tiling in on_chip.tilings(shape, dtype)
     )
     best: list[tuple[int, int]] = []
     for held, moved in points:
@@ -49,7 +52,7 @@ def _forward(kernels: Mapping[str, Account]) -> int:
 def _panel(axis: Any, case: Case, row: Row, spec: DeviceSpec) -> None:
     assert case.accounts is not None
     assert case.accounts.on_chip is not None
-    best = best_tilings(case, row)
+    best = best_tilings(case, row.shape, row.dtype)
     held, moved = zip(*best, strict=True)
     axis.step(held, moved, where="post", marker=".", color="C0", label="model, best tiles within M")
     # From below the smallest tiles, so that both regimes of the bound are seen.
