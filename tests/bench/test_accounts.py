@@ -46,7 +46,7 @@ def test_flash_attention_by_hand() -> None:
     case = load("flash_attention")
     assert case.accounts is not None
     shape, dtype = case.vocabulary.parse("b=2,h=4,hkv=2,n=64,nk=96,d=32,dv=16"), torch.bfloat16
-    tiles = dict.fromkeys(KERNELS, Config(16, 32, 4, 1))
+    tiles = dict.fromkeys(map(str, KERNELS), Config(16, 32, 4, 1))
     found = case.accounts.model(shape, dtype, tiles)
     q, out, lse, kv = 8 * 64 * 32 * 2, 8 * 64 * 16 * 2, 8 * 64 * 4, 4 * 96 * 48 * 2
     # 4 blocks of rows read the keys of their head; 3 blocks of keys read the rows of the 2 heads of their group.
@@ -65,7 +65,7 @@ def test_flash_attention_by_hand() -> None:
 def test_a_bias_costs_what_it_is() -> None:
     case = load("flash_attention")
     assert case.accounts is not None
-    tiles = dict.fromkeys(KERNELS, Config(32, 32, 4, 1))
+    tiles = dict.fromkeys(map(str, KERNELS), Config(32, 32, 4, 1))
 
     def read(text: str) -> dict[str, int]:
         shape = case.vocabulary.parse(f"b=3,h=2,n=64,d=16{text}")
