@@ -141,9 +141,9 @@ def replaced(case: Any, **changes: Any) -> Any:
 
 
 def test_a_large_shape_is_checked_at_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iokernels.bench import timing_table
+    from iokernels.bench import contenders
 
-    monkeypatch.setattr(timing_table, "_CPU_REFERENCE_BYTES", 8 * 8 * 64 * 64)
+    monkeypatch.setattr(contenders, "_CPU_REFERENCE_BYTES", 8 * 8 * 64 * 64)
     target = tmp_path / "b.json"
     shape = ["--device", "cpu", "--shape", "b=2,h=4,hkv=2,n=64,d=16", "--seconds", "0.02"]
     assert main(["bench", "flash_attention", *shape, "--backend", "torch", "--json", str(target)]) == 0
