@@ -43,9 +43,10 @@ class Comparison:
 
     def __str__(self) -> str:
         if self.ratio is None or self.low is None or self.high is None:
-            return self.reason
-        change = f"{_percent(self.ratio)} ({_percent(self.low)} to {_percent(self.high)})"
-        return f"{change} slower" if self.slower else change
+            return f"{self.other}: {self.reason}"
+        basis = f"{self.rounds} rounds" if self.rounds is not None else "20th to 80th percentiles"
+        found = f"{self.other}: time {_percent(self.ratio)} ({_percent(self.low)} to {_percent(self.high)}, {basis})"
+        return f"{found}: slower by more than {self.tolerated * 100:.3g}%" if self.slower else found
 
 
 def _percent(ratio: float) -> str:
@@ -115,7 +116,7 @@ class Saved:
         """The comparison of one timed row, as :meth:`Row.as_dict` gives it."""
         theirs = self._rows.get((row["shape"], row["dtype"], row["pass"], row["name"]))
         if theirs is None or not theirs["ms"]:
-            return Comparison(self.label, self._tolerated, reason=f"{self.label} has no time for it")
+            return Comparison(self.label, self._tolerated, reason="not compared: it has no time for this row")
         return Comparison(
             self.label,
             self._tolerated,

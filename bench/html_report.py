@@ -31,7 +31,7 @@ th { background: var(--head); font-weight: 600; }
 .text { text-align: left; }
 ul { margin: .5rem 0; padding-left: 1.2rem; }
 figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; }
+img { width: 100%; height: auto; }
 pre { background: var(--head); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .5rem 0;
   white-space: pre-wrap; }
 """
@@ -88,6 +88,9 @@ def _section(section: Section) -> str:
     for row in section.untimed:
         kind = "bad" if row.status in ("wrong", "failed") else "soft"
         remarks.append(f'<li>{escape(row.name)} <span class="{kind}">{escape(reason(row))}</span></li>')
+    for row, text in section.compared:
+        kind = ' class="bad"' if row.versus is not None and row.versus.slower else ""
+        remarks.append(f"<li{kind}>{escape(text)}</li>")
     remarks += [f'<li class="soft">{escape(note)}</li>' for note in section.notes]
     if remarks:
         parts.append("<ul>" + "\n".join(remarks) + "</ul>")
@@ -96,8 +99,5 @@ def _section(section: Section) -> str:
 
 
 def _cell(tag: str, column: str, text: str) -> str:
-    kinds = ["text"] if column in TEXT_COLUMNS else []
-    if tag == "td" and text.endswith(" slower"):
-        kinds.append("bad")
-    attribute = f' class="{" ".join(kinds)}"' if kinds else ""
-    return f"<{tag}{attribute}>{escape(text)}</{tag}>"
+    kind = ' class="text"' if column in TEXT_COLUMNS else ""
+    return f"<{tag}{kind}>{escape(text)}</{tag}>"

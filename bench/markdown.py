@@ -20,6 +20,7 @@ def _section(section: Section) -> list[str]:
         lines = (tuple(map(_plain, grid.columns)), rule, *(tuple(map(_plain, line)) for line in grid.lines))
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     remarks = [f"- {row.name}: {_plain(reason(row))}" for row in section.untimed]
+    remarks += [f"- {_plain(text)}" for _, text in section.compared]
     remarks += [f"- {_plain(note)}" for note in section.notes]
     if remarks:
         parts.append("\n".join(remarks))

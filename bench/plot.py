@@ -49,9 +49,8 @@ def theme(name: str) -> Iterator[None]:
     colours = THEMES[name]
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     page = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
-    with rc_context(
-        dict.fromkeys(ink, colours["ink"]) | dict.fromkeys(page, colours["page"]) | {"grid.color": colours["grid"]}
-    ):
+    settings: dict[Any, Any] = dict.fromkeys(ink, colours["ink"]) | dict.fromkeys(page, colours["page"])
+    with rc_context(settings | {"grid.color": colours["grid"]}):
         yield
 
 
@@ -61,13 +60,28 @@ def save(figure: Any, target: str) -> None:
 
 
 def svg(figure: Any) -> bytes:
-    """A figure as SVG, the same for the same figure."""
+    """A figure as SVG without its heading, for a page that has one. The same figure gives the same bytes."""
     from matplotlib import rc_context
 
+    figure.suptitle("")
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "iokernels"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def panels(count: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure with ``count`` panels (at least one) of ``height`` inches, side by side where there are many."""
+    from matplotlib.figure import Figure
+
+    count = max(count, 1)
+    columns = 2 if count > 3 else 1
+    lines = -(-count // columns)
+    made = Figure(figsize=(10 if columns == 1 else 13, 0.9 + height * lines), layout="constrained")
+    axes = list(made.subplots(lines, columns, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    return made, axes[:count]
 
 
 def colours(rows: Sequence[Row]) -> dict[str, str]:

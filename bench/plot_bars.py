@@ -13,18 +13,15 @@ from iokernels.bench.rows import Row, flops_unit
 def figure(report: Report) -> Any:
     """Medians as bars, 20th to 80th percentiles as whiskers, the roofline dashed where it is known."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     timed = [row for row in report.rows if row.timing is not None]
     colours = plot.colours(timed)
     bars = [[row for row in timed if row.need == need] for need in dict.fromkeys(row.need for row in timed)]
-    heights = [len(panel) for panel in bars] or [1]
-    made = Figure(figsize=(9, 1.4 + 0.75 * len(heights) + 0.32 * sum(heights)), layout="constrained")
-    axes = made.subplots(len(heights), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
+    made, axes = plot.panels(len(bars), 0.75 + 0.3 * max(map(len, bars), default=1))
     unit, scale = flops_unit(timed)
     for axis, panel in zip(axes, bars, strict=False):
         _panel(axis, panel, colours, scale, matplotlib.rcParams["text.color"])
-    axes[-1].set_xlabel(unit)
+    made.supxlabel(unit, fontsize=10)
     made.suptitle(f"{report.operator}\n{report.machine.header()}", fontsize=9)
     return made
 

@@ -9,27 +9,25 @@ from iokernels.bench.case import dtype_name
 from iokernels.bench.report import Report
 from iokernels.bench.rows import Row, flops_unit
 
-_WIDTH, _HEIGHT = 9.0, 3.2
+_HEIGHT = 3.2
 
 
 def figure(report: Report, swept: str) -> Any:
     """A panel for each pass, dtype and rest of the shape; the 20th to 80th percentiles are shaded."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     timed = [row for row in report.rows if row.timing is not None]
     colours = plot.colours(timed)
     panels: dict[str, list[Row]] = {}
     for row in timed:
         panels.setdefault(_panel_title(row, swept), []).append(row)
-    made = Figure(figsize=(_WIDTH, 0.9 + _HEIGHT * max(len(panels), 1)), layout="constrained")
-    axes = made.subplots(max(len(panels), 1), 1, squeeze=False)[:, 0]
+    made, axes = plot.panels(len(panels), _HEIGHT)
     unit, scale = flops_unit(timed)
     for axis, (title, rows) in zip(axes, panels.items(), strict=False):
         _panel(axis, rows, swept, colours, scale, matplotlib.rcParams["text.color"])
         axis.set_title(title, fontsize=8, loc="left")
         axis.set_ylabel(unit)
-    axes[-1].set_xlabel(swept)
+    made.supxlabel(swept, fontsize=10)
     made.suptitle(f"{report.operator}\n{report.machine.header()}", fontsize=9)
     return made
 

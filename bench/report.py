@@ -69,9 +69,12 @@ class Section:
         reduced = next((row.checked for row in self.rows if row.checked not in (None, need.shape)), None)
         if reduced is not None:
             found.append(f"errors found at {reduced}, where the float64 reference fits")
-        found += [f"{row.name} against {row.versus.other}: {row.versus.reason}"
-                  for row in self.rows if row.versus is not None and row.versus.reason]  # fmt: skip
         return found
+
+    @property
+    def compared(self) -> list[tuple[Row, str]]:
+        """The rows that were compared with another version, each with what came of it."""
+        return [(row, f"{row.name} against {row.versus}") for row in self.rows if row.versus is not None]
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def _cells(row: Row, baseline: str | None, unit: str, scale: float) -> dict[str,
     assert row.tflops is not None
     p20, p50, p80 = (render.milliseconds(value) for value in (timing.p20, timing.p50, timing.p80))
     speed = "-" if row.speedup is None else f"{row.speedup:.2f}x"
-    cells = {
+    return {
         "backend": row.name,
         "config": row.config,
         "ms (p20-p80)": f"{p50} ({p20}-{p80})" + (" graph" if timing.how == "graph" else ""),
@@ -135,5 +138,3 @@ def _cells(row: Row, baseline: str | None, unit: str, scale: float) -> dict[str,
         "error": f"ok {row.error:.2g}x",
         f"vs {baseline or 'baseline'}": "base" if row.name == baseline else speed,
     }
-    compared = row.versus is not None and row.versus.ratio is not None
-    return cells | {"time vs other version": str(row.versus) if compared else "-"}

@@ -166,7 +166,7 @@ class Revision:
         except VersionError as error:
             return Comparison(self.label, self._tolerated, reason=f"not compared: {name}: {error}")
         if our_start["digest"] != their_start["digest"]:
-            return Comparison(self.label, self._tolerated, reason=f"not compared: {self.label} draws other inputs")
+            return Comparison(self.label, self._tolerated, reason="not compared: it draws other inputs")
         both = our_start["seconds"] + their_start["seconds"]
         calls = int(min(max(2 * _BATCH / both, 1), 100))
         fewest, most = _ROUNDS

@@ -25,6 +25,9 @@ def show(console: Console, operator: str, section: Section) -> None:
     for row in section.untimed:
         style = "bold red" if row.status in _BAD else "yellow" if row.status == "refused" else "dim"
         console.print(f"{row.name}  [{style}]{escape(reason(row))}[/]", highlight=False)
+    for row, text in section.compared:
+        slower = row.versus is not None and row.versus.slower
+        console.print(escape(text), style="bold red" if slower else None, highlight=False)
     for note in section.notes:
         console.print(escape(note), style="dim", highlight=False)
     console.print(f"repro: {section.repro}", style="dim", highlight=False, soft_wrap=True)

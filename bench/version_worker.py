@@ -77,7 +77,7 @@ def digest(inputs: Any) -> dict[str, str]:
     found = {}
     for name, x in named.items():
         if isinstance(x, torch.Tensor):
-            values = x.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy()
+            values = x.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data
             found[name] = f"{x.dtype} {tuple(x.shape)} {x.stride()} {zlib.crc32(values):08x}"
         else:
             found[name] = repr(x)
