@@ -49,7 +49,7 @@ def theme(name: str) -> Iterator[None]:
     colours = THEMES[name]
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     page = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
-    settings: dict[Any, Any] = dict.fromkeys(ink, colours["ink"]) | dict.fromkeys(page, colours["page"])
+    settings: Any = dict.fromkeys(ink, colours["ink"]) | dict.fromkeys(page, colours["page"])
     with rc_context(settings | {"grid.color": colours["grid"]}):
         yield
 

@@ -125,14 +125,15 @@ def _cells(row: Row, baseline: str | None, unit: str, scale: float) -> dict[str,
     timing = row.timing
     assert timing is not None
     assert row.tflops is not None
+    assert row.gbytes is not None
     p20, p50, p80 = (render.milliseconds(value) for value in (timing.p20, timing.p50, timing.p80))
     speed = "-" if row.speedup is None else f"{row.speedup:.2f}x"
     return {
         "backend": row.name,
         "config": row.config,
         "ms (p20-p80)": f"{p50} ({p20}-{p80})" + (" graph" if timing.how == "graph" else ""),
-        unit: f"{row.tflops * scale:.3g}",
-        "GB/s": f"{row.gbytes:.3g}",
+        unit: render.digits(row.tflops * scale),
+        "GB/s": render.digits(row.gbytes),
         "roof": "-" if row.roofline is None else f"{row.roofline:.0%}",
         "peak MB": "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
         "error": f"ok {row.error:.2g}x",
