@@ -1,4 +1,4 @@
-"""Lets ``pytest bench`` collect a folder whose package is ``iokernels.bench`` and is not to be imported as ``bench``."""
+"""Lets ``pytest bench`` collect a folder whose package is ``iokernels.bench`` and cannot be imported as ``bench``."""
 
 from __future__ import annotations
 
