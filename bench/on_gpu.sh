@@ -4,8 +4,8 @@
 #   bench/on_gpu.sh OUT
 #
 # OUT receives log.txt (all that was printed), env.json, check.json, a JSON and a Markdown file for each operator, and
-# summary.txt, which is printed last. A step that fails or takes too long does not stop the others; the exit code is 0 only if none
-# did. Without a GPU the quick forms run, on the CPU.
+# summary.txt, which is printed last. A step that fails or takes too long does not stop the others; the exit code is 0
+# only if none did. Without a GPU the quick forms run, on the CPU.
 #
 #   PYTHON   the interpreter to use (python3)
 #   SECONDS_TOTAL   time for everything (570)

@@ -161,13 +161,13 @@ class Revision:
         name = "this version"
         try:
             our_start = ours.ask(**request)
-            name = self.label
+            name = "that revision"
             their_start = theirs.ask(**request)
         except VersionError as error:
             return Comparison(self.label, self._tolerated, reason=f"not compared: {name}: {error}")
         if our_start["digest"] != their_start["digest"]:
             return Comparison(self.label, self._tolerated, reason="not compared: it draws other inputs")
-        both = our_start["seconds"] + their_start["seconds"]
+        both = our_start["wall"] + their_start["wall"]
         calls = int(min(max(2 * _BATCH / both, 1), 100))
         fewest, most = _ROUNDS
         rounds = int(min(max(2 * seconds / ((calls + 1) * both), fewest), most))
