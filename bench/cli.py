@@ -83,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
     bench.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
+    bench.add_argument(
+        "--sweep", action="append", metavar="n=1k:64k:x2",
+        help="vary a dimension: start:stop:x2, start:stop:+step or a,b,c; goes with --shape",
+    )  # fmt: skip
     bench.add_argument("--suite", help="a named list of shapes (default: quick on a CPU, train on a GPU)")
     bench.add_argument("--dtype", type=_dtypes, metavar="A,B", help="default: fp32 on a CPU, bf16 on a GPU")
     bench.add_argument(
@@ -91,8 +95,19 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     bench.add_argument("--baseline", metavar="NAME", help="the row that the others are compared with")
     bench.add_argument("--seconds", type=float, default=0.5, help="time spent on each row (default: 0.5)")
+    bench.add_argument(
+        "--against",
+        metavar="R.json|git:REV",
+        help="compare with saved results, or with a revision timed in turn with this one",
+    )
+    bench.add_argument(
+        "--fail-over", type=_share, metavar="5%", help="exit 1 if slower than --against by more (default: 5%%)"
+    )
     bench.add_argument("--csv", metavar="FILE", help="write the rows as CSV")
-    bench.add_argument("--plot", metavar="FILE.png", help="draw the rows (needs matplotlib)")
+    bench.add_argument("--md", metavar="FILE", help="write the tables as Markdown")
+    bench.add_argument("--plot", metavar="FILE.png", help="draw speeds, over the first --sweep if there is one")
+    bench.add_argument("--roofline", metavar="FILE.png", help="draw speed against arithmetic intensity")
+    bench.add_argument("--html", metavar="FILE", help="write one page with tables and plots that needs nothing else")
     _common(bench)
 
     _describe_io(commands)
@@ -159,6 +174,17 @@ def _several(text: str, known: Sequence[str]) -> tuple[str, ...]:
         if part not in known:
             raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(known)}")
     return found
+
+
+def _share(text: str) -> float:
+    """``5%`` and ``0.05`` are the same."""
+    try:
+        share = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 5% or 0.05")
+    return share
 
 
 def _dtypes(text: str) -> tuple[str, ...]:

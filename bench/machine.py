@@ -125,17 +125,24 @@ def nvidia_smi(field: str) -> str | None:
     return lines[0].strip() if lines else None
 
 
+def peak(spec: DeviceSpec | None, dtype: torch.dtype) -> float | None:
+    """The most FLOP/s of matrix products in ``dtype``. None where it is not known: on a CPU, and for float64."""
+    if spec is None or dtype not in spec.matmul_peak:
+        return None
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return spec.vector_peak  # exact float32 products do not run on the matrix units
+    return spec.matmul_peak[dtype]
+
+
 def floor(spec: DeviceSpec | None, flops: int, nbytes: int, dtype: torch.dtype) -> Floor | None:
     """The roofline: the longer of computing at peak and moving the bytes at full bandwidth.
 
-    None where no peak is known: on a CPU, and for float64.
+    None where no peak is known.
     """
-    if spec is None or dtype not in spec.matmul_peak:
+    most = peak(spec, dtype)
+    if spec is None or most is None:
         return None
-    peak = spec.matmul_peak[dtype]
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        peak = spec.vector_peak  # exact float32 products do not run on the matrix units
-    compute, memory = flops / peak, nbytes / spec.dram_bandwidth
+    compute, memory = flops / most, nbytes / spec.dram_bandwidth
     return Floor(compute, "compute") if compute >= memory else Floor(memory, "memory")
 
 

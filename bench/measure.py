@@ -147,9 +147,9 @@ def measure(
     if not calls:
         return {}
     samplers = {name: clock.sampler(call, capturable=capturable) for name, call in calls.items()}
-    warm = {name: _warm(sample, seconds / 5) for name, (sample, _) in samplers.items()}
+    last = {name: warm(sample, seconds / 5) for name, (sample, _) in samplers.items()}
     fewest, most = _ROUNDS
-    rounds = int(min(max(seconds * len(calls) / max(sum(warm.values()), 1e-9), fewest), most))
+    rounds = int(min(max(seconds * len(calls) / max(sum(last.values()), 1e-9), fewest), most))
     names = list(samplers)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -165,7 +165,7 @@ def measure(
     return found
 
 
-def _warm(sample: Callable[[], float], seconds: float) -> float:
+def warm(sample: Callable[[], float], seconds: float) -> float:
     """Run until caches, clocks and compilers have settled; the seconds of the last sample."""
     spent = last = sample()
     for _ in range(_ROUNDS[1]):

@@ -3,9 +3,9 @@
 #
 #   bench/on_gpu.sh OUT
 #
-# OUT receives log.txt (all that was printed), env.json, check.json, one JSON file for each operator, and summary.txt,
-# which is printed last. A step that fails or takes too long does not stop the others; the exit code is 0 only if none
-# did. Without a GPU the quick forms run, on the CPU.
+# OUT receives log.txt (all that was printed), env.json, check.json, a JSON and a Markdown file for each operator, and
+# summary.txt, which is printed last. A step that fails or takes too long does not stop the others; the exit code is 0
+# only if none did. Without a GPU the quick forms run, on the CPU.
 #
 #   PYTHON   the interpreter to use (python3)
 #   SECONDS_TOTAL   time for everything (570)
@@ -84,7 +84,8 @@ for operator in $operators; do
     limit=$(((deadline - $(date +%s)) / waiting))
     waiting=$((waiting - 1))
     # shellcheck disable=SC2086
-    step "bench $operator" "$limit" "$python" -m iokernels bench "$operator" $bench --json "$out/$operator.json"
+    step "bench $operator" "$limit" "$python" -m iokernels bench "$operator" $bench \
+        --json "$out/$operator.json" --md "$out/$operator.md"
 done
 
 echo "total $(($(date +%s) - started)) s, $failures failed" >>"$out/summary.txt"

@@ -1,59 +1,90 @@
-"""Benchmark rows as a picture. Needs matplotlib, an optional dependency."""
+"""Benchmark rows as pictures. Needs matplotlib, an optional dependency."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from iokernels.bench.case import dtype_name
-from iokernels.bench.rows import Row, flops_unit
+from iokernels.bench.report import Report
+from iokernels.bench.rows import Row
 from iokernels.bench.shape import UsageError
 
+THEMES = {
+    "light": {"ink": "#1f2328", "page": "#ffffff", "grid": "#d0d7de"},
+    "dark": {"ink": "#e6edf3", "page": "#0d1117", "grid": "#3d444d"},
+}
+"""Colours of text and lines, background and grid."""
 
-def require() -> None:
-    """Raise :class:`UsageError` where nothing can be drawn."""
+
+def require(option: str) -> None:
+    """Raise :class:`UsageError`, naming the option, where nothing can be drawn."""
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install 'iokernels[bench]'")
+        raise UsageError(f"{option} needs matplotlib: pip install 'iokernels[bench]'")
 
 
-def draw(target: str, operator: str, header: str, rows: list[Row]) -> None:
-    """One panel for each shape, dtype and pass: speed as bars, 20th to 80th percentile as whiskers.
+def speed(report: Report) -> Any:
+    """A figure of speed: over the first swept dimension, or as bars where nothing was swept."""
+    from iokernels.bench import plot_bars, plot_sweep
 
-    The roofline is a dashed line where it is known. Implementations keep their colour over all panels.
-    """
-    from matplotlib.figure import Figure
+    if report.swept:
+        return plot_sweep.figure(report, report.swept[0])
+    return plot_bars.figure(report)
 
-    timed = [row for row in rows if row.timing is not None]
-    needs = list(dict.fromkeys(row.need for row in timed))
-    names = list(dict.fromkeys(row.name for row in timed))
-    bars = [[row for row in timed if row.need == need] for need in needs]
-    heights = [max(len(panel), 1) for panel in bars] or [1]
-    figure = Figure(figsize=(9, 1.4 + 0.75 * len(heights) + 0.32 * sum(heights)), layout="constrained")
-    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
-    unit, scale = flops_unit(timed)
-    for axis, panel in zip(axes, bars, strict=False):
-        _panel(axis, panel, names, scale)
-    axes[-1].set_xlabel(unit)
-    figure.suptitle(f"{operator}\n{header}", fontsize=9)
+
+def roofline(report: Report) -> Any:
+    """A figure of speed against arithmetic intensity, with a point for every row."""
+    from iokernels.bench import plot_roofline
+
+    return plot_roofline.figure(report)
+
+
+@contextmanager
+def theme(name: str) -> Iterator[None]:
+    """Draw in the colours of a theme."""
+    from matplotlib import rc_context
+
+    colours = THEMES[name]
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    page = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
+    settings: Any = dict.fromkeys(ink, colours["ink"]) | dict.fromkeys(page, colours["page"])
+    with rc_context(settings | {"grid.color": colours["grid"]}):
+        yield
+
+
+def save(figure: Any, target: str) -> None:
+    """Write a figure to a file, whose suffix says the format (PNG without one)."""
     figure.savefig(target, dpi=150)
 
 
-def _panel(axis: Any, rows: list[Row], names: list[str], scale: float) -> None:
-    need = rows[0].need
-    for place, row in enumerate(rows):
-        assert row.timing is not None
-        assert row.tflops is not None
-        speed = row.tflops * scale
-        fast, slow = (speed * row.timing.p50 / seconds for seconds in (row.timing.p20, row.timing.p80))
-        axis.barh(
-            place,
-            speed,
-            xerr=[[speed - slow], [fast - speed]],
-            color=f"C{names.index(row.name) % 10}",
-            capsize=3,
-        )
-    if need.floor is not None:
-        axis.axvline(need.flops / need.floor.seconds / 1e12 * scale, linestyle="--", color="black", linewidth=1)
-    axis.set_yticks(range(len(rows)), [row.name for row in rows])
-    axis.invert_yaxis()
-    axis.set_title(f"{need.which} {dtype_name(need.dtype)} {need.shape}", fontsize=8, loc="left")
+def svg(figure: Any) -> bytes:
+    """A figure as SVG without its heading, for a page that has one. The same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    figure.suptitle("")
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "iokernels"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def panels(count: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure with ``count`` panels (at least one) of ``height`` inches, side by side where there are many."""
+    from matplotlib.figure import Figure
+
+    count = max(count, 1)
+    columns = 2 if count > 3 else 1
+    lines = -(-count // columns)
+    made = Figure(figsize=(10 if columns == 1 else 13, 0.9 + height * lines), layout="constrained")
+    axes = list(made.subplots(lines, columns, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    return made, axes[:count]
+
+
+def colours(rows: Sequence[Row]) -> dict[str, str]:
+    """A colour for every implementation, the same in all figures of one report."""
+    names = dict.fromkeys(row.name for row in rows if row.timing is not None)
+    return {name: f"C{place % 10}" for place, name in enumerate(names)}

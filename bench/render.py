@@ -57,7 +57,12 @@ def writable(target: str) -> Path:
 
 def milliseconds(seconds: float) -> str:
     """Three significant digits."""
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+    return digits(seconds * 1e3)
+
+
+def digits(number: float) -> str:
+    """Three significant digits, without an exponent for large numbers."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
 
 
 def amount(number: float, unit: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from iokernels.bench.case import Pass, dtype_name
+from iokernels.bench.compare import Comparison
 from iokernels.bench.machine import Floor
 from iokernels.bench.measure import Timing
 from iokernels.bench.shape import Shape
@@ -47,6 +48,8 @@ class Row:
     checked: Shape | None = None
     speedup: float | None = None
     """How many times faster than the baseline."""
+    versus: Comparison | None = None
+    """How it compares with another version (``--against``)."""
 
     @property
     def tflops(self) -> float | None:
@@ -93,6 +96,11 @@ class Row:
             "need_bytes": self.need.nbytes,
             "floor_ms": floor and floor.seconds * 1e3,
             "floor_bound": floor and floor.bound,
+            "against": self.versus and self.versus.other,
+            "time_ratio": self.versus and self.versus.ratio,
+            "time_ratio_low": self.versus and self.versus.low,
+            "time_ratio_high": self.versus and self.versus.high,
+            "slower": self.versus and self.versus.slower,
         }
 
 

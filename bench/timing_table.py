@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,131 +13,103 @@ from rich.console import Console
 from rich.markup import escape
 
 from iokernels import autotune
-from iokernels.bench import machine, render, rows_table
-from iokernels.bench.case import DTYPES, Case, Inputs, Outputs, Pass, Prepare, dtype_name, load
+from iokernels.bench import contenders, machine, outputs, rows_table, sweep
+from iokernels.bench.case import DTYPES, Case, Pass, dtype_name, load
+from iokernels.bench.compare import Comparison, Saved
+from iokernels.bench.contenders import Contender
 from iokernels.bench.machine import Machine
-from iokernels.bench.measure import Call, Clock, clock_for, measure
-from iokernels.bench.proof import Proof, Verdict
+from iokernels.bench.measure import Clock, clock_for, measure
+from iokernels.bench.passes import pass_call
+from iokernels.bench.proof import Verdict
+from iokernels.bench.report import Report, Section
+from iokernels.bench.revision import Revision
 from iokernels.bench.rows import Need, Row, against, config_text
 from iokernels.bench.shape import Shape, UsageError
-from iokernels.runtime import device as devices
 from iokernels.runtime.errors import UnsupportedError
 
-_CPU_REFERENCE_BYTES = 2**30
-"""On a CPU the float64 reference may take this much: more would take minutes."""
+TOLERATED = 0.05
+"""What ``--fail-over`` is unless told otherwise."""
 
-
-@dataclass(frozen=True)
-class Contender:
-    """A row to be: a backend or a peer, or the reason why it has no time."""
-
-    name: str
-    kind: str
-    prepare: Prepare | None = None
-    status: str = ""
-    reason: str = ""
+Compare = Callable[[Row], Comparison]
+"""Compares a timed backend with another version of itself."""
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Time what the arguments select; 1 if a backend was wrong."""
+    """Time what the arguments select; 1 if a backend was wrong, or slower than the version it is compared with."""
     device = machine.pick_device(arguments.device)
     case = load(arguments.operator)
-    shapes = _shapes(case, arguments, device)
+    sweeps = tuple(sweep.parse(text, case.vocabulary) for text in arguments.sweep or ())
+    shapes = _shapes(case, arguments, sweeps, device)
     dtypes = [DTYPES[name] for name in arguments.dtype or (("bf16",) if device.type == "cuda" else ("fp32",))]
     if not arguments.seconds > 0:
         raise UsageError(f"--seconds is {arguments.seconds}; it must be more than 0")
-    contenders = _contenders(case, arguments, device)
-    baseline = _baseline(contenders, arguments.baseline)
-    for target in (arguments.csv, arguments.plot, arguments.json if arguments.json != "-" else None):
-        if target is not None:
-            render.writable(target)
-    if arguments.plot is not None:
-        from iokernels.bench import plot
-
-        plot.require()
+    among = contenders.contenders(case, device, arguments.backend)
+    baseline = contenders.baseline(among, arguments.baseline)
+    outputs.possible(arguments)
     here = machine.describe(device)
-    console.print(escape(here.header()), highlight=False)
-    if here.spec is None:
-        lead = "" if torch.cuda.is_available() else "no GPU: "
-        console.print(f"{lead}timed on the CPU, whose roofline is not known", style="dim")
-    rows: list[Row] = []
+    sections: list[Section] = []
     clock = clock_for(device)
-    with console.status("") as status:
+    with ExitStack() as opened:
+        compare = _other_version(arguments, here, opened)
+        console.print(escape(here.header()), highlight=False)
+        if here.spec is None:
+            lead = "" if torch.cuda.is_available() else "no GPU: "
+            console.print(f"{lead}timed on the CPU, whose roofline is not known", style="dim")
+        status = opened.enter_context(console.status(""))
         for shape in shapes:
             for dtype in dtypes:
                 status.update(f"checking {shape} {dtype_name(dtype)}")
-                checked, verdicts = _check(case, shape, dtype, device, contenders, arguments.seed)
+                checked, verdicts = contenders.prove(case, shape, dtype, device, among, arguments.seed)
                 for which in arguments.passes:
                     status.update(f"timing {shape} {dtype_name(dtype)} {which}")
                     need = _need(case, shape, dtype, which, here)
-                    found = _time(case, need, contenders, verdicts, checked, arguments, clock, device)
-                    found = against(found, baseline)
-                    rows += found
-                    rows_table.show(console, case.operator, found, baseline, _repro(case, need, arguments))
-    flat = [row.as_dict() for row in rows]
-    wrong = any(row.kind == "backend" and row.status in ("wrong", "failed") for row in rows)
-    report = {"machine": here.as_dict(), "operator": case.operator, "seed": arguments.seed, "baseline": baseline}
-    render.write_json(arguments.json, report | {"ok": not wrong, "rows": flat})
-    render.write_csv(arguments.csv, flat)
-    if arguments.plot is not None:
-        from iokernels.bench import plot
+                    rows = against(_time(case, need, among, verdicts, checked, arguments, clock, device), baseline)
+                    if compare is not None:
+                        status.update(f"comparing {shape} {dtype_name(dtype)} {which} with {arguments.against}")
+                        rows = [_compared(row, compare) for row in rows]
+                    section = Section(rows, baseline, _repro(case, need, arguments))
+                    sections.append(section)
+                    rows_table.show(console, case.operator, section)
+    swept = tuple(one.name for one in sweeps)
+    report = Report(case.operator, here, arguments.seed, baseline, swept, sections)
+    outputs.write(arguments, report)
+    if compare is not None and not any(row.versus is not None and row.versus.ratio is not None for row in report.rows):
+        raise UsageError(f"--against: nothing could be compared with {arguments.against}")
+    return int(report.wrong or report.slower)
 
-        plot.draw(arguments.plot, case.operator, here.header(), rows)
-    return int(wrong)
 
-
-def _shapes(case: Case, arguments: argparse.Namespace, device: torch.device) -> tuple[Shape, ...]:
-    if arguments.shape and arguments.suite:
-        raise UsageError("--shape and --suite exclude each other")
+def _shapes(
+    case: Case, arguments: argparse.Namespace, sweeps: Sequence[sweep.Sweep], device: torch.device
+) -> tuple[Shape, ...]:
+    if arguments.suite and (arguments.shape or sweeps):
+        other = "--shape" if arguments.shape else "--sweep"
+        raise UsageError(f"{other} and --suite exclude each other")
+    if sweeps:
+        return sweep.shapes(case.vocabulary, arguments.shape or ("",), sweeps)
     if arguments.shape:
         return tuple(case.vocabulary.parse(text) for text in arguments.shape)
     return case.suite(arguments.suite or ("train" if device.type == "cuda" else "quick"))
 
 
-def _contenders(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[Contender]:
-    found = []
-    for name in arguments.backend or [name for name in case.implementations if name != "reference"]:
-        if name not in case.implementations:
-            raise UsageError(f"{case.operator} has no backend {name!r}; it has {', '.join(case.implementations)}")
-        refusal = machine.backend_refusal(name, device)
-        if refusal is not None:
-            found.append(Contender(name, "backend", None, "refused", refusal))
-        elif name == "triton" and devices.INTERPRET:
-            found.append(Contender(name, "backend", None, "not timed", "interpreter: not timed"))
-        else:
-            found.append(Contender(name, "backend", partial(_backend, case, name)))
-    for name, peer in case.peers(device).items():
-        if isinstance(peer, str):
-            found.append(Contender(name, "peer", None, "missing", peer))
-        else:
-            found.append(Contender(name, "peer", peer))
-    return found
+def _other_version(arguments: argparse.Namespace, here: Machine, opened: ExitStack) -> Compare | None:
+    """What ``--against`` names, ready to compare rows with; whatever it needs lives as long as ``opened``."""
+    if arguments.against is None:
+        if arguments.fail_over is not None:
+            raise UsageError("--fail-over needs --against")
+        return None
+    tolerated = TOLERATED if arguments.fail_over is None else arguments.fail_over
+    kind, _, revision = arguments.against.partition(":")
+    if kind == "git":
+        other = opened.enter_context(
+            Revision(revision, arguments.operator, arguments.seed, here.device, tolerated)
+        )  # fmt: skip
+        return partial(other.compare, seconds=arguments.seconds)
+    saved = Saved(arguments.against, arguments.operator, arguments.seed, here, tolerated)
+    return lambda row: saved.compare(row.as_dict())
 
 
-def _backend(case: Case, backend: str, inputs: Inputs) -> Callable[[], Outputs]:
-    return partial(case.run, inputs, backend)
-
-
-def _baseline(contenders: list[Contender], named: str | None) -> str | None:
-    names = [contender.name for contender in contenders]
-    if named is not None and named not in names:
-        raise UsageError(f"--baseline is {named!r}; the rows are {', '.join(names)}")
-    peers = [contender.name for contender in contenders if contender.kind == "peer" and contender.prepare is not None]
-    return named or next(iter(peers), None)
-
-
-def _check(
-    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, contenders: list[Contender], seed: int
-) -> tuple[Shape, dict[str, Verdict]]:
-    """Prove every contender, at ``shape`` or at a smaller one whose float64 reference can be computed here."""
-    limit = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _CPU_REFERENCE_BYTES
-    checked = case.within(shape, limit)
-    proof = Proof(case, checked, dtype, device, seed)
-    found = {}
-    for contender in contenders:
-        if contender.prepare is not None:
-            found[contender.name] = proof.judge(lambda inputs, prepare=contender.prepare: prepare(inputs)())
-    return checked, found
+def _compared(row: Row, compare: Compare) -> Row:
+    return replace(row, versus=compare(row)) if row.kind == "backend" and row.timing is not None else row
 
 
 def _need(case: Case, shape: Shape, dtype: torch.dtype, which: Pass, here: Machine) -> Need:
@@ -145,13 +118,13 @@ def _need(case: Case, shape: Shape, dtype: torch.dtype, which: Pass, here: Machi
 
 
 def _time(
-    case: Case, need: Need, contenders: list[Contender], verdicts: dict[str, Verdict], checked: Shape,
+    case: Case, need: Need, among: Sequence[Contender], verdicts: dict[str, Verdict], checked: Shape,
     arguments: argparse.Namespace, clock: Clock, device: torch.device,
 ) -> list[Row]:  # fmt: skip
     """A row for every contender; a time for those whose result was right."""
     inputs = case.make_inputs(need.shape, need.dtype, device, arguments.seed)
     rows, calls = [], {}
-    for contender in contenders:
+    for contender in among:
         row = Row(need, contender.name, contender.kind, contender.status, contender.reason)
         if contender.prepare is not None:
             verdict = verdicts[contender.name]
@@ -182,28 +155,6 @@ def _time(
     return [replace(row, timing=timings[row.name]) if row.name in timings else row for row in rows]
 
 
-def pass_call(inputs: Inputs, forward: Callable[[], Outputs], which: Pass) -> Call:
-    """One pass as a call without arguments. A backward pass keeps its forward pass's graph and repeats on it."""
-    leaves = [x for x in inputs.tensors.values() if x.requires_grad]
-
-    def backward(outputs: Outputs, *, keep: bool) -> tuple[torch.Tensor, ...]:
-        used = [name for name in inputs.output_gradients if name in outputs]
-        return torch.autograd.grad(
-            [outputs[name] for name in used],
-            leaves,
-            [inputs.output_gradients[name] for name in used],
-            allow_unused=True,
-            retain_graph=keep,
-        )
-
-    if which == "fwd":
-        return torch.no_grad()(forward)
-    if which == "both":
-        return lambda: backward(forward(), keep=False)
-    outputs = forward()
-    return lambda: backward(outputs, keep=True)
-
-
 def _repro(case: Case, need: Need, arguments: argparse.Namespace) -> str:
     parts = [
         f"iokernels bench {case.operator} --shape {need.shape}",
@@ -215,4 +166,8 @@ def _repro(case: Case, need: Need, arguments: argparse.Namespace) -> str:
         parts.append(f"--device {arguments.device}")
     if arguments.baseline:
         parts.append(f"--baseline {arguments.baseline}")
+    if arguments.against:
+        parts.append(f"--against {arguments.against}")
+    if arguments.fail_over is not None:
+        parts.append(f"--fail-over {arguments.fail_over:.4g}")
     return " ".join(parts)

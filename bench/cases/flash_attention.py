@@ -212,6 +212,15 @@ SUITES: Mapping[str, tuple[Shape, ...]] = {
         "b=1,h=64,hkv=8,n=8k,d=64,causal=1,left=127,sinks=1",
         "b=8,h=32,hkv=8,n=4k,d=128,causal=1,packed=1",
     ),
+    # One new token against its past, for one user and for many; then a few at once, as speculation verifies them.
+    "decode": _shapes(
+        "b=1,h=32,hkv=8,n=1,nk=8k,d=128,causal=1",
+        "b=1,h=32,hkv=8,n=1,nk=64k,d=128,causal=1",
+        "b=16,h=32,hkv=8,n=1,nk=8k,d=128,causal=1",
+        "b=64,h=32,hkv=8,n=1,nk=4k,d=128,causal=1",
+        "b=1,h=32,hkv=8,n=8,nk=16k,d=128,causal=1",
+        "b=16,h=32,hkv=8,n=8,nk=4k,d=128,causal=1",
+    ),
 }
 
 _HALVES = (torch.float16, torch.bfloat16)

@@ -122,7 +122,7 @@ def test_inputs_repeat_and_follow_the_seed() -> None:
 
 def test_suites_and_operators_by_name() -> None:
     assert load("flash_attention") is CASE
-    assert set(CASE.suites) >= {"quick", "train", "long", "llm"}
+    assert set(CASE.suites) >= {"quick", "train", "long", "llm", "decode"}
     with pytest.raises(UsageError, match="no suite 'none'; it has quick"):
         CASE.suite("none")
     with pytest.raises(UsageError, match="no operator 'none'"):

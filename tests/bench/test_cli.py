@@ -141,9 +141,9 @@ def replaced(case: Any, **changes: Any) -> Any:
 
 
 def test_a_large_shape_is_checked_at_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iokernels.bench import timing_table
+    from iokernels.bench import contenders
 
-    monkeypatch.setattr(timing_table, "_CPU_REFERENCE_BYTES", 8 * 8 * 64 * 64)
+    monkeypatch.setattr(contenders, "_CPU_REFERENCE_BYTES", 8 * 8 * 64 * 64)
     target = tmp_path / "b.json"
     shape = ["--device", "cpu", "--shape", "b=2,h=4,hkv=2,n=64,d=16", "--seconds", "0.02"]
     assert main(["bench", "flash_attention", *shape, "--backend", "torch", "--json", str(target)]) == 0
@@ -194,6 +194,12 @@ def test_why_triton_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["bench", "flash_attention", "--shape", "z=1"], "has no dimension 'z'"),
         (["bench", "flash_attention", "--suite", "none"], "has no suite 'none'"),
         (["bench", "flash_attention", "--suite", "quick", "--shape", "n=1"], "exclude each other"),
+        (
+            ["bench", "flash_attention", "--suite", "quick", "--sweep", "n=1,2"],
+            "--sweep and --suite exclude each other",
+        ),
+        (["bench", "flash_attention", "--sweep", "z=1,2"], "has no dimension 'z'"),
+        (["bench", "flash_attention", "--md", "/no/such/folder/x.md"], "there is no folder /no/such/folder"),
         (["bench", "flash_attention", "--baseline", "none"], "--baseline is 'none'"),
         (["bench", "flash_attention", "--seconds", "0"], "must be more than 0"),
         (["bench", "flash_attention", "--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
@@ -228,14 +234,6 @@ def test_what_the_parser_rejects(arguments: list[str], message: str, capsys: pyt
 def test_a_gpu_that_is_asked_for_and_absent(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--device", "cuda"]) == 3
     assert "no CUDA GPU" in capsys.readouterr().err
-
-
-def test_a_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from iokernels.bench import plot
-
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
-    assert main(["bench", "flash_attention", *SMALL, "--plot", "x.png"]) == 2
-    assert "--plot needs matplotlib: pip install 'iokernels[bench]'" in capsys.readouterr().err
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
