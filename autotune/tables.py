@@ -114,7 +114,7 @@ def load(tunable: Tunable[Any], device: DeviceSpec, root: Path) -> Table | None:
     """The table, or None where there is none that can be used."""
     path = path_of(tunable, device, root)
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:

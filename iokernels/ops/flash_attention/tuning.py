@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from iokernels.autotune import RESULTS
+from iokernels.runtime.device import DeviceSpec
 
 KERNELS = (
     "flash_attention_fwd",
@@ -71,6 +72,18 @@ def table_key(problem: Problem) -> dict[str, Any]:
         "seqlen_q": problem.seqlen_q,
         "seqlen_k": problem.seqlen_k,
     }
+
+
+def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
+    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
+    return Problem(
+        kernel=kernel,
+        itemsize=2 if key["dtype"] == "half" else 4,
+        tensor_cores=key["dtype"] != "fp32",
+        sm=device.sm,
+        smem_block=device.smem_block,
+        **{name: value for name, value in key.items() if name != "dtype"},
+    )
 
 
 SIZES = ("heads", "seqlen_q", "seqlen_k")
