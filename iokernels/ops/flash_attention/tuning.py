@@ -108,10 +108,11 @@ def _preferred(problem: Problem) -> Config:
     # Warpgroup (Hopper) and tensor-memory (Blackwell) products read operands from shared memory, which frees registers.
     roomy = problem.sm // 10 in (9, 10)
     if problem.extras and width <= 128:
-        return Config(64, 64 if problem.kernel == "flash_attention_fwd" and (roomy or width <= 64) else 32, 8, 2)
+        return Config(64, 64 if problem.kernel == "flash_attention_fwd" and width <= 64 else 32, 8, 2)
     if problem.kernel == "flash_attention_fwd":
         if width <= 64:
-            return Config(128, 128 if problem.sm // 10 == 9 else 64, 8, 3)
+            # On Blackwell one warpgroup drives a product of 128 rows.
+            return {9: Config(128, 128, 8, 3), 10: Config(128, 64, 4, 3)}.get(problem.sm // 10, Config(128, 64, 8, 3))
         return Config(128, 64, 8, 3) if width <= 128 else Config(64, 64, 8, 2)
     if problem.kernel == "flash_attention_bwd_dq":
         if width <= 64 or (width <= 128 and roomy):
@@ -133,7 +134,7 @@ def _single_precision(kernel: str, width: int, tensor_cores: bool) -> Config:
             return Config(32, 32, 8, 1)
         return Config(64, 32, 8, 2) if forward or rows else Config(32, 64 if keys and width <= 64 else 32, 8, 2)
     if width <= 64:
-        return Config(64, 32, 8, 2) if forward else Config(32, 32, 8, 1)
+        return Config(16 if keys else 32, 32, 8, 1)
     if width <= 128:
         if forward:
             return Config(32, 32, 16, 2)
