@@ -55,6 +55,20 @@ class Bound(NamedTuple):
 
 
 @dataclass(frozen=True)
+class OnChip:
+    """How the traffic of the forward pass depends on the on-chip memory M of a block.
+
+    ``nbytes(shape, dtype, configs)`` is what a block of these launch parameters holds, ``tilings(shape, dtype)`` yields
+    launch parameters from small to large, whether or not a GPU could run them, and
+    ``lower_bound(shape, dtype, nbytes)`` bounds every algorithm with so much memory.
+    """
+
+    nbytes: Callable[[Shape, torch.dtype, Configs], int]
+    tilings: Callable[[Shape, torch.dtype], Iterable[Configs]]
+    lower_bound: Callable[[Shape, torch.dtype, int], Bound]
+
+
+@dataclass(frozen=True)
 class Accounts:
     """What an operator says of the bytes of its Triton kernels.
 
@@ -63,9 +77,6 @@ class Accounts:
     :func:`iokernels.runtime.device.assume`). ``naive_bytes(shape, dtype, pass)`` are the bytes of the formula in
     separate steps, and ``naive`` says which steps. ``shapes`` are small ones on which the test counts, with the small
     tiles ``test_configs``, so that every shape takes several blocks.
-
-    ``tilings(shape, dtype)`` yields (on-chip bytes of a block, launch parameters) for a plot over on-chip memory, and
-    ``lower_bound(shape, dtype, on_chip)`` is the bound for ``on_chip`` bytes; both are about the forward pass.
     """
 
     model: Callable[[Shape, torch.dtype, Configs], Mapping[str, Account]]
@@ -74,8 +85,7 @@ class Accounts:
     naive: str
     shapes: tuple[tuple[Shape, torch.dtype], ...]
     test_configs: Configs
-    tilings: Callable[[Shape, torch.dtype], Iterable[tuple[int, Configs]]] | None = None
-    lower_bound: Callable[[Shape, torch.dtype, int], Bound] | None = None
+    on_chip: OnChip | None = None
 
 
 def count(case: Case, shape: Shape, dtype: torch.dtype, configs: Configs, seed: int = 0) -> dict[str, Bytes]:

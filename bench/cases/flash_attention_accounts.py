@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from iokernels.bench.accounts import Account, Accounts, Bound, Configs
+from iokernels.bench.accounts import Account, Accounts, Bound, Configs, OnChip
 from iokernels.bench.cases import flash_attention_io as model
 from iokernels.bench.cases import flash_attention_kernels as kernels
 from iokernels.bench.cases.flash_attention_shapes import VOCABULARY, lengths
 from iokernels.bench.shape import Shape
-from iokernels.ops.flash_attention.tuning import Config
+from iokernels.ops.flash_attention.tuning import KERNELS, Config
 
 
 def problem(shape: Shape, dtype: torch.dtype) -> model.Problem:
@@ -64,32 +64,31 @@ def naive_bytes(shape: Shape, dtype: torch.dtype, which: Literal["fwd", "bwd"]) 
     return 7 * scores + products + (scores + known.bias_bytes if shape.bias == 2 else known.bias_bytes)
 
 
-def on_chip_bytes(known: model.Problem, config: Config) -> int:
+def on_chip_bytes(shape: Shape, dtype: torch.dtype, configs: Configs) -> int:
     """What a block of the forward kernel holds: tiles of q, k and v, and in float32 the scores and the output."""
-    tiles = config.block_m * known.head_dim + config.block_n * (known.head_dim + known.value_dim)
-    return known.itemsize * tiles + 4 * config.block_m * (config.block_n + known.value_dim)
+    config = configs["flash_attention_fwd"]
+    tiles = config.block_m * shape.d + config.block_n * (shape.d + shape.dv)
+    return dtype.itemsize * tiles + 4 * config.block_m * (config.block_n + shape.dv)
 
 
-def tilings(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Forward tiles from 16 x 16 up to the whole sequence, powers of two."""
-    known = problem(shape, dtype)
+def tilings(shape: Shape, dtype: torch.dtype) -> Iterator[Configs]:
+    """Tiles from 16 x 16 up to the whole sequence, powers of two. Their shape is all that counts here."""
     rows, keys = (
-        [2**power for power in range(4, 15) if 2**power < 2 * max(length, 16)] for length in (shape.n, shape.nk)
+        [2**power for power in range(4, 20) if 2**power < 2 * max(length, 16)] for length in (shape.n, shape.nk)
     )
     for block_m in rows:
         for block_n in keys:
-            config = Config(block_m, block_n, num_warps=4, num_stages=1)
-            yield on_chip_bytes(known, config), {"flash_attention_fwd": config}
+            yield dict.fromkeys(KERNELS, Config(block_m, block_n, num_warps=4, num_stages=1))
 
 
-def lower_bound(shape: Shape, dtype: torch.dtype, on_chip: int) -> Bound:
+def lower_bound(shape: Shape, dtype: torch.dtype, nbytes: int) -> Bound:
     """Saha & Ye (2024), "The I/O Complexity of Attention, or How Optimal is FlashAttention?", arXiv:2402.07443.
 
     A head of N queries and keys with M elements of fast memory moves Theta(N^2 d^2 / M) elements where M >= d^2, and
     Theta(N^2 d / sqrt(M)) where M < d^2, as many as a product of matrices. With Nq queries, N^2 stands for Nq Nk.
     Options and windows are left out.
     """
-    elements = on_chip / dtype.itemsize
+    elements = nbytes / dtype.itemsize
     scores = shape.h * sum(n * nk for n, nk in lengths(shape))
     if elements >= shape.d**2:
         moved, formula = scores * shape.d**2 / elements, "N^2 d^2 / M  (M >= d^2)"
@@ -142,6 +141,5 @@ ACCOUNTS = Accounts(
     naive=NAIVE,
     shapes=tuple((VOCABULARY.parse(text), dtype) for text, dtype in _SHAPES),
     test_configs=_TILES,
-    tilings=tilings,
-    lower_bound=lower_bound,
+    on_chip=OnChip(nbytes=on_chip_bytes, tilings=tilings, lower_bound=lower_bound),
 )
