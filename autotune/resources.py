@@ -18,6 +18,10 @@ from typing import Any
 
 from iokernels.runtime.device import DeviceSpec, assume
 
+_BLOCKS_SM = {86: 16, 87: 16, 89: 24, 120: 24}
+"""Blocks that an SM holds at most, by compute capability (CUDA C++ Programming Guide, table of technical
+specifications); 32 elsewhere."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -36,6 +40,23 @@ class Resources:
         for name in re.findall(r"\b([A-Z]+MMA)\b", _cuobjdump(self.cubin, "--dump-sass")):
             found[name] = found.get(name, 0) + 1
         return found
+
+    def blocks_per_sm(self, spec: DeviceSpec) -> tuple[int, str]:
+        """How many blocks one SM of ``spec`` holds at once, and what keeps it from holding more.
+
+        Registers are handed to a warp in units of 256, and to the four quarters of an SM alike; the driver adds 1 KiB
+        to the shared memory of every block.
+        """
+        a_warp = -(-max(self.registers, 1) * 32 // 256) * 256
+        a_block = -(-(self.shared_bytes + 1024) // 128) * 128
+        limits = {
+            "registers": spec.regs_sm // a_warp // 4 * 4 // self.num_warps,
+            "shared memory": spec.smem_sm // a_block,
+            "threads": spec.threads_sm // (32 * self.num_warps),
+            "blocks": _BLOCKS_SM.get(spec.sm, 32),
+        }
+        limit = min(limits, key=lambda name: limits[name])
+        return limits[limit], limit
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from iokernels.bench.accounts import Accounts
 from iokernels.bench.shape import Shape, UsageError, Vocabulary
 from iokernels.ops import OPERATORS
 
@@ -85,6 +86,18 @@ Raises :class:`iokernels.UnsupportedError`, whose text says why, where it does n
 
 
 @dataclass(frozen=True)
+class Compilation:
+    """How the Triton kernels of an operator are compiled without a GPU.
+
+    ``launch(shape, dtype, pass)`` launches the kernels of a pass through their real launchers with meta tensors.
+    ``points`` are the shapes and dtypes that together compile every branch of every kernel.
+    """
+
+    launch: Callable[[Shape, torch.dtype, Pass], None]
+    points: tuple[tuple[Shape, torch.dtype], ...]
+
+
+@dataclass(frozen=True)
 class Case:
     """One operator.
 
@@ -93,7 +106,8 @@ class Case:
     that the algorithm cannot avoid, ``floor_bytes(shape, dtype, pass)`` the bytes when each input is read once and each
     output written once. ``reference_bytes(shape)`` estimates what the float64 reference needs for both passes, and
     ``smaller(shape)`` is a cheaper shape with the same options (itself when there is none). ``peers(device)`` maps a
-    name to a :data:`Prepare`, or to the reason why it is missing. ``check_points()`` covers every option.
+    name to a :data:`Prepare`, or to the reason why it is missing. ``check_points()`` covers every option. ``accounts``
+    and ``compilation`` describe Triton kernels, and are None where there are none.
     """
 
     operator: str
@@ -109,6 +123,8 @@ class Case:
     smaller: Callable[[Shape], Shape]
     check_points: Callable[[], tuple[Point, ...]]
     peers: Callable[[torch.device], Mapping[str, Prepare | str]] = field(default=lambda device: {})
+    accounts: Accounts | None = None
+    compilation: Compilation | None = None
 
     def suite(self, name: str) -> tuple[Shape, ...]:
         """The shapes of a suite. Raises :class:`UsageError`."""

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from rich.console import Console
 
@@ -17,9 +18,17 @@ from iokernels.bench.case import DTYPES, PASSES
 from iokernels.bench.machine import NoDeviceError
 from iokernels.bench.shape import UsageError
 from iokernels.ops import OPERATORS
+from iokernels.runtime.device import KNOWN
 from iokernels.runtime.dispatch import BACKENDS
 
-_MODULES = {"env": "env", "list": "list_operators", "check": "check", "bench": "timing_table"}
+_MODULES = {
+    "env": "env",
+    "list": "list_operators",
+    "check": "check",
+    "bench": "timing_table",
+    "io": "io_table",
+    "inspect": "compiled_table",
+}
 
 OK, WRONG, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -85,7 +94,55 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--csv", metavar="FILE", help="write the rows as CSV")
     bench.add_argument("--plot", metavar="FILE.png", help="draw the rows (needs matplotlib)")
     _common(bench)
+
+    _describe_io(commands)
+    _describe_inspect(commands)
     return root
+
+
+def _describe_io(commands: Any) -> None:
+    io = commands.add_parser(
+        "io",
+        help="the bytes that an operator's kernels move: least, modelled, counted",
+        description="Per kernel: each input read and each output written once (floor), what its tiling on a GPU should "
+        "request (model), what its blocks did request in Triton's interpreter (count), and the bytes of the naive "
+        "formula. Needs no GPU. A count other than the model is a wrong result.",
+    )
+    io.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
+    io.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
+    io.add_argument("--suite", help="a named list of shapes (default: quick)")
+    io.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
+    io.add_argument("--plot", metavar="FILE.png", help="draw bytes against on-chip memory (needs matplotlib)")
+    _gpu(io)
+    _json(io)
+
+
+def _describe_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what an operator's compiled kernels take of a GPU",
+        description="Compile the Triton kernels of a call for a GPU, which need not be here, and read registers, "
+        "spills, shared memory, blocks to an SM and matrix instructions from the machine code.",
+    )
+    inspect.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
+    inspect.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
+    inspect.add_argument("--points", action="store_true", help="the points that compile every branch of every kernel")
+    inspect.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
+    inspect.add_argument(
+        "--pass", dest="passes", type=_passes, default=("both",), metavar="A,B", help="of fwd, bwd and both"
+    )
+    _gpu(inspect)
+    _json(inspect)
+
+
+def _gpu(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--gpu",
+        choices=tuple(KNOWN),
+        default="h100-sxm",
+        metavar="NAME",
+        help=f"of {', '.join(KNOWN)} (default: h100-sxm)",
+    )
 
 
 def _common(command: argparse.ArgumentParser) -> None:

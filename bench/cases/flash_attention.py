@@ -9,53 +9,13 @@ import torch
 from torch import Tensor
 
 from iokernels.bench.case import Case, Implementation, Inputs, Outputs, Pass, Point
+from iokernels.bench.cases.flash_attention_accounts import ACCOUNTS
+from iokernels.bench.cases.flash_attention_kernels import COMPILATION
+from iokernels.bench.cases.flash_attention_shapes import VOCABULARY, lengths
 from iokernels.bench.peers import attention_peers
-from iokernels.bench.shape import Dimension, Shape, UsageError, Vocabulary
+from iokernels.bench.shape import Shape, UsageError
 from iokernels.ops.flash_attention import flash_attention, flash_attention_varlen
 from iokernels.ops.flash_attention.api import MAX_HEAD_DIM
-
-VOCABULARY = Vocabulary(
-    "flash_attention",
-    (
-        Dimension("b", 4, "sequences", always=True),
-        Dimension("h", 16, "query heads", least=1, always=True),
-        Dimension("hkv", "h", "key and value heads; divides h", least=1),
-        Dimension("n", 4096, "queries of a sequence", always=True),
-        Dimension("nk", "n", "keys of a sequence"),
-        Dimension("d", 128, "width of q and k", least=1, always=True),
-        Dimension("dv", "d", "width of v", least=1),
-        Dimension("causal", 0, "1: row i sees the keys up to i + nk - n", most=1),
-        Dimension("left", -1, "window to the left; -1 is unbounded", least=-1),
-        Dimension("right", -1, "window to the right; -1 is unbounded", least=-1),
-        Dimension("softcap", 0.0, "bound of the scores; 0 is none"),
-        Dimension("mask", 0, "1: a random boolean mask, about a tenth hidden", most=1),
-        Dimension(
-            "bias", 0, "1: a bias [b, h, n, nk]; 2: one for the whole batch, [1, h, n, nk]; with gradient", most=2
-        ),
-        Dimension("alibi", 0, "1: ALiBi slopes, one a head", most=1),
-        Dimension("sinks", 0, "1: a sink logit for every head, with gradient", most=1),
-        Dimension("dropout", 0.0, "probability of dropping a weight"),
-        Dimension("lse", 0, "1: the log-sum-exp is returned, and a gradient flows into it", most=1),
-        Dimension("packed", 0, "1: sequences of different lengths, n and nk at most, one after the other", most=1),
-        Dimension("empty", 0, "1: with packed, the second sequence has no rows and the third no keys", most=1),
-        Dimension("bnhd", 0, "1: tensors stored as [b, n, h, d], passed as transposed views", most=1),
-        Dimension("gain", 1.0, "factor of q: more makes the attention peaked"),
-    ),
-)
-
-
-def lengths(shape: Shape) -> list[tuple[int, int]]:
-    """Queries and keys of every sequence.
-
-    Packed, the first sequence is as long as the shape allows and the others fall evenly to a ``b``-th of that.
-    """
-    if not shape.packed:
-        return [(shape.n, shape.nk)] * shape.b
-    sides = [(-(-shape.n * left // shape.b), -(-shape.nk * left // shape.b)) for left in range(shape.b, 0, -1)]
-    if shape.empty and shape.b > 2:
-        sides[1] = (0, sides[1][1])
-        sides[2] = (sides[2][0], 0)
-    return sides
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
@@ -274,4 +234,6 @@ CASE = Case(
     smaller=smaller,
     check_points=check_points,
     peers=attention_peers,
+    accounts=ACCOUNTS,
+    compilation=COMPILATION,
 )

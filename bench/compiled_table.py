@@ -1,0 +1,128 @@
+"""``iokernels inspect``: what an operator's compiled kernels take of a GPU. Needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from iokernels import autotune
+from iokernels.bench import render
+from iokernels.bench.case import DTYPES, Compilation, Pass, dtype_name, load
+from iokernels.bench.rows import config_text
+from iokernels.bench.shape import Shape, UsageError
+from iokernels.runtime import device as devices
+from iokernels.runtime.device import DeviceSpec, named
+
+if TYPE_CHECKING:
+    from iokernels.autotune.resources import Resources
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel as it was compiled for one call. ``config`` is None where the kernel has no choice of tiles."""
+
+    shape: Shape
+    dtype: torch.dtype
+    which: Pass
+    config: object | None
+    resources: Resources
+    matrix: dict[str, int]
+    blocks: int
+    limit: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        config: Any = self.config
+        return {
+            "kernel": self.resources.kernel,
+            "shape": str(self.shape),
+            "dtype": dtype_name(self.dtype),
+            "pass": self.which,
+            "config": config and asdict(config),
+            "warps": self.resources.num_warps,
+            "registers": self.resources.registers,
+            "spill_bytes": self.resources.spill_bytes,
+            "shared_bytes": self.resources.shared_bytes,
+            "blocks_per_sm": self.blocks,
+            "limited_by": self.limit,
+            "matrix": self.matrix,
+        }
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Compile what the arguments select and print what it takes."""
+    if devices.INTERPRET:
+        raise UsageError("TRITON_INTERPRET is set, and interpreted kernels are not compiled: unset it")
+    if not devices.has_triton():
+        raise UsageError("Triton is not installed, and without it there is nothing to compile")
+    case = load(arguments.operator)
+    if case.compilation is None:
+        raise UsageError(f"{case.operator} has no Triton kernels to compile")
+    if arguments.points and arguments.shape:
+        raise UsageError("--points and --shape exclude each other")
+    if arguments.points:
+        points = list(case.compilation.points)
+    else:
+        shapes = [case.vocabulary.parse(text) for text in arguments.shape or ("",)]
+        points = [(shape, DTYPES[name]) for shape in shapes for name in arguments.dtype]
+    for _, dtype in points:
+        if dtype not in case.implementations["triton"].dtypes:
+            raise UsageError(f"--dtype is {dtype_name(dtype)}, which the Triton kernels of {case.operator} do not take")
+    if arguments.json not in (None, "-"):
+        render.writable(arguments.json)
+    spec = named(arguments.gpu)
+    rows: list[Row] = []
+    with Console(stderr=True).status(f"compiling for {spec.slug}") as status:
+        for shape, dtype in points:
+            for which in arguments.passes:
+                status.update(escape(f"compiling for {spec.slug}: {which} {dtype_name(dtype)} {shape}"))
+                rows += _compile(case.compilation, shape, dtype, which, spec)
+    _print(case.operator, rows, spec, console)
+    render.write_json(
+        arguments.json,
+        {"operator": case.operator, "gpu": spec.slug, "sm": spec.sm, "rows": [row.as_dict() for row in rows]},
+    )
+    return 0
+
+
+def _compile(compilation: Compilation, shape: Shape, dtype: torch.dtype, which: Pass, spec: DeviceSpec) -> list[Row]:
+    from iokernels.autotune.resources import compiling_for
+
+    with autotune.watch() as configs, compiling_for(spec) as compiled:
+        compilation.launch(shape, dtype, which)
+    return [
+        Row(
+            shape, dtype, which, configs.get(found.kernel.removesuffix("_kernel")), found,
+            found.matrix_instructions(), *found.blocks_per_sm(spec),
+        )
+        for found in compiled
+    ]  # fmt: skip
+
+
+def _print(operator: str, rows: list[Row], spec: DeviceSpec, console: Console) -> None:
+    console.print(
+        f"compiled for {spec.slug} (sm_{spec.sm}): {spec.regs_sm} registers and {spec.smem_sm // 1024} KiB of shared "
+        f"memory an SM, {spec.smem_block // 1024} KiB a block",
+        style="dim", highlight=False,
+    )  # fmt: skip
+    numbers = ("warps", "registers", "spills", "shared", "blocks/SM")
+    for shape, dtype in dict.fromkeys((row.shape, row.dtype) for row in rows):
+        console.print(f"\n{operator} {escape(str(shape))} {dtype_name(dtype)}", highlight=False)
+        table = render.table("kernel", "tiles", *numbers, "limited by", "matrix instructions", right=numbers)
+        for row in rows:
+            if (row.shape, row.dtype) != (shape, dtype):
+                continue
+            found = row.resources
+            spills = f"[yellow]{found.spill_bytes} B[/]" if found.spill_bytes else "0 B"
+            table.add_row(
+                found.kernel.removeprefix(f"{operator}_").removesuffix("_kernel"),
+                config_text("", {"": row.config}) if row.config is not None else "-",
+                str(found.num_warps), str(found.registers), spills, str(found.shared_bytes), str(row.blocks),
+                row.limit, ", ".join(f"{count} {name}" for name, count in row.matrix.items()) or "-",
+            )  # fmt: skip
+        console.print(table)

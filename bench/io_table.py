@@ -1,0 +1,223 @@
+"""``iokernels io``: the bytes that an operator's kernels move, per shape: least, modelled and counted."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from iokernels.bench import render
+from iokernels.bench.accounts import Account, Accounts, Bound, Bytes, Configs, count
+from iokernels.bench.case import DTYPES, Case, dtype_name, load
+from iokernels.bench.rows import config_text
+from iokernels.bench.shape import Shape, UsageError
+from iokernels.runtime import device as devices
+from iokernels.runtime.device import DeviceSpec, assume, named
+
+COUNTED_BYTES = 48 * 2**20
+"""Kernels that request more than this are counted on a smaller shape: the interpreter moves some MB a second."""
+
+_PASSES: tuple[Literal["fwd", "bwd"], ...] = ("fwd", "bwd")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was counted, kernel by kernel, and the model of the same shape with the same tiles."""
+
+    shape: Shape
+    counts: Mapping[str, Bytes]
+    model: Mapping[str, Account]
+
+    def wrong(self) -> list[str]:
+        """The kernels whose count is not their model."""
+        modelled = {kernel: account.model for kernel, account in self.model.items()}
+        kernels = dict.fromkeys((*self.counts, *modelled))
+        return [kernel for kernel in kernels if self.counts.get(kernel) != modelled.get(kernel)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape and dtype. ``floors`` and ``naive`` are those of whole passes; ``counted`` is None where nothing can
+    be counted; ``bound`` is that of the forward pass for ``on_chip`` bytes, what a block of these tiles holds."""
+
+    shape: Shape
+    dtype: torch.dtype
+    configs: Configs
+    kernels: Mapping[str, Account]
+    floors: Mapping[str, int]
+    naive: Mapping[str, int]
+    counted: Counted | None
+    on_chip: int | None
+    bound: Bound | None
+
+    def modelled(self, which: str) -> int:
+        """Bytes of all kernels of a pass."""
+        return sum(account.model.total for account in self.kernels.values() if account.which == which)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        counted = self.counted
+        return {
+            "shape": str(self.shape),
+            "dtype": dtype_name(self.dtype),
+            "configs": {name: asdict(config) for name, config in self.configs.items()},
+            "kernels": {
+                kernel: {"pass": account.which, "floor": account.floor._asdict(), "model": account.model._asdict()}
+                for kernel, account in self.kernels.items()
+            },
+            "passes": {
+                which: {"floor": self.floors[which], "model": self.modelled(which), "naive": self.naive[which]}
+                for which in _PASSES
+            },
+            "counted": counted
+            and {
+                "shape": str(counted.shape),
+                "count": {kernel: found._asdict() for kernel, found in counted.counts.items()},
+                "model": {kernel: account.model._asdict() for kernel, account in counted.model.items()},
+                "wrong": counted.wrong(),
+            },
+            "on_chip_bytes": self.on_chip,
+            "lower_bound": self.bound and self.bound._asdict(),
+        }
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Print the accounts that the arguments select; 1 if a count was not its model."""
+    case = load(arguments.operator)
+    if case.accounts is None:
+        raise UsageError(f"{case.operator} has no Triton kernels, and so no accounts")
+    if arguments.shape and arguments.suite:
+        raise UsageError("--shape and --suite exclude each other")
+    texts = arguments.shape or ()
+    shapes = tuple(map(case.vocabulary.parse, texts)) or case.suite(arguments.suite or "quick")
+    dtypes = [DTYPES[name] for name in arguments.dtype]
+    for dtype in dtypes:
+        if dtype not in case.implementations["triton"].dtypes:
+            raise UsageError(f"--dtype is {dtype_name(dtype)}, which the Triton kernels of {case.operator} do not take")
+    for target in (arguments.plot, arguments.json if arguments.json != "-" else None):
+        if target is not None:
+            render.writable(target)
+    if arguments.plot is not None:
+        from iokernels.bench import plot
+
+        plot.require()
+        if case.accounts.on_chip is None:
+            raise UsageError(f"--plot: the case of {case.operator} does not say how bytes depend on on-chip memory")
+    counting = devices.interpret_triton()
+    spec = named(arguments.gpu)
+    with Console(stderr=True).status("counting bytes in Triton's interpreter"):
+        rows = [_row(case, case.accounts, shape, dtype, spec, counting) for shape in shapes for dtype in dtypes]
+    _print(case, rows, spec, counting, console)
+    if arguments.plot is not None:
+        from iokernels.bench import plot_io
+
+        plot_io.draw(arguments.plot, case, rows, spec)
+    wrong = any(row.counted is not None and row.counted.wrong() for row in rows)
+    render.write_json(
+        arguments.json,
+        {
+            "operator": case.operator, "gpu": spec.slug, "ok": not wrong, "naive": case.accounts.naive,
+            "rows": [row.as_dict() for row in rows],
+        },
+    )  # fmt: skip
+    return int(wrong)
+
+
+def _row(
+    case: Case, accounts: Accounts, shape: Shape, dtype: torch.dtype, spec: DeviceSpec, counting: bool
+) -> Row:  # fmt: skip
+    with assume(spec):
+        configs = accounts.configs(shape, dtype)
+    on_chip = accounts.on_chip and accounts.on_chip.nbytes(shape, dtype, configs)
+    return Row(
+        shape=shape,
+        dtype=dtype,
+        configs=configs,
+        kernels=accounts.model(shape, dtype, configs),
+        floors={which: case.floor_bytes(shape, dtype, which) for which in _PASSES},
+        naive={which: accounts.naive_bytes(shape, dtype, which) for which in _PASSES},
+        counted=_count(case, accounts, shape, dtype, configs) if counting else None,
+        on_chip=on_chip,
+        bound=accounts.on_chip and accounts.on_chip.lower_bound(shape, dtype, on_chip or 0),
+    )
+
+
+def _count(case: Case, accounts: Accounts, shape: Shape, dtype: torch.dtype, configs: Configs) -> Counted:
+    """Count on ``shape``, or on the first smaller one that the interpreter can do."""
+    model = accounts.model(shape, dtype, configs)
+    while sum(account.model.total for account in model.values()) > COUNTED_BYTES:
+        smaller = case.smaller(shape)
+        if smaller == shape:
+            break
+        shape, model = smaller, accounts.model(smaller, dtype, configs)
+    return Counted(shape, count(case, shape, dtype, configs), model)
+
+
+def _print(case: Case, rows: list[Row], spec: DeviceSpec, counting: bool, console: Console) -> None:
+    console.print(f"bytes that thread blocks request from global memory, with the tiles of {spec.slug}", style="dim")
+    numbers = ("floor", "model", "of floor", "count", "naive", "of model")
+    for row in rows:
+        console.print(f"\n{case.operator} {escape(str(row.shape))} {dtype_name(row.dtype)}", highlight=False)
+        # The last number stands under its own heading; rich takes two columns of one name.
+        table = render.table("kernel", "tiles", *numbers, right=numbers)
+        for kernel, account in row.kernels.items():
+            config = row.configs.get(kernel.removesuffix("_kernel"))
+            table.add_row(
+                kernel.removeprefix(f"{case.operator}_").removesuffix("_kernel"),
+                config_text("", {"": config}) if config is not None else "-",
+                _size(account.floor.total), _size(account.model.total),
+                _times(account.model.total, account.floor.total), _verdict(row.counted, kernel), "", "",
+            )  # fmt: skip
+        for which in _PASSES:
+            floor, model, naive = row.floors[which], row.modelled(which), row.naive[which]
+            table.add_row(
+                f"[bold]{which}[/]", "", _size(floor), _size(model), _times(model, floor), "", _size(naive),
+                _times(naive, model),
+            )  # fmt: skip
+        console.print(table)
+        _print_notes(case, row, console)
+    console.print(f"\nnaive: {case.accounts.naive if case.accounts else ''}.", style="dim", highlight=False)
+    if not counting:
+        console.print("not counted: Triton is not installed, or was imported without its interpreter", style="dim")
+
+
+def _print_notes(case: Case, row: Row, console: Console) -> None:
+    counted = row.counted
+    if counted is not None:
+        where = "" if counted.shape == row.shape else f" at {counted.shape}, smaller for the interpreter's sake"
+        wrong = counted.wrong()
+        if not wrong:
+            console.print(f"counted{where}: every kernel as its model", style="green", highlight=False)
+        for kernel in wrong:
+            model = counted.model[kernel].model if kernel in counted.model else None
+            console.print(
+                f"WRONG{where}: {kernel}: counted {counted.counts.get(kernel)}, model {model}",
+                style="bold red", highlight=False,
+            )  # fmt: skip
+    if row.bound is not None and row.on_chip is not None:
+        console.print(
+            f"lower bound (an order, without its constant): {row.bound.formula} = {_size(row.bound.nbytes)} "
+            f"for M = {_size(row.on_chip)} in a block; {row.bound.source}",
+            style="dim", highlight=False,
+        )  # fmt: skip
+
+
+def _verdict(counted: Counted | None, kernel: str) -> str:
+    if counted is None:
+        return "-"
+    if kernel in counted.wrong():
+        return "[bold red]WRONG[/]"
+    return _size(counted.counts[kernel].total) if kernel in counted.counts else "0 B"
+
+
+def _size(nbytes: float) -> str:
+    return render.amount(nbytes, "B")
+
+
+def _times(number: float, of: float) -> str:
+    return f"{number / of:.2f}x" if of else "-"
