@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import platformdirs
 
@@ -158,7 +158,7 @@ def save(tunable: Tunable[Any], device: DeviceSpec, root: Path, entries: Iterabl
     path = path_of(tunable, device, root)
     path.parent.mkdir(parents=True, exist_ok=True)
     now = toolchain()
-    with _locked(path):
+    with _locked(path.parent):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TableWarning)
             old = load(tunable, device, root)
@@ -195,24 +195,19 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a table. It falls with the process that holds it, however that ends."""
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: the whole file's first byte
-            import msvcrt
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. It falls with the process that holds it, however that ends, and leaves no file.
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
-            yield
-            return
-        fcntl.flock(file, fcntl.LOCK_EX)
+    Where there is no such lock, on Windows, two writers at once may lose an entry; no Triton kernel is tuned there.
+    """
+    try:
+        import fcntl
+    except ImportError:
         yield
-
-
-Place = Literal["user", "package"]
-
-
-def root_of(place: Place) -> Path:
-    """The folder that ``--write`` names."""
-    return USER if place == "user" else PACKAGE
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

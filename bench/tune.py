@@ -72,10 +72,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             plans = [_plan(item, spec, top, progress) for item in items]
         tune_table.print_plans(plans, spec, console)
         found: list[dict[str, Any]] = [plan.as_dict() for plan in plans]
+        failed = 0
     else:
-        found = [tuned.as_dict() for tuned in _tune(items, spec, top, arguments, console)]
+        tuned, failed = _tune(items, spec, top, arguments, console)
+        found = [one.as_dict() for one in tuned]
     render.write_json(arguments.json, {"operator": case.operator, "gpu": spec.slug, "rows": found})
-    return 0
+    return int(failed > 0)
 
 
 def _device(arguments: argparse.Namespace) -> DeviceSpec:
@@ -88,6 +90,15 @@ def _device(arguments: argparse.Namespace) -> DeviceSpec:
     if arguments.gpu not in (None, here.slug):
         raise NoDeviceError(f"the GPU here is {here.slug}, not {arguments.gpu}, and only what is here can be timed")
     return here
+
+
+def _root(place: str) -> Path:
+    """Where results are written. Raises :class:`UsageError` for the package where it is not a checkout."""
+    if place == "user":
+        return tables.USER
+    if not (tables.PACKAGE.parent.parent / "pyproject.toml").is_file():
+        raise UsageError("--write package is for a checkout of the project; an installed package is not written to")
+    return tables.PACKAGE
 
 
 def _items(case: Case, tuning: Tuning, arguments: argparse.Namespace, spec: DeviceSpec) -> list[Item]:
@@ -155,16 +166,18 @@ def wanted(items: list[Item], spec: DeviceSpec, root: Path, *, stale: bool, agai
 
 def _tune(
     items: list[Item], spec: DeviceSpec, top: int, arguments: argparse.Namespace, console: Console
-) -> list[Tuned]:
-    """Time what has no entry yet. Each result is on disk before the next begins."""
+) -> tuple[list[Tuned], int]:
+    """Time what has no entry yet, and count what failed. Each result is on disk before the next begins."""
     device = machine.pick_device("cuda")
     console.print(escape(machine.describe(device).header()), highlight=False)
-    root = tables.root_of(arguments.write)
+    root = _root(arguments.write)
     todo = wanted(items, spec, root, stale=arguments.stale, again=arguments.again)
     if len(todo) < len(items):
         done = f"{len(items) - len(todo)} of {len(items)} are done already, in {root}"
         console.print(done, style="dim", highlight=False)
-    clock, ends, found = clock_for(device), time.monotonic() + arguments.budget, []
+    clock, ends = clock_for(device), time.monotonic() + arguments.budget
+    found: list[Tuned] = []
+    failed = 0
     try:
         with _progress() as progress:
             bar = progress.add_task("", total=len(todo))
@@ -176,20 +189,26 @@ def _tune(
                 if seconds <= 0:
                     console.print(f"the budget is spent: {left} are left for the next run", style="yellow")
                     break
-                found.append(tune_item(item, spec, plan, device, clock, seconds, root))
+                try:
+                    found.append(tune_item(item, spec, plan, device, clock, seconds, root))
+                except RuntimeError as error:  # said of this kernel and shape; the others are tuned
+                    failed += 1
+                    console.print(f"[bold red]failed[/] {escape(f'{item.kernel} {item.shape}: {error}')}")
                 progress.advance(bar)
     finally:
         autotune.forget()
         if found:
             tune_table.print_tuned(found, console)
             console.print(f"written to {root}", style="dim", highlight=False)
-    return found
+    return found, failed
 
 
 def tune_item(
     item: Item, spec: DeviceSpec, plan: Plan, device: torch.device, clock: Clock, seconds: float, root: Path
 ) -> Tuned:
     """Time the candidates that compiled, for about ``seconds``, prove the winner, and save it."""
+    if isinstance(plan.compiled[0], str):
+        raise RuntimeError(f"the default {plan.configs[0]} does not compile: {plan.compiled[0]}")
     configs = [config for config, made in zip(plan.configs, plan.compiled, strict=True) if not isinstance(made, str)]
     launch = _launch(item, device)
 
@@ -207,7 +226,7 @@ def tune_item(
     )  # fmt: skip
     made = plan.compiled[plan.configs.index(winner.config)]
     facts = {"ms": round(winner.timing.p50 * 1e3, 6), "gain": round(winner.gain, 4)}
-    if made is not None and not isinstance(made, str):
+    if not isinstance(made, str):
         facts |= {"registers": made.registers, "shared_bytes": made.shared_bytes, "spill_bytes": made.spill_bytes}
     entry = tables.Entry(item.key, asdict(winner.config), facts)
     tables.save(item.tunable, spec, root, [entry])

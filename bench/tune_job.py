@@ -33,9 +33,10 @@ def pack(spec: DeviceSpec) -> dict[str, Any]:
 
 def unpack(gpu: dict[str, Any]) -> DeviceSpec:
     """The reverse of :func:`pack`."""
-    return DeviceSpec(
-        **{name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in gpu.items()}
-    )
+    values: Any = {
+        name: MappingProxyType(value) if isinstance(value, dict) else value for name, value in gpu.items()
+    }  # fmt: skip
+    return DeviceSpec(**values)
 
 
 def compile_job(job: Job) -> Resources:
