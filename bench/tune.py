@@ -196,7 +196,6 @@ def _tune(
                     console.print(f"[bold red]failed[/] {escape(f'{item.kernel} {item.shape}: {error}')}")
                 progress.advance(bar)
     finally:
-        autotune.forget()
         if found:
             tune_table.print_tuned(found, console)
             console.print(f"written to {root}", style="dim", highlight=False)
@@ -230,6 +229,7 @@ def tune_item(
         facts |= {"registers": made.registers, "shared_bytes": made.shared_bytes, "spill_bytes": made.spill_bytes}
     entry = tables.Entry(item.key, asdict(winner.config), facts)
     tables.save(item.tunable, spec, root, [entry])
+    autotune.forget()
     return Tuned(item.kernel, item.shape, item.dtype, winner, plan.configs[0], time.monotonic() - start)
 
 
