@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     top = _TOP[not arguments.dry_run] if arguments.top is None else arguments.top
     if arguments.dry_run:
         with _progress() as progress:
-            plans = [_plan(item, spec, top, progress) for item in items]
+            plans = _plans(items, spec, top, progress)
         tune_table.print_plans(plans, spec, console)
         found: list[dict[str, Any]] = [plan.as_dict() for plan in plans]
         failed = 0
@@ -131,24 +131,30 @@ def _progress() -> Progress:
     )  # fmt: skip
 
 
-def _plan(item: Item, spec: DeviceSpec, top: int, progress: Progress) -> Plan:
+def _plans(items: list[Item], spec: DeviceSpec, top: int, progress: Progress) -> list[Plan]:
     """Rank, and compile the best few."""
-    configs = shortlist(item.tunable, item.problem, spec, top)
+    chosen = [shortlist(item.tunable, item.problem, spec, top) for item in items]
     jobs = [
         Job(item.case.operator, str(item.shape), dtype_name(item.dtype), item.kernel, config, pack(spec))
+        for item, configs in zip(items, chosen, strict=True)
         for config in configs
     ]
-    compiled: list[Any] = [None] * len(jobs)
-    task = progress.add_task(escape(f"compiling {item.kernel} {item.shape}"), total=len(jobs))
+    compiled: dict[int, Any] = {}
+    task = progress.add_task("compiling", total=len(jobs))
     with compiling(jobs, compile_job, os.cpu_count() or 1) as done:
         for position, outcome in done:
             compiled[position] = outcome
-            progress.advance(task)
+            progress.update(task, advance=1, description=escape(f"compiling {jobs[position].kernel}"))
     progress.remove_task(task)
-    funnel = item.tunable.space.explain(item.problem, spec)
-    order = item.tunable.space.order
-    predicted = [order(item.problem, spec, config) if order else 0.0 for config in configs]
-    return Plan(item.kernel, item.shape, item.dtype, funnel, configs, predicted, compiled)
+    in_order = iter([compiled[position] for position in range(len(jobs))])
+    plans = []
+    for item, configs in zip(items, chosen, strict=True):
+        funnel = item.tunable.space.explain(item.problem, spec)
+        order = item.tunable.space.order
+        predicted = [order(item.problem, spec, config) if order else 0.0 for config in configs]
+        made = [next(in_order) for _ in configs]
+        plans.append(Plan(item.kernel, item.shape, item.dtype, funnel, configs, predicted, made))
+    return plans
 
 
 def wanted(items: list[Item], spec: DeviceSpec, root: Path, *, stale: bool, again: bool) -> list[Item]:
@@ -184,7 +190,7 @@ def _tune(
             for position, item in enumerate(todo):
                 left = len(todo) - position
                 progress.update(bar, description=escape(f"{item.kernel} {item.shape}"))
-                plan = _plan(item, spec, top, progress)
+                (plan,) = _plans([item], spec, top, progress)
                 seconds = (ends - time.monotonic()) / left
                 if seconds <= 0:
                     console.print(f"the budget is spent: {left} are left for the next run", style="yellow")

@@ -92,7 +92,7 @@ def predicted_seconds(kernel: str, problem: Problem, device: DeviceSpec, config:
     rows, keys, warps, stages = config.block_m, config.block_n, config.num_warps, config.num_stages
     registers = accumulators(kernel, problem, rows, keys) / (32 * warps) + 40  # addresses, offsets and operands
     blocks_sm = occupancy(
-        device, warps=warps, shared=shared_bytes(problem, config), registers=min(int(registers), 255)
+        device, warps=warps, shared=shared_bytes(problem, config), registers=min(int(registers), 255, device.regs_sm // (32 * warps))
     )  # fmt: skip
     blocks_sm = max(blocks_sm, 1)
     tiles_m, tiles_n = -(-problem.seqlen_q // rows), -(-problem.seqlen_k // keys)
@@ -107,9 +107,11 @@ def predicted_seconds(kernel: str, problem: Problem, device: DeviceSpec, config:
     # Operands of a product are read again for every 16 rows and keys of a tile.
     products = 2 * rows * keys * _PRODUCTS[kernel](problem) / peak * (1 + 16 / rows + 16 / keys)
     nbytes = walked * (problem.block_d + problem.block_v) * problem.itemsize
-    work = max(products, nbytes * device.sms / (device.dram_bandwidth * _L2_SHARE))
-    if registers > 255:
-        work *= registers / 255  # spilled
+    transfer = nbytes * device.sms / (device.dram_bandwidth * _L2_SHARE)
+    work = max(products, transfer) if stages > 1 else products + transfer
+    most = min(255, device.regs_sm // (32 * warps))
+    if registers > most:
+        work *= registers / most  # spilled
     step = max(blocks_sm * work, work + _LATENCY / stages)
     waves = -(-blocks // (device.sms * blocks_sm))
     return waves * steps * step
