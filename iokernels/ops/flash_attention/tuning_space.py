@@ -91,10 +91,9 @@ def predicted_seconds(kernel: str, problem: Problem, device: DeviceSpec, config:
     """
     rows, keys, warps, stages = config.block_m, config.block_n, config.num_warps, config.num_stages
     registers = accumulators(kernel, problem, rows, keys) / (32 * warps) + 40  # addresses, offsets and operands
-    blocks_sm = occupancy(
-        device, warps=warps, shared=shared_bytes(problem, config), registers=min(int(registers), 255, device.regs_sm // (32 * warps))
-    )  # fmt: skip
-    blocks_sm = max(blocks_sm, 1)
+    most = min(255, device.regs_sm // (32 * warps))
+    held = int(min(registers, most))
+    blocks_sm = max(occupancy(device, warps=warps, shared=shared_bytes(problem, config), registers=held), 1)
     tiles_m, tiles_n = -(-problem.seqlen_q // rows), -(-problem.seqlen_k // keys)
     if kernel == "flash_attention_bwd_dkv":
         blocks, steps, walked = tiles_n * problem.heads, tiles_m, rows
@@ -109,7 +108,6 @@ def predicted_seconds(kernel: str, problem: Problem, device: DeviceSpec, config:
     nbytes = walked * (problem.block_d + problem.block_v) * problem.itemsize
     transfer = nbytes * device.sms / (device.dram_bandwidth * _L2_SHARE)
     work = max(products, transfer) if stages > 1 else products + transfer
-    most = min(255, device.regs_sm // (32 * warps))
     if registers > most:
         work *= registers / most  # spilled
     step = max(blocks_sm * work, work + _LATENCY / stages)
