@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from iokernels import autotune
 from iokernels.autotune import tables
@@ -201,3 +202,36 @@ def test_a_problem_is_tuned_once() -> None:
     assert len(items("--shape", SHAPE)) == 3
     assert len(items("--shape", SHAPE.replace("64", "60"))) == 3  # lengths are rounded up
     assert len(items("--shape", SHAPE.replace("64", "65"))) == 6
+
+
+@interpreted
+def test_an_interrupted_run_keeps_what_is_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the second kernel: the first is on disk, and the next run begins with the second."""
+    every = items()
+
+    class Interrupting(LaunchClock):
+        def sampler(self, call: Call, *, capturable: bool) -> tuple[Callable[[], float], str]:
+            if not capturable:  # a backward kernel
+                raise KeyboardInterrupt
+            return super().sampler(call, capturable=capturable)
+
+    default = every[0].tunable.default(every[0].problem)
+    monkeypatch.setattr(tune, "clock_for", lambda device: Interrupting(every[0].kernel, {default: 1e-3}))
+    monkeypatch.setattr(tune.machine, "pick_device", lambda name: CPU)
+    monkeypatch.setattr(tune, "_plans", lambda some, *_: [plan(item) for item in some])
+    arguments = parser().parse_args(["tune", "flash_attention", "--budget", "60"])
+    with pytest.raises(KeyboardInterrupt):
+        tune._tune(every, H100, 1, arguments, Console(quiet=True))
+    assert [item.kernel for item in tune.wanted(every, H100, root, stale=False, again=False)] == [
+        "flash_attention_bwd_dq",
+        "flash_attention_bwd_dkv",
+    ]
+
+
+@interpreted
+def test_a_spent_budget_leaves_the_rest_for_the_next_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune.machine, "pick_device", lambda name: CPU)
+    monkeypatch.setattr(tune, "_plans", lambda some, *_: [plan(item) for item in some])
+    arguments = parser().parse_args(["tune", "flash_attention", "--budget", "0"])
+    assert tune._tune(items(), H100, 1, arguments, Console(quiet=True)) == ([], 0)
+    assert list(root.iterdir()) == []
