@@ -13,7 +13,7 @@ from rich.markup import escape
 from iokernels import autotune
 from iokernels.bench import render
 from iokernels.bench.case import DTYPES, Compilation, Pass, dtype_name, load
-from iokernels.bench.rows import config_text
+from iokernels.bench.rows import tile_text
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import DeviceSpec, named
@@ -107,13 +107,13 @@ def _compile(compilation: Compilation, shape: Shape, dtype: torch.dtype, which: 
 def _print(operator: str, rows: list[Row], spec: DeviceSpec, console: Console) -> None:
     console.print(
         f"compiled for {spec.slug} (sm_{spec.sm}): {spec.regs_sm} registers and {spec.smem_sm // 1024} KiB of shared "
-        f"memory an SM, {spec.smem_block // 1024} KiB a block",
+        f"memory an SM, {spec.smem_block // 1024} KiB a block; blocks: how many an SM holds at once",
         style="dim", highlight=False,
     )  # fmt: skip
-    numbers = ("warps", "registers", "spills", "shared", "blocks/SM")
+    numbers = ("warps", "regs", "spills", "shared", "blocks")
     for shape, dtype in dict.fromkeys((row.shape, row.dtype) for row in rows):
         console.print(f"\n{operator} {escape(str(shape))} {dtype_name(dtype)}", highlight=False)
-        table = render.table("kernel", "tiles", *numbers, "limited by", "matrix instructions", right=numbers)
+        table = render.table("kernel", "tiles", *numbers, "limit", "matrix", right=numbers)
         for row in rows:
             if (row.shape, row.dtype) != (shape, dtype):
                 continue
@@ -121,7 +121,7 @@ def _print(operator: str, rows: list[Row], spec: DeviceSpec, console: Console) -
             spills = f"[yellow]{found.spill_bytes} B[/]" if found.spill_bytes else "0 B"
             table.add_row(
                 found.kernel.removeprefix(f"{operator}_").removesuffix("_kernel"),
-                config_text("", {"": row.config}) if row.config is not None else "-",
+                tile_text(row.config),
                 str(found.num_warps), str(found.registers), spills, str(found.shared_bytes), str(row.blocks),
                 row.limit, ", ".join(f"{count} {name}" for name, count in row.matrix.items()) or "-",
             )  # fmt: skip

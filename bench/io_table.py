@@ -14,7 +14,7 @@ from rich.markup import escape
 from iokernels.bench import render
 from iokernels.bench.accounts import Account, Accounts, Bound, Bytes, Configs, count
 from iokernels.bench.case import DTYPES, Case, dtype_name, load
-from iokernels.bench.rows import config_text
+from iokernels.bench.rows import tile_text
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import DeviceSpec, assume, named
@@ -163,20 +163,18 @@ def _print(case: Case, rows: list[Row], spec: DeviceSpec, counting: bool, consol
     numbers = ("floor", "model", "of floor", "count", "naive", "of model")
     for row in rows:
         console.print(f"\n{case.operator} {escape(str(row.shape))} {dtype_name(row.dtype)}", highlight=False)
-        # The last number stands under its own heading; rich takes two columns of one name.
         table = render.table("kernel", "tiles", *numbers, right=numbers)
         for kernel, account in row.kernels.items():
-            config = row.configs.get(kernel.removesuffix("_kernel"))
             table.add_row(
                 kernel.removeprefix(f"{case.operator}_").removesuffix("_kernel"),
-                config_text("", {"": config}) if config is not None else "-",
+                tile_text(row.configs.get(kernel.removesuffix("_kernel"))),
                 _size(account.floor.total), _size(account.model.total),
                 _times(account.model.total, account.floor.total), _verdict(row.counted, kernel), "", "",
             )  # fmt: skip
         for which in _PASSES:
             floor, model, naive = row.floors[which], row.modelled(which), row.naive[which]
             table.add_row(
-                f"[bold]{which}[/]", "", _size(floor), _size(model), _times(model, floor), "", _size(naive),
+                f"[bold]whole {which}[/]", "", _size(floor), _size(model), _times(model, floor), "", _size(naive),
                 _times(naive, model),
             )  # fmt: skip
         console.print(table)

@@ -117,6 +117,12 @@ def config_text(operator: str, configs: Mapping[str, object]) -> str:
     return "; ".join(f"{name} {text}" for name, text in short.items()) or "-"
 
 
+def tile_text(config: Any) -> str:
+    """The block sizes of a configuration, ``128x64``; ``-`` without one."""
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+    return "x".join(str(value) for name, value in values.items() if name.startswith("block_")) or "-"
+
+
 def _parameters(config: Any) -> str:
     values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {"config": config}
     tile = "x".join(str(value) for name, value in values.items() if name.startswith("block_"))

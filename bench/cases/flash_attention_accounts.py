@@ -45,8 +45,8 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
 
 NAIVE = (
     "S = q k^T, P = softmax(S), out = P v; then dv = P^T dO, dP = dO v^T, dS = P (dP - delta), dq = dS k, dk = dS^T q. "
-    "Each product and each softmax reads its operands and writes its result once, in the inputs' dtype; whatever "
-    "changes scores (bias, mask, a soft cap, dropout) is taken to happen within the softmax"
+    "Each product and each softmax reads its operands and writes its result once, in the inputs' dtype, for hidden "
+    "scores too; whatever changes scores (bias, mask, a soft cap, dropout) is taken to happen within the softmax"
 )
 
 
@@ -85,8 +85,9 @@ def lower_bound(shape: Shape, dtype: torch.dtype, nbytes: int) -> Bound:
     """Saha & Ye (2024), "The I/O Complexity of Attention, or How Optimal is FlashAttention?", arXiv:2402.07443.
 
     A head of N queries and keys with M elements of fast memory moves Theta(N^2 d^2 / M) elements where M >= d^2, and
-    Theta(N^2 d / sqrt(M)) where M < d^2, as many as a product of matrices. With Nq queries, N^2 stands for Nq Nk.
-    Options and windows are left out.
+    Theta(N^2 d / sqrt(M)) where M < d^2, as many as a product of matrices (there for algorithms that multiply them in
+    the ordinary way). With Nq queries, N^2 stands for Nq Nk; the sum is over heads and sequences, in bytes. Options and
+    windows are left out.
     """
     elements = nbytes / dtype.itemsize
     scores = shape.h * sum(n * nk for n, nk in lengths(shape))

@@ -337,8 +337,11 @@ def _check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> None
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    if not isinstance(q, Tensor):
+        return q, k, v
+    kind = "cuda" if q.is_cuda else "cpu" if q.is_cpu else q.device.type  # the device's own type is a slow attribute
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         return tuple(
             x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (q, k, v)
@@ -348,11 +351,12 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _four_dims(x: Any) -> Any:
     """Add leading dimensions of size 1, as broadcasting does."""
-    if isinstance(x, Tensor):
-        while x.dim() < 4:
-            x = x.unsqueeze(0)
+    if x is None or not isinstance(x, Tensor):
+        return x
+    while x.dim() < 4:
+        x = x.unsqueeze(0)
     return x
 
 
 def _two_dims(x: Any) -> Any:
-    return x.unsqueeze(0) if isinstance(x, Tensor) and x.dim() == 1 else x
+    return x if x is None or not isinstance(x, Tensor) or x.dim() != 1 else x.unsqueeze(0)

@@ -6,7 +6,7 @@ where the bias has one batch, all heads where it has one head, all row (key) blo
 memory is that of the bias, nothing is atomic, and the sum is always taken in the same order.
 
 FLOPs: 2 Nq Nk (D + Dv) a head. Bytes that blocks request at a visit: q, dO, lse and delta of BLOCK_M rows, k and v of
-BLOCK_N keys, the bias of the tile; dbias is written once.
+BLOCK_N keys, bias and mask of the tile; dbias is written once. Tiles that a window hides are visited too.
 """
 
 from __future__ import annotations
