@@ -3,6 +3,8 @@
 if __name__ != "iokernels.autotune":
     raise ImportError("import iokernels.autotune: the top-level name would be a second copy of the package")
 
-from .select import override, select, watch
+from .select import forget, override, select, watch
+from .space import Space
+from .tunable import RESULTS, Tunable
 
-__all__ = ["override", "select", "watch"]
+__all__ = ["RESULTS", "Space", "Tunable", "forget", "override", "select", "watch"]

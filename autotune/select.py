@@ -1,19 +1,30 @@
-"""Where a kernel's launch parameters come from: an override, else the operator's analytic default.
+"""Where a kernel's launch parameters come from, in this order: an explicit configuration, an override, the user's
+table, the shipped table (each by the exact key, then the nearest), the operator's analytic default.
 
-Nothing is timed here, nothing synchronises, and nothing is read from the environment.
+Nothing is timed here, nothing synchronises, and nothing is read from the environment. Tables are read once, when a
+kernel first runs on a GPU model; what was found is remembered by problem.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-_Problem = TypeVar("_Problem")
-_Config = TypeVar("_Config")
+import torch
 
-_overrides: dict[str, object] = {}
+from iokernels.runtime.device import DeviceSpec
+
+from . import tables
+from .tunable import Tunable
+
+C = TypeVar("C")
+
+_overrides: dict[str, Any] = {}
 _watched: dict[str, object] | None = None
+_tunables: list[Tunable[Any]] = []
+_tables: dict[tuple[str, str, str, Any], tables.Table | None] = {}
 
 
 @contextmanager
@@ -49,11 +60,66 @@ def watch() -> Iterator[dict[str, object]]:
         _watched = outer
 
 
-def select(kernel: str, problem: _Problem, default: Callable[[_Problem], _Config]) -> _Config:
-    """The configuration for one launch of ``kernel``."""
-    config = _overrides.get(kernel)
+def select(tunable: Tunable[C], problem: Any, device: DeviceSpec, config: C | None = None) -> C:
+    """The configuration for one launch. ``problem`` is a tuple that the kernel's tuning module defines.
+
+    Under ``torch.use_deterministic_algorithms`` tables do not decide on what changes results: those fields are the
+    default's, so that the bits are the same on machines with different tables. ``config`` and overrides are obeyed.
+    """
     if config is None:
-        config = default(problem)
+        config = _overrides.get(tunable.kernel)
+    if config is None:
+        key = (device.slug, torch.are_deterministic_algorithms_enabled(), problem)
+        config = tunable.chosen.get(key)
+        if config is None:
+            config = tunable.chosen[key] = _choose(tunable, problem, device, deterministic=key[1])
     if _watched is not None:
-        _watched[kernel] = config
-    return config  # pyright: ignore[reportReturnType]
+        _watched[tunable.kernel] = config
+    return config
+
+
+def forget() -> None:
+    """Read tables again at the next launch: after they were written."""
+    _tables.clear()
+    for tunable in _tunables:
+        tunable.chosen.clear()
+    _tunables.clear()
+
+
+def _choose(tunable: Tunable[C], problem: Any, device: DeviceSpec, *, deterministic: bool) -> C:
+    """The slow path: once a problem."""
+    if tunable not in _tunables:
+        _tunables.append(tunable)
+    if len(tunable.chosen) > 4096:  # a server that sees ever new lengths
+        tunable.chosen.clear()
+    found = _from_tables(tunable, problem, device)
+    if found is None:
+        return tunable.default(problem)
+    return tunable.deterministic(problem, device, found) if deterministic else found
+
+
+def _from_tables(tunable: Tunable[C], problem: Any, device: DeviceSpec) -> C | None:
+    """The first entry that is in the space for this problem: one tuned at other sizes may ask for too much here."""
+    for root in (tables.USER, tables.PACKAGE):
+        table = _table(tunable, device, root)
+        if table is None:
+            continue
+        for entry in table.find(tunable.key(problem), tunable.near):
+            config = config_of(tunable, entry)
+            if config is not None and tunable.space.refusal(problem, device, config) is None:
+                return config
+    return None
+
+
+def _table(tunable: Tunable[Any], device: DeviceSpec, root: Path) -> tables.Table | None:
+    """A table, read once: one that cannot be used warns once."""
+    name = (tunable.kernel, tunable.backend, device.slug, root)
+    if name not in _tables:
+        _tables[name] = tables.load(tunable, device, root)
+    return _tables[name]
+
+
+def config_of(tunable: Tunable[C], entry: tables.Entry) -> C | None:
+    """The configuration that an entry states, or None where its fields are not the axes."""
+    names = [axis.name for axis in tunable.space.axes]
+    return tunable.space.make(*(entry.config[name] for name in names)) if set(names) == set(entry.config) else None

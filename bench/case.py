@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from iokernels.autotune import Tunable
 from iokernels.bench.accounts import Accounts
 from iokernels.bench.shape import Shape, UsageError, Vocabulary
 from iokernels.ops import OPERATORS
+from iokernels.runtime.device import DeviceSpec
 
 Pass = Literal["fwd", "bwd", "both"]
 PASSES: tuple[Pass, ...] = ("fwd", "bwd", "both")
@@ -98,6 +100,23 @@ class Compilation:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """The kernels of an operator whose launch parameters can be tuned.
+
+    ``tunables`` has them by name, and ``kernels(shape)`` names those that a call of ``shape`` launches.
+    ``problem(shape, dtype, kernel, device)`` is what the choice for one of them depends on, and
+    ``launch(shape, dtype, kernel)`` launches it with meta tensors. ``leaves`` names the arguments whose gradients make
+    a backward pass launch it: none for a kernel of the forward pass.
+    """
+
+    tunables: Mapping[str, Tunable[Any]]
+    kernels: Callable[[Shape], tuple[str, ...]]
+    problem: Callable[[Shape, torch.dtype, str, DeviceSpec], Any]
+    launch: Callable[[Shape, torch.dtype, str], None]
+    leaves: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Case:
     """One operator.
 
@@ -106,8 +125,8 @@ class Case:
     that the algorithm cannot avoid, ``floor_bytes(shape, dtype, pass)`` the bytes when each input is read once and each
     output written once. ``reference_bytes(shape)`` estimates what the float64 reference needs for both passes, and
     ``smaller(shape)`` is a cheaper shape with the same options (itself when there is none). ``peers(device)`` maps a
-    name to a :data:`Prepare`, or to the reason why it is missing. ``check_points()`` covers every option. ``accounts``
-    and ``compilation`` describe Triton kernels, and are None where there are none.
+    name to a :data:`Prepare`, or to the reason why it is missing. ``check_points()`` covers every option. ``accounts``,
+    ``compilation`` and ``tuning`` describe Triton kernels, and are None where there are none.
     """
 
     operator: str
@@ -125,6 +144,7 @@ class Case:
     peers: Callable[[torch.device], Mapping[str, Prepare | str]] = field(default=lambda device: {})
     accounts: Accounts | None = None
     compilation: Compilation | None = None
+    tuning: Tuning | None = None
 
     def suite(self, name: str) -> tuple[Shape, ...]:
         """The shapes of a suite. Raises :class:`UsageError`."""

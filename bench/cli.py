@@ -28,6 +28,7 @@ _MODULES = {
     "bench": "timing_table",
     "io": "io_table",
     "inspect": "compiled_table",
+    "tune": "tune",
 }
 
 OK, WRONG, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -112,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
 
     _describe_io(commands)
     _describe_inspect(commands)
+    _describe_tune(commands)
     return root
 
 
@@ -150,10 +152,41 @@ def _describe_inspect(commands: Any) -> None:
     _json(inspect)
 
 
+def _describe_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure launch parameters on this GPU",
+        description="Rank the configurations of every kernel on paper, compile the best, time them in turn, prove the "
+        "winner against the reference and write it to a table that later calls read. A run that is broken off keeps "
+        "what is done, and the next one goes on from there.",
+    )
+    tune.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
+    tune.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
+    tune.add_argument("--suite", help="a named list of shapes (default: train; in a dry run one shape)")
+    tune.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
+    tune.add_argument("--kernel", metavar="NAME", help="only this kernel")
+    tune.add_argument("--gpu", choices=tuple(KNOWN), metavar="NAME", help=f"of {', '.join(KNOWN)} (default: this one)")
+    tune.add_argument(
+        "--dry-run", action="store_true", help="show what would be tried, compiled for --gpu; needs no GPU"
+    )
+    tune.add_argument("--top", type=int, metavar="N", help="candidates compiled for a kernel (default: 16; dry run: 4)")
+    tune.add_argument("--budget", type=float, default=300.0, metavar="S", help="seconds in all (default: 300)")
+    tune.add_argument("--stale", action="store_true", help="only entries that other versions were measured with")
+    tune.add_argument("--again", action="store_true", help="also entries that are up to date")
+    tune.add_argument(
+        "--write", choices=("user", "package"), default="user",
+        help="the user's cache folder, or the tables of this checkout (default: user)",
+    )  # fmt: skip
+    _json(tune)
+
+
 def _gpu(command: argparse.ArgumentParser) -> None:
-    known = ", ".join(KNOWN)
     command.add_argument(
-        "--gpu", choices=tuple(KNOWN), default="h100-sxm", metavar="NAME", help=f"of {known} (default: h100-sxm)"
+        "--gpu",
+        choices=tuple(KNOWN),
+        default="h100-sxm",
+        metavar="NAME",
+        help=f"of {', '.join(KNOWN)} (default: h100-sxm)",
     )
 
 

@@ -8,12 +8,14 @@ import platform
 import sys
 from typing import Any
 
-import platformdirs
 import torch
 from rich.console import Console
 
 import iokernels
+from iokernels.autotune import tables
 from iokernels.bench import machine, render
+from iokernels.bench.case import load
+from iokernels.ops import OPERATORS
 from iokernels.runtime import device as devices
 
 
@@ -57,7 +59,8 @@ def collect() -> dict[str, dict[str, Any]]:
             for device in machine.present()
             for backend in ("reference", "torch", "triton")
         },
-        "folder": {"cache": platformdirs.user_cache_dir("iokernels")},
+        "folder": {"cache": str(tables.USER.parent)},
+        "tuning table": _tables(),
         "setting": {
             "Triton's interpreter": "on" if devices.INTERPRET else "off",
             "float32 products": torch.get_float32_matmul_precision(),
@@ -79,4 +82,20 @@ def _gpus() -> dict[str, str]:
         )
     for name, field in (("driver", "driver_version"), ("SM clock", "clocks.sm"), ("highest SM clock", "clocks.max.sm")):
         found[name] = machine.nvidia_smi(field) or "unknown"
+    return found
+
+
+def _tables() -> dict[str, str]:
+    """The tables of this GPU, and how many of their entries were measured with other versions."""
+    spec, found = devices.current(), {}
+    tunings = [load(operator).tuning for operator in OPERATORS]
+    for tunable in (one for tuning in tunings if tuning is not None for one in tuning.tunables.values()):
+        for root in (tables.USER, tables.PACKAGE):
+            table = tables.load(tunable, spec, root) if spec is not None else None
+            if spec is not None and table is not None:
+                stale = len(table.stale())
+                place = "user" if root == tables.USER else "package"
+                found[f"{tunable.kernel} ({place})"] = f"{len(table.entries)} entries" + (
+                    f", {stale} stale" if stale else ""
+                )
     return found

@@ -12,6 +12,7 @@ from iokernels.bench.case import Case, Implementation, Inputs, Outputs, Pass, Po
 from iokernels.bench.cases.flash_attention_accounts import ACCOUNTS
 from iokernels.bench.cases.flash_attention_kernels import COMPILATION
 from iokernels.bench.cases.flash_attention_shapes import VOCABULARY, lengths
+from iokernels.bench.cases.flash_attention_tuning import TUNING
 from iokernels.bench.peers import attention_peers
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.ops.flash_attention import flash_attention, flash_attention_varlen
@@ -245,4 +246,5 @@ CASE = Case(
     peers=attention_peers,
     accounts=ACCOUNTS,
     compilation=COMPILATION,
+    tuning=TUNING,
 )

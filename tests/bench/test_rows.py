@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from iokernels.bench.cases.flash_attention import CASE
 from iokernels.bench.machine import Floor
 from iokernels.bench.measure import Timing
 from iokernels.bench.rows import Need, Row, against, config_text, flops_unit
+from iokernels.runtime.device import named
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ def test_launch_parameters_as_text() -> None:
     assert config_text("op", {}) == "-"
 
 
+def tunable(kernel: str) -> autotune.Tunable[Any]:
+    """A kernel without axes, by default launched with a word and its problem."""
+    space: autotune.Space[Any] = autotune.Space("none", 1, (), ())
+    return autotune.Tunable(kernel, "triton", space, lambda problem: ("default", problem), lambda problem: {})
+
+
 @pytest.fixture
 def nothing_watched() -> Iterator[None]:
     with autotune.watch():
@@ -62,9 +70,11 @@ def nothing_watched() -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing_watched")
 def test_watching_sees_what_was_launched() -> None:
+    forward, backward, later = (tunable(name) for name in ("op_fwd", "op_bwd", "op_later"))
+    gpu = named("h100-sxm")
     with autotune.watch() as seen:
-        autotune.select("op_fwd", 3, lambda problem: ("default", problem))
+        autotune.select(forward, (3,), gpu)
         with autotune.override(op_bwd="mine"):
-            assert autotune.select("op_bwd", 3, lambda problem: ("default", problem)) == "mine"
-    autotune.select("op_later", 3, lambda problem: problem)
-    assert seen == {"op_fwd": ("default", 3), "op_bwd": "mine"}
+            assert autotune.select(backward, (3,), gpu) == "mine"
+    autotune.select(later, (3,), gpu)
+    assert seen == {"op_fwd": ("default", (3,)), "op_bwd": "mine"}

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.runtime.device import guard, spec_of
+from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
 from .dropout import threshold
@@ -20,6 +20,7 @@ from .triton_bwd_bias import flash_attention_bwd_dbias_kernel
 from .triton_bwd_kv import flash_attention_bwd_dkv_kernel
 from .triton_fwd import flash_attention_fwd_kernel
 from .triton_scores import Features, Strides
+from .tuning_space import TUNABLES
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -167,18 +168,26 @@ class Launch:
     def config(self, kernel: str, q: Tensor) -> tuning.Config:
         """The launch parameters of ``kernel``."""
         device = spec_of(q.device)
+        return autotune.select(TUNABLES[kernel], self.problem(kernel, q, device), device)
+
+    def problem(self, kernel: str, q: Tensor, device: DeviceSpec) -> tuning.Problem:
+        """What the launch parameters of ``kernel`` depend on. Positional: this is part of every call."""
         features = self.features
-        problem = tuning.Problem(
-            kernel=kernel,
-            block_d=padded(self.head_dim),
-            block_v=padded(self.value_dim),
-            itemsize=q.element_size(),
-            tensor_cores=q.dtype != torch.float32 or self.constants["PRECISION"] != "ieee",
-            extras=features.bias or features.mask or features.alibi or features.softcap or features.dropout,
-            sm=device.sm,
-            smem_block=device.smem_block,
+        return tuning.Problem(
+            kernel,
+            self.constants["BLOCK_D"],
+            self.constants["BLOCK_V"],
+            q.element_size(),
+            q.dtype != torch.float32 or self.constants["PRECISION"] != "ieee",
+            features.bias or features.mask or features.alibi or features.softcap or features.dropout,
+            device.sm,
+            device.smem_block,
+            features.right,
+            features.left,
+            tuning.bucket(self.sequences * self.heads),
+            tuning.bucket(self.seqlen_q),
+            tuning.bucket(self.seqlen_k),
         )
-        return autotune.select(kernel, problem, tuning.default)
 
     def tile(self, config: tuning.Config, *tensors: Tensor) -> dict[str, Any]:
         """Tile shape, and whether offsets inside a tile of one of ``tensors`` need 64 bits."""

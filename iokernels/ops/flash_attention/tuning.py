@@ -1,13 +1,18 @@
 """Launch parameters of the flash_attention kernels: what a configuration is, and the analytic default.
 
+The configurations that tuning may try are in :mod:`.tuning_space`.
+
 The default follows from what must fit. A block keeps its own rows (or keys) and ``num_stages`` blocks of what it walks
 over in shared memory, and its accumulators in registers: 64 K of them an SM, 255 a thread at most.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from iokernels.autotune import RESULTS
+from iokernels.runtime.device import DeviceSpec
 
 KERNELS = (
     "flash_attention_fwd",
@@ -21,15 +26,18 @@ KERNELS = (
 class Config:
     """One way to launch a kernel. ``block_m`` rows and ``block_n`` keys to a tile, powers of two, 16 at least."""
 
-    block_m: int
-    block_n: int
+    block_m: int = field(metadata=RESULTS)  # one of the two is walked over, and its tiles are summed up one by one
+    block_n: int = field(metadata=RESULTS)
     num_warps: int
     num_stages: int
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What the choice depends on. Widths are rounded up to powers of two, 16 at least."""
+class Problem(NamedTuple):
+    """What the choice depends on. Widths are rounded up to powers of two, 16 at least.
+
+    The fields after ``smem_block`` matter to tables, and not to the default. Counts are rounded up to powers of two
+    (:func:`bucket`), so that there are few problems.
+    """
 
     kernel: str
     block_d: int
@@ -39,9 +47,49 @@ class Problem:
     extras: bool  # bias, mask, ALiBi, softcap or dropout: each takes registers for every score
     sm: int
     smem_block: int  # bytes of shared memory a thread block may use
+    causal: bool = False  # keys are bounded to the right
+    window: bool = False  # and to the left
+    heads: int = 16  # query heads of all sequences
+    seqlen_q: int = 4096  # of the longest sequence
+    seqlen_k: int = 4096
 
 
-@lru_cache(maxsize=1024)
+def bucket(count: int) -> int:
+    """The least power of two that is no smaller than ``count``."""
+    return 1 << (count - 1).bit_length() if count > 1 else 1
+
+
+def table_key(problem: Problem) -> dict[str, Any]:
+    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
+    return {
+        "dtype": "half" if problem.itemsize == 2 else ("tf32" if problem.tensor_cores else "fp32"),
+        "block_d": problem.block_d,
+        "block_v": problem.block_v,
+        "extras": problem.extras,
+        "causal": problem.causal,
+        "window": problem.window,
+        "heads": problem.heads,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+    }
+
+
+def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
+    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
+    return Problem(
+        kernel=kernel,
+        itemsize=2 if key["dtype"] == "half" else 4,
+        tensor_cores=key["dtype"] != "fp32",
+        sm=device.sm,
+        smem_block=device.smem_block,
+        **{name: value for name, value in key.items() if name != "dtype"},
+    )
+
+
+SIZES = ("heads", "seqlen_q", "seqlen_k")
+"""The sizes of :func:`table_key` of which the nearest entry serves."""
+
+
 def default(problem: Problem) -> Config:
     """A configuration that fits, for every problem the kernels accept."""
     config = _preferred(problem)

@@ -1,0 +1,237 @@
+"""``iokernels tune``: the dry run for real, and tuning itself in the interpreter on a clock that we set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from iokernels import autotune
+from iokernels.autotune import tables
+from iokernels.autotune.resources import Resources
+from iokernels.bench import tune
+from iokernels.bench.case import load
+from iokernels.bench.cli import main, parser
+from iokernels.bench.measure import Call
+from iokernels.bench.tune_job import pack, unpack
+from iokernels.bench.tune_table import Plan
+from iokernels.ops.flash_attention.tuning import Config
+from iokernels.runtime import device as devices
+from iokernels.runtime.device import named
+
+H100 = named("h100-sxm")
+CPU = torch.device("cpu")
+SHAPE = "b=1,h=2,n=64,d=16,causal=1"
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="runs the kernels on the CPU")
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(tables, "USER", tmp_path)
+    autotune.forget()
+    yield tmp_path
+    autotune.forget()
+
+
+class LaunchClock:
+    """A call takes as long as the configuration that it launches is said to."""
+
+    def __init__(self, kernel: str, seconds: dict[Config, float]) -> None:
+        self.kernel, self.seconds = kernel, seconds
+
+    def sampler(self, call: Call, *, capturable: bool) -> tuple[Callable[[], float], str]:
+        with autotune.watch() as seen:
+            call()
+        cost = self.seconds[seen[self.kernel]]  # type: ignore[index]
+        return lambda: cost, "fake"
+
+    def peak_bytes(self, call: Call) -> int | None:
+        return None
+
+
+def items(*more: str) -> list[tune.Item]:
+    arguments = parser().parse_args(["tune", "flash_attention", "--shape", SHAPE, "--dtype", "fp32", *more])
+    case = load("flash_attention")
+    assert case.tuning is not None
+    return tune._items(case, case.tuning, arguments, H100)
+
+
+def plan(item: tune.Item, *configs: Config) -> Plan:
+    resources: Any = Resources(item.kernel, 64, 0, 1024, 4, b"")
+    funnel = item.tunable.space.explain(item.problem, H100)
+    chosen = [item.tunable.default(item.problem), *configs]
+    return Plan(item.kernel, item.shape, item.dtype, funnel, chosen, [1.0] * len(chosen), [resources] * len(chosen))
+
+
+@needs_no_gpu
+def test_without_a_gpu_it_says_so_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "flash_attention"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
+        "iokernels tune: there is no CUDA GPU to time kernels on; --dry-run shows without one what would be tried\n"
+    )
+
+
+def test_a_gpu_that_is_not_here_is_not_tuned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "current", lambda: H100)
+    assert main(["tune", "flash_attention", "--gpu", "b200"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--kernel", "x"], "--kernel: flash_attention has flash_attention_fwd,"),
+        (["--dtype", "fp64"], "--dtype: the Triton kernels of flash_attention do not take fp64"),
+        (["--suite", "quick", "--shape", "n=8"], "--shape and --suite exclude each other"),
+        (["--shape", "x=8"], "flash_attention has no dimension 'x'"),
+    ],
+)
+def test_usage_errors(
+    more: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "INTERPRET", False)
+    assert main(["tune", "flash_attention", "--dry-run", *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+@interpreted
+def test_interpreted_kernels_are_not_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "flash_attention", "--dry-run"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_the_dry_run_compiles_without_a_gpu(tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "iokernels", "tune", "flash_attention", "--gpu", "h100-sxm", "--dry-run",
+         "--kernel", "flash_attention_fwd", "--shape", "d=16", "--top", "1", "--json", str(target)],
+        capture_output=True, text=True, env=environment | {"COLUMNS": "200"}, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "axes 300 -> a score a thread 296 -> registers" in done.stdout
+    assert "-> compiled 2 of the best on paper and the default, 0 spill" in done.stdout
+    (row,) = json.loads(target.read_text())["rows"]
+    funnel = row["funnel"]
+    assert funnel["total"] - sum(funnel["removed"].values()) == funnel["left"] > 0
+    best, default = sorted(row["candidates"], key=lambda one: one["default"])
+    assert 32 <= default["registers"] <= 255
+    assert 0 < best["shared_bytes"] <= H100.smem_block
+    assert best["rank_ms"] <= default["rank_ms"]
+
+
+def test_a_gpu_model_travels_to_another_process() -> None:
+    import pickle
+
+    assert unpack(pickle.loads(pickle.dumps(pack(H100)))) == H100
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", ["flash_attention_fwd", "flash_attention_bwd_dkv"])
+def test_the_winner_is_written_and_then_launched(kernel: str, root: Path) -> None:
+    (item,) = items("--kernel", kernel)
+    better = Config(32, 32, 4, 1)
+    default = item.tunable.default(item.problem)
+    assert better != default
+    clock = LaunchClock(kernel, {better: 1e-3, default: 2e-3, Config(16, 32, 4, 1): 3e-3})
+    found = tune.tune_item(item, H100, plan(item, Config(16, 32, 4, 1), better), CPU, clock, 1.0, root)
+    assert (found.winner.config, found.winner.gain) == (better, 2.0)
+    (entry,) = tables.load(item.tunable, H100, root).entries  # type: ignore[union-attr]
+    assert entry.facts == {"ms": 1.0, "gain": 2.0, "registers": 64, "shared_bytes": 1024, "spill_bytes": 0}
+    with autotune.watch() as seen:
+        autotune.select(item.tunable, item.problem, H100)
+    assert seen == {kernel: better}
+
+
+@interpreted
+def test_a_candidate_with_wrong_results_does_not_win(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (item,) = items("--kernel", "flash_attention_fwd")
+    bad, default = Config(32, 32, 4, 1), item.tunable.default(item.problem)
+    run = item.case.run
+
+    def broken(inputs: Any, backend: str) -> Any:
+        with autotune.watch() as seen:
+            outputs = run(inputs, backend)
+        return {name: x * 1.03 for name, x in outputs.items()} if seen.get(item.kernel) == bad else outputs
+
+    object.__setattr__(item.case, "run", broken)
+    try:
+        clock = LaunchClock(item.kernel, {bad: 1e-3, default: 2e-3})
+        monkeypatch.setattr(tune, "_launch", lambda item, device: lambda: run(_inputs(item), "triton"))
+        found = tune.tune_item(item, H100, plan(item, bad), CPU, clock, 1.0, root)
+    finally:
+        object.__setattr__(item.case, "run", run)
+    assert (found.winner.config, found.winner.gain) == (default, 1.0)
+    assert "times what its precision allows" in found.winner.faults[bad]
+
+
+def _inputs(item: tune.Item) -> Any:
+    return item.case.make_inputs(item.shape, item.dtype, CPU, 0)
+
+
+def test_what_is_done_is_not_done_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = items()
+    assert [item.kernel for item in every] == [f"flash_attention_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")]
+
+    def todo(**flags: bool) -> list[str]:
+        chosen = tune.wanted(every, H100, root, **({"stale": False, "again": False} | flags))
+        return [item.kernel.removeprefix("flash_attention_") for item in chosen]
+
+    assert todo() == ["fwd", "bwd_dq", "bwd_dkv"]
+    entry = tables.Entry(every[0].key, {"block_m": 32, "block_n": 32, "num_warps": 4, "num_stages": 1})
+    tables.save(every[0].tunable, H100, root, [entry])
+    assert todo() == ["bwd_dq", "bwd_dkv"]
+    assert todo(stale=True) == []
+    assert todo(again=True) == ["fwd", "bwd_dq", "bwd_dkv"]
+    monkeypatch.setattr(tables, "toolchain", lambda: {"triton": "99"})
+    assert todo(stale=True) == ["fwd"]
+    assert todo() == ["fwd", "bwd_dq", "bwd_dkv"]
+
+
+def test_a_problem_is_tuned_once() -> None:
+    assert len(items("--shape", SHAPE)) == 3
+    assert len(items("--shape", SHAPE.replace("64", "60"))) == 3  # lengths are rounded up
+    assert len(items("--shape", SHAPE.replace("64", "65"))) == 6
+
+
+@interpreted
+def test_an_interrupted_run_keeps_what_is_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the second kernel: the first is on disk, and the next run begins with the second."""
+    every = items()
+
+    class Interrupting(LaunchClock):
+        def sampler(self, call: Call, *, capturable: bool) -> tuple[Callable[[], float], str]:
+            if not capturable:  # a backward kernel
+                raise KeyboardInterrupt
+            return super().sampler(call, capturable=capturable)
+
+    default = every[0].tunable.default(every[0].problem)
+    monkeypatch.setattr(tune, "clock_for", lambda device: Interrupting(every[0].kernel, {default: 1e-3}))
+    monkeypatch.setattr(tune.machine, "pick_device", lambda name: CPU)
+    monkeypatch.setattr(tune, "_plans", lambda some, *_: [plan(item) for item in some])
+    arguments = parser().parse_args(["tune", "flash_attention", "--budget", "60"])
+    with pytest.raises(KeyboardInterrupt):
+        tune._tune(every, H100, 1, arguments, Console(quiet=True))
+    assert [item.kernel for item in tune.wanted(every, H100, root, stale=False, again=False)] == [
+        "flash_attention_bwd_dq",
+        "flash_attention_bwd_dkv",
+    ]
+
+
+@interpreted
+def test_a_spent_budget_leaves_the_rest_for_the_next_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune.machine, "pick_device", lambda name: CPU)
+    monkeypatch.setattr(tune, "_plans", lambda some, *_: [plan(item) for item in some])
+    arguments = parser().parse_args(["tune", "flash_attention", "--budget", "0"])
+    assert tune._tune(items(), H100, 1, arguments, Console(quiet=True)) == ([], 0)
+    assert list(root.iterdir()) == []
