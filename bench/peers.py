@@ -1,4 +1,4 @@
-"""What else a user could call for attention: PyTorch's SDPA, FlexAttention, flash-attn.
+"""What else a user could call for attention: PyTorch's SDPA, FlexAttention, flash-attn, FlashInfer.
 
 A peer that is not here is a sentence that says why. One that does not compute the same function refuses with
 :class:`iokernels.UnsupportedError`.
@@ -38,10 +38,11 @@ def attention_peers(device: torch.device) -> Mapping[str, Prepare | str]:
     else:
         found["sdpa"] = partial(_sdpa, None)
     found["flex"] = _flex if on_gpu else "FlexAttention is timed compiled, on a GPU only"
-    if find_spec("flash_attn") is None:
-        found["flash-attn"] = "flash-attn is not installed"
-    else:
-        found["flash-attn"] = _flash_attn if on_gpu else "flash-attn needs a CUDA device"
+    for name, package, peer in (("flash-attn", "flash_attn", _flash_attn), ("flashinfer", "flashinfer", _flashinfer)):
+        if find_spec(package) is None:
+            found[name] = f"{name} is not installed"
+        else:
+            found[name] = peer if on_gpu else f"{name} needs a CUDA device"
     return found
 
 
@@ -165,3 +166,19 @@ def _flash_attn(inputs: Inputs) -> Callable[[], Outputs]:
         lengths = {name: x for name, x in options.items() if name.startswith(("cu_seqlens", "max_seqlen"))}
         return lambda: {"out": package.flash_attn_varlen_func(q, k, v, **lengths, **common)}
     return lambda: {"out": package.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **common).transpose(1, 2)}
+
+
+def _flashinfer(inputs: Inputs) -> Callable[[], Outputs]:
+    package: Any = import_module("flashinfer")
+    shape, options = inputs.shape, inputs.options
+    _refuse(shape, "sinks", "lse", "mask", "bias", "alibi", "packed")
+    if inputs.dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedError("FlashInfer takes fp16 and bf16 only")
+    if shape.b != 1:
+        raise UnsupportedError("its call for several sequences wants a plan made on the host first")
+    left, right = options.get("window", (-1, -1))
+    if right not in ((-1, 0) if shape.causal else (-1,)):
+        raise UnsupportedError("its window is open to the right")
+    q, k, v = (inputs.tensors[name].detach()[0].transpose(0, 1) for name in "qkv")  # no backward pass: [N, H, D]
+    common = {"causal": options["causal"], "window_left": left, "logits_soft_cap": shape.softcap or None}
+    return lambda: {"out": package.single_prefill_with_kv_cache(q, k, v, **common).transpose(0, 1)[None]}
