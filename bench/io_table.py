@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
 from iokernels.bench import render
-from iokernels.bench.accounts import Account, Accounts, Bound, Bytes, Configs, count
+from iokernels.bench.accounts import Accounts, Configs, count
 from iokernels.bench.case import DTYPES, Case, dtype_name, load
+from iokernels.bench.io_rows import PASSES, Counted, Row
 from iokernels.bench.rows import tile_text
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.runtime import device as devices
@@ -21,69 +19,6 @@ from iokernels.runtime.device import DeviceSpec, assume, named
 
 COUNTED_BYTES = 48 * 2**20
 """Kernels that request more than this are counted on a smaller shape: the interpreter moves some MB a second."""
-
-_PASSES: tuple[Literal["fwd", "bwd"], ...] = ("fwd", "bwd")
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What was counted, kernel by kernel, and the model of the same shape with the same tiles."""
-
-    shape: Shape
-    counts: Mapping[str, Bytes]
-    model: Mapping[str, Account]
-
-    def wrong(self) -> list[str]:
-        """The kernels whose count is not their model."""
-        modelled = {kernel: account.model for kernel, account in self.model.items()}
-        kernels = dict.fromkeys((*self.counts, *modelled))
-        return [kernel for kernel in kernels if self.counts.get(kernel) != modelled.get(kernel)]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One shape and dtype. ``floors`` and ``naive`` are those of whole passes; ``counted`` is None where nothing can
-    be counted; ``bound`` is that of the forward pass for ``on_chip`` bytes, what a block of these tiles holds."""
-
-    shape: Shape
-    dtype: torch.dtype
-    configs: Configs
-    kernels: Mapping[str, Account]
-    floors: Mapping[str, int]
-    naive: Mapping[str, int]
-    counted: Counted | None
-    on_chip: int | None
-    bound: Bound | None
-
-    def modelled(self, which: str) -> int:
-        """Bytes of all kernels of a pass."""
-        return sum(account.model.total for account in self.kernels.values() if account.which == which)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        counted = self.counted
-        return {
-            "shape": str(self.shape),
-            "dtype": dtype_name(self.dtype),
-            "configs": {name: asdict(config) for name, config in self.configs.items()},
-            "kernels": {
-                kernel: {"pass": account.which, "floor": account.floor._asdict(), "model": account.model._asdict()}
-                for kernel, account in self.kernels.items()
-            },
-            "passes": {
-                which: {"floor": self.floors[which], "model": self.modelled(which), "naive": self.naive[which]}
-                for which in _PASSES
-            },
-            "counted": counted
-            and {
-                "shape": str(counted.shape),
-                "count": {kernel: found._asdict() for kernel, found in counted.counts.items()},
-                "model": {kernel: account.model._asdict() for kernel, account in counted.model.items()},
-                "wrong": counted.wrong(),
-            },
-            "on_chip_bytes": self.on_chip,
-            "lower_bound": self.bound and self.bound._asdict(),
-        }
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
@@ -105,7 +40,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.plot is not None:
         from iokernels.bench import plot
 
-        plot.require()
+        plot.require("--plot")
         if case.accounts.on_chip is None:
             raise UsageError(f"--plot: the case of {case.operator} does not say how bytes depend on on-chip memory")
     counting = devices.interpret_triton()
@@ -139,8 +74,8 @@ def _row(
         dtype=dtype,
         configs=configs,
         kernels=accounts.model(shape, dtype, configs),
-        floors={which: case.floor_bytes(shape, dtype, which) for which in _PASSES},
-        naive={which: accounts.naive_bytes(shape, dtype, which) for which in _PASSES},
+        floors={which: case.floor_bytes(shape, dtype, which) for which in PASSES},
+        naive={which: accounts.naive_bytes(shape, dtype, which) for which in PASSES},
         counted=_count(case, accounts, shape, dtype, configs) if counting else None,
         on_chip=on_chip,
         bound=accounts.on_chip and accounts.on_chip.lower_bound(shape, dtype, on_chip or 0),
@@ -171,7 +106,7 @@ def _print(case: Case, rows: list[Row], spec: DeviceSpec, counting: bool, consol
                 _size(account.floor.total), _size(account.model.total),
                 _times(account.model.total, account.floor.total), _verdict(row.counted, kernel), "", "",
             )  # fmt: skip
-        for which in _PASSES:
+        for which in PASSES:
             floor, model, naive = row.floors[which], row.modelled(which), row.naive[which]
             table.add_row(
                 f"[bold]whole {which}[/]", "", _size(floor), _size(model), _times(model, floor), "", _size(naive),

@@ -13,7 +13,7 @@ from iokernels.bench.shape import Shape
 from iokernels.runtime.device import DeviceSpec
 
 if TYPE_CHECKING:
-    from iokernels.bench.io_table import Row
+    from iokernels.bench.io_rows import Row
 
 
 def draw(target: str, case: Case, rows: list[Row], spec: DeviceSpec) -> None:
