@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,34 @@ def compiling_for(spec: DeviceSpec) -> Iterator[list[Resources]]:
 
 
 def _resources(name: str, kernel: Any) -> Resources:
-    cubin = kernel.asm["cubin"]
-    usage = dict(re.findall(r"(\w+):(\d+)", _cuobjdump(cubin, "--dump-resource-usage")))
-    return Resources(
-        kernel=name,
-        registers=int(usage["REG"]),
-        spill_bytes=int(usage["STACK"]),
-        shared_bytes=kernel.metadata.shared,
-        num_warps=kernel.metadata.num_warps,
-        cubin=cubin,
-    )
+    (found,) = of_cubin(kernel.asm["cubin"], num_warps=kernel.metadata.num_warps)
+    # All of Triton's shared memory is dynamic; what the cubin declares is the toolchain's own reserve.
+    return replace(found, kernel=name, shared_bytes=kernel.metadata.shared)
 
 
+def of_cubin(cubin: bytes, *, num_warps: int, dynamic_shared_bytes: int = 0) -> list[Resources]:
+    """What the kernels of a cubin take, whoever compiled it: Triton, NVRTC, nvcc or ptxas.
+
+    ``num_warps`` and ``dynamic_shared_bytes`` (beyond what the code declares) belong to a launch, so the caller states
+    them. From Hopper on, what a cubin declares includes the 1 KiB that its toolchain reserves in every block.
+    """
+    listing = _cuobjdump(cubin, "--dump-resource-usage")
+    return [
+        Resources(
+            kernel=name,
+            registers=int(registers),
+            spill_bytes=int(stack),
+            shared_bytes=int(shared) + dynamic_shared_bytes,
+            num_warps=num_warps,
+            cubin=cubin,
+        )
+        for name, registers, stack, shared in re.findall(
+            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", listing
+        )
+    ]
+
+
+@lru_cache(maxsize=256)
 def _cuobjdump(cubin: bytes, what: str) -> str:
     from triton import knobs
 

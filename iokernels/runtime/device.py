@@ -79,8 +79,17 @@ OLDEST_SM = 80
 """Kernels need Ampere's asynchronous copies and bfloat16 matrix instructions."""
 
 
+TOO_OLD = {"v100": "7.0", "t4": "7.5"}
+"""Models that people ask for and that the kernels cannot serve, with their compute capability."""
+
+
 def named(slug: str) -> DeviceSpec:
     """The model called ``slug`` (``h100-sxm``, ...). Needs no GPU."""
+    if slug in TOO_OLD:
+        raise ValueError(
+            f"device: {slug} has compute capability {TOO_OLD[slug]}, and the kernels need 8.0 or newer: they are built "
+            "on its asynchronous copies and bfloat16 products"
+        )
     if slug not in KNOWN:
         raise ValueError(f"device: {slug!r} is not known; known are {', '.join(KNOWN)}")
     return KNOWN[slug]

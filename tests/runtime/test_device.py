@@ -97,3 +97,9 @@ def test_triton_refusal(
     monkeypatch.setattr(device, "INTERPRET", interpret)
     got = device.triton_refusal(where)
     assert got is None if reason is None else got is not None and reason in got
+
+
+@pytest.mark.parametrize("slug", ["t4", "v100"])
+def test_a_model_that_is_too_old_is_refused_by_its_capability(slug: str) -> None:
+    with pytest.raises(ValueError, match=r"compute capability 7\.\d, and the kernels need 8\.0"):
+        device.named(slug)
