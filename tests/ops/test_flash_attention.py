@@ -259,6 +259,22 @@ def test_packed_is_each_sequence_alone(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_sinks_and_offsets(backend: str, device: str) -> None:
+    q, k, v, cu_q, cu_k = inputs.packed(22, (20, 7), (20, 7), 4, 2, 16, dtype=torch.float32, device=device)
+    sinks = torch.linspace(-1.0, 2.0, 4, device=device)
+    common = {"max_seqlen_q": 20, "max_seqlen_k": 20, "backend": backend}
+    expected = flash_attention_varlen(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, sinks=sinks, **common)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, x + 1], dim=1)[:, 0]
+
+    found = flash_attention_varlen(
+        q, k, v, cu_seqlens_q=strided(cu_q), cu_seqlens_k=strided(cu_k), sinks=strided(sinks), **common
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_no_sequence(backend: str, device: str) -> None:
     q, k, v, cu_q, cu_k = inputs.packed(17, (20, 10), (20, 10), 2, 2, 16, dtype=torch.float32, device=device)
     q, k, v = (torch.cat([x, torch.full_like(x[:7], float("nan"))]).requires_grad_() for x in (q, k, v))

@@ -36,7 +36,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     if blocks > 0:
         with guard(q.device):
             flash_attention_fwd_kernel[(blocks,)](
-                q, k, v, out, lse, *launch.offsets, options.sinks, *launch.tensors,
+                q, k, v, out, lse, *launch.offsets, launch.sinks, *launch.tensors,
                 strides(q), strides(k), strides(v), strides(out), strides(lse),
                 *launch.sizes, *launch.numbers, launch.dropout_scale,
                 **launch.constants, **launch.tile(config, q, k, v, out), **launch.resources(config),
@@ -144,7 +144,11 @@ class Launch:
             dropout=options.dropout_p > 0.0,
             fold_scale=options.scale > 0.0 and not softcap and not changes,
         )
-        self.offsets = (options.cu_seqlens_q, options.cu_seqlens_k)
+        # Vectors of a few elements, which the kernels index without strides.
+        self.offsets = tuple(
+            None if x is None else x.contiguous() for x in (options.cu_seqlens_q, options.cu_seqlens_k)
+        )
+        self.sinks = None if options.sinks is None else options.sinks.contiguous()
         self.tensors = score_tensors(options)
         # In the order of every kernel's arguments.
         self.sizes = (self.heads, self.heads // k.shape[1], self.seqlen_q, self.seqlen_k, rows, keys)
