@@ -116,6 +116,19 @@ class Contract:
         if not condition:
             raise ValueError(f"{self.operator}: {message}")
 
+    def window(self, window: Any) -> tuple[int, int]:
+        """The ``(left, right)`` of an attention window, -1 where it is unbounded; None is unbounded on both sides."""
+        if window is None:
+            return -1, -1
+        ok = isinstance(window, (tuple, list)) and len(window) == 2
+        if not ok or not all(isinstance(side, int) and not isinstance(side, bool) for side in window):
+            raise TypeError(f"{self.operator}: window is {window!r}; it must be None or two ints, (left, right)")
+        left, right = window
+        self.require(
+            left >= -1 and right >= -1, f"window is {tuple(window)}; each side must be at least 0, or -1 for unbounded"
+        )
+        return left, right
+
     def number(self, name: str, value: Any, *, above: float | None = None, least: float | None = None,
                below: float | None = None) -> Any:  # fmt: skip
         """Return ``value`` as a finite float (a traced one stays symbolic) within the bounds, or raise."""

@@ -280,7 +280,7 @@ def _plan(
             f"{contract.operator}: alibi_slopes requires a gradient, which is not computed; "
             "pass learnable slopes as bias"
         )
-    left, right = _window(contract, window)
+    left, right = contract.window(window)
     if causal:
         right = 0
     scale = contract.number("scale", width**-0.5 if scale is None else scale)
@@ -297,19 +297,6 @@ def _plan(
         },
     )
     return Plan(backend, scale, left, right, softcap, dropout_p)
-
-
-def _window(contract: Contract, window: Any) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    ok = isinstance(window, (tuple, list)) and len(window) == 2
-    if not ok or not all(isinstance(side, int) and not isinstance(side, bool) for side in window):
-        raise TypeError(f"{contract.operator}: window is {window!r}; it must be None or two ints, (left, right)")
-    left, right = window
-    contract.require(
-        left >= -1 and right >= -1, f"window is {tuple(window)}; each side must be at least 0, or -1 for unbounded"
-    )
-    return left, right
 
 
 def _triton_refusal(q: Tensor, sizes: dict[str, Any]) -> str | None:

@@ -1,0 +1,39 @@
+"""``lean_attention`` as a ``torch.library`` operator. It computes no gradients: decoding has none.
+
+This file imports torch alone; the backend's module is imported when it first runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from iokernels.runtime.registration import register
+
+from .options import OPTIONS_SCHEMA, Options, empty_lse, empty_out
+
+_MODULES = {"torch": ".portable", "triton": ".triton_launch"}
+
+
+@cache
+def _backend(name: str) -> Any:
+    return import_module(_MODULES[name], __package__)
+
+
+def _forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+    return _backend(backend).forward(q, k_cache, v_cache, Options(*options))
+
+
+def _forward_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+    return empty_out(q, v_cache), empty_lse(q)
+
+
+attend = register(
+    f"lean_attention(Tensor q, Tensor k_cache, Tensor v_cache, str backend, {OPTIONS_SCHEMA}) "
+    "-> (Tensor out, Tensor lse)",
+    impl=_forward,
+    fake=_forward_fake,
+)
