@@ -63,7 +63,7 @@ def test_all_sequences_empty(backend: str, prefix: int, sinks: bool, device: str
         torch.testing.assert_close(lse, expected[None, :, None].expand_as(lse))
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_nothing_at_all(backend: str, device: str) -> None:
     """No sequence, and no room in the cache."""
     out, lse = make(4, (), page=0, device=device)(backend)
