@@ -7,19 +7,28 @@ Caches hold NaN wherever nothing may be read. How the work is divided among thre
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from iokernels import flash_attention, lean_attention
+from iokernels import autotune, flash_attention, lean_attention
 from iokernels.bench.case import Point
 from iokernels.bench.cases.lean_attention import CASE
 from iokernels.bench.proof import Proof
+from iokernels.ops.lean_attention.tuning import Config
 
 from .lean_attention_calls import BACKENDS, HALF_AND_SINGLE, make, prove
 
 RAGGED = (0, 40, 1, 90, 33)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles() -> Iterator[None]:
+    """So that short sequences cross many tiles and blocks; the check command takes those that a GPU would get."""
+    with autotune.override(lean_attention=Config(block_n=32, blocks=6, stream_k=1, num_warps=4, num_stages=2)):
+        yield
 
 
 @pytest.mark.parametrize("point", CASE.check_points(), ids=lambda point: point.name)
@@ -125,11 +134,11 @@ def test_negative_and_zero_scale(backend: str, scale: float, device: str) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sinks(backend: str, sink: float, device: str) -> None:
     """The sink of a row without keys is its log-sum-exp; a sink of -inf is none."""
-    call = make(11, RAGGED, heads=6, kv_heads=2, rows=2, device=device)
+    call = make(11, RAGGED, heads=6, kv_heads=2, rows=2, dtype=torch.float16, device=device)
     sinks = torch.full((6,), sink, device=device)
     out, lse = prove(backend, call, sinks=sinks)
     assert (out[0] == 0).all()
-    assert (lse[0] == sink).all()
+    torch.testing.assert_close(lse[0], torch.full_like(lse[0], sink))
     if sink == -math.inf:
         for one, other in zip((out, lse), call(backend), strict=True):
             torch.testing.assert_close(one, other)
@@ -184,19 +193,17 @@ def test_quantised_caches(
     prove(backend, call)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_code_of_float8_and_int8(backend: str, device: str) -> None:
-    """A key's value comes out as it was stored: with one key, out is v."""
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    for dtype in (torch.float8_e4m3fn, torch.int8):
-        v = codes.view(dtype).to(device)
-        v = v[v.float().isfinite()]
-        cache = v.view(-1, 1, 1, 1).expand(-1, 1, 1, 16)
-        sequences = cache.shape[0]
-        q = torch.ones(sequences, 1, 1, 16, device=device)
-        lengths = torch.ones(sequences, dtype=torch.int32, device=device)
-        out = lean_attention(q, cache, cache, cache_seqlens=lengths, backend=backend)
-        assert torch.equal(out[:, 0, 0, 0], v.float())
+def test_every_code_of_a_quantised_cache(backend: str, dtype: torch.dtype, device: str) -> None:
+    """A number comes out as it was stored: with one key, out is v."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
+    finite = torch.where(codes.float().isfinite(), codes.float(), 0.0).to(dtype)
+    cache = finite.view(16, 1, 1, 16).to(device)
+    lengths = torch.ones(16, dtype=torch.int32, device=device)
+    q = torch.full((16, 1, 1, 16), 0.01, device=device)
+    out = lean_attention(q, cache, cache, cache_seqlens=lengths, backend=backend)
+    assert torch.equal(out.flatten(), finite.float().to(device))
 
 
 @pytest.mark.parametrize("scales", ["head", "key"])
