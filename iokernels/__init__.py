@@ -7,17 +7,20 @@ those of :mod:`torch.nn`. ``python -m iokernels`` checks and times every operato
 from . import nn
 from ._version import __version__
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
-from .ops.lean_attention import lean_attention
+from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
 from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 
 __all__ = [
     "UnsupportedError",
     "__version__",
+    "append_kv",
+    "apply_rotary",
     "flash_attention",
     "flash_attention_varlen",
     "lean_attention",
     "nn",
+    "rotary_table",
     "scaled_dot_product_attention",
     "use_backend",
 ]

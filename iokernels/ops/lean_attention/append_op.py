@@ -1,0 +1,36 @@
+"""``append_kv`` as a ``torch.library`` operator that writes into the caches. It has no gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from iokernels.runtime.registration import register
+
+from .append_options import APPEND_SCHEMA, Append
+
+_MODULES = {"torch": ".portable_append", "triton": ".triton_append"}
+
+
+@cache
+def _backend(name: str) -> Any:
+    return import_module(_MODULES[name], __package__)
+
+
+def _append(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> None:
+    _backend(backend).append(k_new, v_new, k_cache, v_cache, Append(*options))
+
+
+def _append_fake(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> None:
+    return None
+
+
+append = register(
+    "lean_attention_append(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, str backend, "
+    f"{APPEND_SCHEMA}) -> ()",
+    impl=_append,
+    fake=_append_fake,
+)
