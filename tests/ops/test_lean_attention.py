@@ -130,7 +130,7 @@ def test_negative_and_zero_scale(backend: str, scale: float, device: str) -> Non
     prove(backend, make(10, (70, 33), rows=2, device=device), scale=scale)
 
 
-@pytest.mark.parametrize("sink", [0.0, 20.0, -30.0, -math.inf])
+@pytest.mark.parametrize("sink", [0.0, 5.0, -30.0, -math.inf])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sinks(backend: str, sink: float, device: str) -> None:
     """The sink of a row without keys is its log-sum-exp; a sink of -inf is none."""
