@@ -99,7 +99,6 @@ SCHEDULES = {
     "one long sequence among short ones": ((3, 300, 0, 17), 9),
     "264 blocks": ((300, 190, 5), 264),
     "empty sequences in between": ((0, 0, 40, 0, 40, 0), 3),
-    "more sequences than are added up at once": ((5, 0, 20) * 90, 8),
 }
 
 
@@ -126,6 +125,13 @@ def test_every_schedule_gives_the_same_result(name: str, device: str, monkeypatc
         for number in range(2):
             with any_order(number):
                 assert equal(found, call("triton", schedule="lean"))
+    assert counters_are_zero()
+
+
+def test_more_sequences_than_a_block_adds_up_at_once(device: str) -> None:
+    call = make(9, (0,) * 200 + (20,) + (0,) * 55 + (40, 17), heads=1, device=device)
+    with config(5):
+        prove("triton", call, schedule="lean")
     assert counters_are_zero()
 
 
@@ -183,9 +189,7 @@ def test_the_caller_decides_on_the_schedule(device: str) -> None:
     [{}, {"page": 16}, {"prefix": 40}, {"rows": 3, "window": (60, 0), "sinks": True}],
     ids=["dense", "pages", "prefix", "window"],
 )
-def test_batch_invariance(
-    options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_invariance(options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence's bits are the same alone and among others, in a longer cache, and with any number of blocks."""
     monkeypatch.setattr("iokernels.ops.lean_attention.tuning.INVARIANT_KEYS", 64)
     call = make(5, (150, 0, 17, 200), heads=4, kv_heads=2, dtype=torch.float16, device=device, **options)
@@ -223,12 +227,12 @@ def test_what_is_not_invariant_is_seen(device: str) -> None:
     assert not torch.equal(among_others[1][3:], alone[1])
 
 
-def test_a_thousand_calls_on_one_workspace(device: str) -> None:
-    """Counters are back at zero after each, whatever the next call looks like."""
+def test_many_calls_on_one_workspace(device: str) -> None:
+    """A thousand on a GPU, a hundred interpreted: counters are back at zero after each, whatever the next one is."""
     calls = [make(7, lengths, heads=1, spare=spare, device=device) for lengths, spare in (((40,), 0), ((20, 33), 40))]
     with config(2):
         expected = [call("triton", schedule="lean") for call in calls]
-        for number in range(1000):
+        for number in range(1000 if device == "cuda" else 100):
             which = number % 10 == 9
             assert equal(expected[which], calls[which]("triton", schedule="lean"))
     assert counters_are_zero()
