@@ -39,7 +39,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     with guard(q.device):
         before = _prefix(launch, q, options) if options.k_prefix is not None else (None, None)
         own = launch.arguments(q, k_cache, v_cache, out, lse, launch.table, *before)
-        if launch.config.stream_k:
+        if launch.equal_shares:
             _launch_lean(launch, own)
         else:
             _launch_split(launch, own, launch.items, launch.tiles, prefix=0, all_sequences=False)
@@ -175,6 +175,8 @@ class Launch:
         device = spec_of(q.device)
         self.problem = self._problem(device, all_sequences)
         self.config = autotune.select(TUNABLES[tuning.KERNEL], self.problem, device)
+        # What a call asks for comes before what an override or a table says.
+        self.equal_shares = bool(self.config.stream_k) if options.schedule == "auto" else options.schedule == "lean"
         self.tiles = max(triton.cdiv(self.capacity, self.config.block_n), 1)
         if options.window_left >= 0:
             seen = triton.cdiv(options.window_left + rows, self.config.block_n) + 1

@@ -83,32 +83,46 @@ whole items leave no partial results."""
 def default(problem: Problem) -> Config:
     """A configuration that fits, for every problem the kernels accept."""
     stream_k = problem.schedule == "lean" or (problem.schedule == "auto" and problem.items < MANY_ITEMS * problem.sms)
-    # 16 KiB of keys and as much of values, or half of that for caches of bytes, whose tiles are decoded on chip.
-    block_n = max(16, min(128, 8192 // max(problem.block_d, problem.block_v)))
-    config = Config(block_n if problem.tensor_cores else 32, 2 * problem.sms, int(stream_k), 4, 3)
-    while 2 * (shared_bytes(problem, config) + 1024) > problem.smem_sm or not fits(problem, config):
-        if config.num_stages > 2:
-            config = replace(config, num_stages=config.num_stages - 1)
+    width, decoded = max(problem.block_d, problem.block_v), problem.cache_itemsize != problem.itemsize
+    # A tile that has to be decoded passes through registers, all of it.
+    block_n = max(16, min(64, (4096 if decoded else 8192) // width))
+    tall = problem.block_m >= (64 if problem.tensor_cores else 32)
+    if tall or not problem.tensor_cores:
+        block_n = min(block_n, 16 if width > 128 or not problem.tensor_cores else 32)
+    ahead = (3 if problem.paged else 4) if decoded else 2 if width >= 128 or problem.paged else 3
+    config = Config(block_n, 2 * problem.sms, int(stream_k), 8 if tall else 4, stages(problem, ahead))
+    while not fits(problem, config, blocks=2):
+        if ahead > 1:
+            ahead -= 1
+            config = replace(config, num_stages=stages(problem, ahead))
         elif config.block_n > 16:
             config = replace(config, block_n=config.block_n // 2)
-        elif fits(problem, config):
-            return replace(config, blocks=problem.sms)
-        else:
+        elif config.num_stages > 1 and not fits(problem, config):
             config = replace(config, num_stages=1)
+        else:
+            return replace(config, blocks=problem.sms)
     return config
 
 
-def fits(problem: Problem, config: Config) -> bool:
-    """Whether the tiles that a block holds in shared memory fit."""
-    return shared_bytes(problem, config) <= problem.smem_block
+def stages(problem: Problem, ahead: int) -> int:
+    """The number of stages at which ``ahead`` tiles are on their way. Those of a page wait for its number, which takes
+    stages of its own."""
+    return 2 * ahead + 1 if problem.paged else ahead + 1
+
+
+def fits(problem: Problem, config: Config, blocks: int = 1) -> bool:
+    """Whether so many blocks of an SM can hold their tiles in shared memory at once."""
+    needed = shared_bytes(problem, config)
+    return needed <= problem.smem_block and blocks * (needed + 1024) <= problem.smem_sm + 1024 * (blocks == 1)
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
     """An upper estimate of the shared memory that the compiler takes, in bytes."""
-    keys, widths = config.block_n, problem.block_d + problem.block_v
-    loaded = config.num_stages * keys * widths * problem.cache_itemsize
-    decoded = keys * widths * problem.itemsize if problem.cache_itemsize != problem.itemsize else 0
-    return loaded + decoded + problem.itemsize * problem.block_m * (problem.block_d + keys)
+    keys, steps = config.block_n, config.num_stages - 1
+    tiles = max(steps // 2 if problem.paged else steps, 1) + (problem.block_m >= 64)
+    # A key has its two scales and the number of its page beside it.
+    loaded = tiles * keys * ((problem.block_d + problem.block_v) * problem.cache_itemsize + 12)
+    return loaded + problem.itemsize * problem.block_m * (problem.block_d + keys) + 1024
 
 
 INVARIANT_KEYS = 1024

@@ -56,7 +56,8 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
     widths = (problem.block_d + problem.block_v) * problem.cache_itemsize
     items, keys = max(problem.items, 1), max(problem.seqlen_k, 1024)
     tiles = items * -(-keys // config.block_n)
-    in_flight = config.blocks * max(config.num_stages - 1, 1) * config.block_n * widths
+    ahead = max((config.num_stages - 1) // (2 if problem.paged else 1), 1)
+    in_flight = config.blocks * ahead * config.block_n * widths
     rate = min(device.dram_bandwidth, in_flight / _LATENCY)
     per_block = -(-tiles // config.blocks) if config.stream_k else -(-items // config.blocks) * (tiles // items)
     if not config.stream_k and items < config.blocks:
@@ -75,7 +76,7 @@ SPACE: Space[Config] = Space(
         Axis("blocks", _blocks),
         literals("stream_k", 0, 1),
         literals("num_warps", 4, 8),
-        literals("num_stages", 1, 2, 3, 4, 5),
+        literals("num_stages", 1, 2, 3, 4, 5, 7),
     ),
     constraints=(
         Constraint("schedule", ("stream_k",), _as_asked),
