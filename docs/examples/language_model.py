@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +52,31 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, attn_mask=future, is_causal=True, need_weights=False)[0]
 
 
+class CachedAttention(nn.Module):
+    """iokernels' attention: parallel over a training sequence, and one byte at a time from a cache of keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = iokernels.nn.DecodeAttention(width, heads, bias=False)
+
+    def memory(self, capacity: int) -> iokernels.nn.KVCache:
+        return self.attention.new_cache(1, capacity)
+
+    def forward(self, x: Tensor, memory: iokernels.nn.KVCache | None = None) -> Tensor:
+        if memory is not None:
+            memory.extend(x.shape[1])
+        return self.attention(x, memory)
+
+
 Mixer = Callable[[int, int], nn.Module]
-"""Makes, of a width E and a number of heads, a causal module from ``[B, N, E]`` to ``[B, N, E]``."""
+"""Makes, of a width E and a number of heads, a causal module from ``[B, N, E]`` to ``[B, N, E]``.
+
+Such a module may remember what it read: then ``memory(capacity)`` makes an empty memory for one text, and called with
+it, the module takes its input for what follows in that text.
+"""
 
 MIXERS: dict[str, Mixer] = {
-    "flash": lambda width, heads: SelfAttention(
-        iokernels.nn.FlashAttention(width, heads, bias=False, batch_first=True)
-    ),
+    "flash": CachedAttention,
     "sdpa": lambda width, heads: SelfAttention(nn.MultiheadAttention(width, heads, bias=False, batch_first=True)),
 }
 """Add an entry, and ``--mixer all`` compares it with the others."""
@@ -95,8 +114,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(self.norm1(x))
+    def forward(self, x: Tensor, memory: Any = None) -> Tensor:
+        x = x + (self.mixer(self.norm1(x)) if memory is None else self.mixer(self.norm1(x), memory))
         return x + self.mlp(self.norm2(x))
 
 
@@ -118,9 +137,17 @@ class LanguageModel(nn.Module):
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)  # it starts by knowing nothing: 8 bits a byte
 
-    def forward(self, text: Tensor) -> Tensor:
-        x = self.bytes(text) + self.positions[: text.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+    def forward(self, text: Tensor, memories: Sequence[Any] | None = None, start: int = 0) -> Tensor:
+        """With ``memories``, one a block, ``text`` is what follows the ``start`` bytes that they have seen."""
+        x = self.bytes(text) + self.positions[start : start + text.shape[1]]
+        for block, memory in zip(self.blocks, memories or [None] * len(self.blocks), strict=True):
+            x = block(x, memory)
+        return self.head(self.norm(x))
+
+    def memories(self) -> list[Any] | None:
+        """Empty ones for one text, or None where the mixer has none."""
+        makers = [getattr(block.mixer, "memory", None) for block in self.blocks]
+        return None if None in makers else [make(len(self.positions)) for make in makers if make is not None]
 
 
 # ---- 3. The text, and what is known about it without a model --------------------------------------------------------
@@ -172,6 +199,8 @@ class Result:
     losses: list[float] = field(default_factory=list)  # of each step's batch
     heldout: list[tuple[int, float]] = field(default_factory=list)  # (steps done, bits per held-out byte)
     tokens_per_second: float = 0.0
+    written_per_second: float | None = None  # bytes of the sample, from memory; None for a mixer without
+    recomputed_per_second: float = 0.0  # the same, with the whole context computed for each byte
     seconds: float = 0.0
     sample: str = ""
 
@@ -208,7 +237,7 @@ def train(
     settings: Settings,
     text: tuple[Tensor, Tensor],
     progress: Callable[[int, float, float], None] = lambda step, loss, tokens_per_second: None,
-) -> tuple[nn.Module, Result]:
+) -> tuple[LanguageModel, Result]:
     """Train the model with the mixer ``name``. ``progress`` hears the step, its loss and the speed so far."""
     torch.manual_seed(settings.seed)
     model = LanguageModel(MIXERS[name], settings).to(settings.device)
@@ -233,22 +262,44 @@ def train(
             result.heldout.append((step + 1, heldout_bits(model, heldout_text, settings, batches=2)))
         progress(step + 1, result.losses[-1], result.tokens_per_second)
     result.heldout.append((settings.steps, heldout_bits(model, heldout_text, settings, batches=12)))
-    result.sample = generate(model, settings)
+    result.sample, result.recomputed_per_second = generate(model, settings, remember=False)
+    if model.memories() is not None:
+        result.sample, result.written_per_second = generate(model, settings)
     result.seconds = time.perf_counter() - begun
     return model, result
 
 
 @torch.no_grad()
-def generate(model: nn.Module, settings: Settings, prompt: bytes = b"    def ", temperature: float = 0.7) -> str:
-    """Text written byte by byte. The whole context is computed anew for each: slow, and nothing to get wrong."""
+def generate(
+    model: LanguageModel,
+    settings: Settings,
+    prompt: bytes = b"    def ",
+    temperature: float = 0.7,
+    *,
+    remember: bool = True,
+) -> tuple[str, float]:
+    """Text written byte by byte, and how many bytes a second.
+
+    The model knows no position past its context: when that is full, it is read again from the middle. With
+    ``remember``, and a mixer that can, each byte is read once between two such moments; else all of the context is
+    computed anew for each byte, which is slow, and gives the same text.
+    """
     model.eval()
     generator = torch.Generator().manual_seed(settings.seed)
-    text = list(prompt)
+    text, first, seen = list(prompt), 0, 0  # the context begins at byte `first`; `seen` of its bytes are remembered
+    memories = model.memories() if remember else None
+    begun = time.perf_counter()
     for _ in range(settings.generate):
-        context = torch.tensor([text[-settings.context :]], device=settings.device)
-        chances = torch.softmax(model(context)[0, -1].float().cpu() / temperature, -1)
+        if len(text) - first > settings.context:
+            first, seen = len(text) - (settings.context + 1) // 2, 0
+            memories = model.memories() if remember else None
+        unread = torch.tensor([text[first + seen :]], device=settings.device)
+        logits = model(unread, memories, seen)[0, -1]
+        if memories is not None:
+            seen += unread.shape[1]
+        chances = torch.softmax(logits.float().cpu() / temperature, -1)
         text.append(int(torch.multinomial(chances, 1, generator=generator)))
-    return bytes(text).decode(errors="replace")
+    return bytes(text).decode(errors="replace"), settings.generate / (time.perf_counter() - begun)
 
 
 # ---- 5. Showing it --------------------------------------------------------------------------------------------------
@@ -256,16 +307,21 @@ def generate(model: nn.Module, settings: Settings, prompt: bytes = b"    def ", 
 
 def table(results: Sequence[Result], known: dict[str, float]) -> Table:
     """One row a mixer, below the models without one."""
-    shown = Table(title="bits per byte: 8 is no knowledge, lower is better")
-    for column in ("mixer", "parameters", "tokens/s", "training", "held out", "seconds"):
+    shown = Table(
+        title="bits per byte: 8 is no knowledge, lower is better",
+        caption="order 0, 1: counts of bytes. written/s: bytes a second, from memory (recomputing)",
+    )
+    for column in ("mixer", "weights", "tokens/s", "training", "held out", "seconds", "written/s"):
         shown.add_column(column, justify="left" if column == "mixer" else "right")
     for name, value in known.items():
-        shown.add_row(f"{name} counts", "", "", "", f"{value:.3f}", "", style="dim")
+        shown.add_row(name, "", "", "", f"{value:.3f}", "", "", style="dim")
     for result in results:
         recent = result.losses[-max(1, len(result.losses) // 10) :]
+        written = "-" if result.written_per_second is None else f"{result.written_per_second:,.0f}"
         shown.add_row(
             result.mixer, f"{result.parameters:,}", f"{result.tokens_per_second:,.0f}",
             f"{sum(recent) / len(recent):.3f}", f"{result.heldout[-1][1]:.3f}", f"{result.seconds:.0f}",
+            f"{written} ({result.recomputed_per_second:,.0f})",
         )  # fmt: skip
     return shown
 

@@ -1,5 +1,6 @@
 """Drop-in ``torch.nn`` modules."""
 
 from .flash_attention import FlashAttention
+from .lean_attention import DecodeAttention, KVCache
 
-__all__ = ["FlashAttention"]
+__all__ = ["DecodeAttention", "FlashAttention", "KVCache"]

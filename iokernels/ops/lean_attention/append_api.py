@@ -108,9 +108,7 @@ def append_kv(
     cos, sin = _checked_rotary(rotary)
     tensors = (k_new, v_new, k_cache, v_cache, cache_seqlens, block_table, new_seqlens, positions, cos, sin, k_scale,
                v_scale)  # fmt: skip
-    chosen = remembered(
-        _PLANS, _plan, (interleaved, dispatch.requested(backend), torch.is_grad_enabled()), tensors
-    )
+    chosen = remembered(_PLANS, _plan, (interleaved, dispatch.requested(backend), torch.is_grad_enabled()), tensors)
     k_each, v_each = (x is not None and x.dim() == 3 for x in (k_scale, v_scale))
     options = Append(
         cache_seqlens, block_table, new_seqlens, positions, cos, sin, interleaved,
@@ -200,7 +198,9 @@ def _check_values(k_new: Tensor, k_cache: Tensor, options: Append) -> None:
     counts = [rows] * len(lengths) if options.new_seqlens is None else options.new_seqlens.tolist()
     for sequence, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         if not 0 <= count <= rows:
-            raise ValueError(f"append_kv: new_seqlens[{sequence}] is {count}; it must be 0 to {rows}, the rows of k_new")
+            raise ValueError(
+                f"append_kv: new_seqlens[{sequence}] is {count}; it must be 0 to {rows}, the rows of k_new"
+            )
         if not 0 <= length <= most - count:
             raise ValueError(
                 f"append_kv: cache_seqlens[{sequence}] is {length}; with {count} new keys it must be 0 to "

@@ -41,10 +41,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     """Attention as :class:`Options` defines it: ``(out [B, Hq, Nq, Dv], lse [B, Hq, Nq])``."""
     out, lse = empty_out(q, v_cache), empty_lse(q)
     batch = q.shape[0]
-    lengths = None
-    if q.device.type == "cpu":
-        most = capacity(k_cache, options)
-        lengths = [min(max(length, 0), most) for length in options.cache_seqlens.tolist()]
+    lengths = host_lengths(k_cache, options)
     one_by_one = options.schedule == "invariant"
     for group in range(batch) if one_by_one else range(min(batch, 1)):
         together = slice(group, group + 1) if one_by_one else slice(0, batch)
@@ -64,6 +61,14 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
             out[part].copy_(made[0])
             lse[part].copy_(made[1])
     return out, lse
+
+
+def host_lengths(k_cache: Tensor, options: Options) -> list[int] | None:
+    """The lengths, where reading them waits for no other device."""
+    if k_cache.device.type != "cpu":
+        return None
+    most = capacity(k_cache, options)
+    return [min(max(length, 0), most) for length in options.cache_seqlens.tolist()]
 
 
 class State(NamedTuple):
@@ -223,7 +228,7 @@ class _Where(NamedTuple):
 
     @classmethod
     def of(cls, keys: slice, index: Tensor, part: slice, options: Options, cache: Tensor) -> _Where:
-        """The chunk ``keys``, whose numbers are ``index``. What a table says past a length is garbage: it is clamped."""
+        """The chunk ``keys``, whose numbers are ``index``. What a table says past a length is garbage, so clamped."""
         if options.block_table is None:
             return cls(part, keys, None)
         page = cache.shape[2]

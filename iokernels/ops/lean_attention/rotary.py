@@ -40,7 +40,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inte
 
     Args:
         x: ``[B, H, N, D]``, any floating dtype.
-        cos: ``[P, rot / 2]``, any floating dtype; rot is at most D, and the elements of a head past it stay as they are.
+        cos: ``[P, rot / 2]``, any floating dtype; rot is at most D, and the elements past it stay as they are.
         sin: like cos.
         positions: int32 or int64 ``[B]``: the position of each sequence's first row; the others follow it. Out of
             the table's range they are taken to its edge on a GPU, whose memory the host does not read, and refused on
