@@ -119,7 +119,8 @@ def make(
         # A factor for every head, or for every key of a sequence; the caches are divided by it.
         head_factors, key_factors = torch.ones(kv_heads), [torch.ones(x.shape[:2]) for x in sequences]
         if scales == "head":
-            head_factors = torch.cat([common, *sequences], dim=1).abs().amax((1, 2)) / _LARGEST.get(of_cache, 2.0)
+            drawn_keys = torch.cat([common, *sequences, torch.ones(kv_heads, 1, width)], dim=1)
+            head_factors = drawn_keys.abs().amax((1, 2)) / _LARGEST.get(of_cache, 2.0)
             tensors[f"{name}_scale"] = place(head_factors, "strided")
         elif scales == "key":
             key_factors = [x.abs().amax(-1) / _LARGEST.get(of_cache, 2.0) for x in sequences]
