@@ -32,12 +32,17 @@ def append(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, optio
         )
         if cache is not None and rows is not None
     ]  # fmt: skip
-    if k_new.device.type == "cpu":
+    if host_reads(k_new):
         for sequence, rows, place, slots in _runs(k_new.shape[2], k_cache, options):
             for cache, new in writes:
                 cache[place, :, slots].copy_(new[sequence, :, rows])
     else:
         _scatter(writes, k_cache, options)
+
+
+def host_reads(x: Tensor) -> bool:
+    """Whether reading lengths on the host waits for no other device."""
+    return x.device.type == "cpu"
 
 
 def _quantised(
