@@ -177,7 +177,7 @@ def check_points() -> tuple[Point, ...]:
     """Every option alone, its edges, and all together. Lengths straddle the kernels' tiles."""
     return (
         _point("plain", quick=True),
-        _point("one key", b=1, nk=1, shortest=1, lse=1),
+        _point("one key, no room for more", b=1, nk=1, shortest=1, spare=0, lse=1),
         _point("an empty sequence", shortest=0, n=2, lse=1),
         _point("several new positions", n=5, quick=True),
         _point("not causal", n=5, causal=0),

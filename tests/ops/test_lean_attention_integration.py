@@ -40,12 +40,16 @@ def plain_memory(call: Call) -> Call:
     return call._replace(tensors={name: x.contiguous() for name, x in finite.items()})
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "bnhd", "strided"])
+interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="these tensors are on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [("torch", "contiguous"), ("torch", "bnhd"), ("torch", "strided"),
+     pytest.param("triton", "contiguous", marks=interpreted)],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend: str, kind: str, layout: str) -> None:
-    if backend == "triton" and (not devices.INTERPRET or layout != "contiguous"):
-        pytest.skip("one layout, on the CPU, shows what the schema says of the kernels")
+def test_opcheck(kind: str, backend: str, layout: str) -> None:
     given = {name: x for name, x in KINDS[kind].items() if name not in ("window", "softcap", "batch_invariant")}
     call = make(0, (11, 4), heads=4, kv_heads=2, layout=layout, **given)
     tensors = {name: x.nan_to_num() if x.is_floating_point() and layout == "contiguous" else x
@@ -64,7 +68,7 @@ def test_fake_tensors_read_no_values() -> None:
         call = make(1, (11, 4), heads=4, kv_heads=2, value_dim=24, layout="bnhd", **given)
         with FakeTensorMode() as mode:
             fakes = call._replace(tensors={name: mode.from_tensor(x) for name, x in call.tensors.items()})
-            for backend in ("torch", "triton"):
+            for backend in ("torch", "triton") if devices.INTERPRET else ("torch",):
                 out, lse = fakes(backend)
                 assert out.shape == (2, 4, call.tensors["q"].shape[2], 24), kind
                 assert lse.shape == out.shape[:3]
@@ -78,7 +82,7 @@ def test_one_graph_for_all_lengths_batches_and_caches(kind: str) -> None:
     counter = CompileCounter()
     compiled = torch.compile(lean_attention, fullgraph=True, dynamic=True, backend=counter)
     for index, lengths in enumerate(((11, 4, 0, 8, 2), (30, 0, 9), (17, 5, 40, 2, 1, 6, 3))):
-        call = plain_memory(make(index, lengths, heads=4, kv_heads=2, spare=20 + 8 * index, **KINDS[kind]))
+        call = plain_memory(make(index, lengths, heads=4, kv_heads=2, spare=25 + 8 * index, **KINDS[kind]))
         tensors = {"q": call.tensors["q"], **call.tensors}
         actual = compiled(**tensors, **call.options, return_lse=True)
         for one, other in zip(actual, lean_attention(**tensors, **call.options, return_lse=True), strict=True):
@@ -129,7 +133,7 @@ def test_autocast_casts_q_and_leaves_caches(dtype: torch.dtype) -> None:
 def test_inference_mode_and_nothing_is_changed() -> None:
     call = make(5, (20, 0, 7), heads=4, kv_heads=2, page=4, sinks=True)
     before = {name: x.clone() for name, x in call.tensors.items()}
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "triton") if devices.INTERPRET else ("torch",):
         with torch.inference_mode():
             call(backend)
         for name, x in call.tensors.items():
