@@ -9,9 +9,11 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
+from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.errors import UnsupportedError
-from iokernels.runtime.plans import is_concrete, remembered
+from iokernels.runtime.offsets import readable
+from iokernels.runtime.plans import remembered
 
 from . import reference
 from .op import attend
@@ -130,8 +132,7 @@ def lean_attention(
     No argument is modified. The bits are the same on every run. Under autocast q is cast to the autocast dtype, and
     caches keep theirs.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q = q.to(torch.get_autocast_dtype(q.device.type))
+    (q,) = autocast(q)
     tensors = (q, k_cache, v_cache, cache_seqlens, block_table, sinks, k_scale, v_scale, k_prefix, v_prefix)
     plan = remembered(
         _PLANS,
@@ -263,7 +264,7 @@ def _schedule(contract: Contract, schedule: Any, batch_invariant: bool) -> str:
 def _check_values(k_cache: Tensor, options: Options) -> None:
     """Check lengths and page numbers, where reading them costs no synchronisation."""
     seqlens, table = options.cache_seqlens, options.block_table
-    if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or not is_concrete(seqlens):
+    if not readable(seqlens):
         return
     most, page = capacity(k_cache, options), k_cache.shape[2]
     for sequence, length in enumerate(seqlens.tolist()):
