@@ -103,6 +103,51 @@ def test_a_mixer_sees_no_later_byte(lm: Any, tiny: Any, name: str):
     assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-6
 
 
+@pytest.fixture
+def writer(lm: Any, tiny: Any) -> Any:
+    """A model whose text is neither constant nor noise; float64, so that rounding decides no byte."""
+    torch.manual_seed(0)
+    model = lm.LanguageModel(lm.MIXERS["flash"], tiny).double().eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model
+
+
+def test_text_from_memory_is_the_text_of_recomputing(lm: Any, tiny: Any, writer: Any):
+    """Also past the context, and with a prompt that is longer than it."""
+    settings = replace(tiny, generate=2 * tiny.context + 10)
+    for prompt in (b"    def ", bytes(range(60))):
+        (remembered, speed), (recomputed, _) = (
+            lm.generate(writer, settings, prompt, remember=remember) for remember in (True, False)
+        )
+        assert remembered == recomputed
+        assert len(set(remembered)) > 20
+        assert speed > 0
+    assert lm.generate(writer, replace(settings, seed=1))[0] != lm.generate(writer, settings)[0]
+
+
+def test_memory_reads_each_byte_once(lm: Any, tiny: Any, writer: Any):
+    """Until the context is full; then its newer half is read again."""
+    read: list[int] = []
+    writer.bytes.register_forward_hook(lambda module, arguments, result: read.append(arguments[0].shape[1]))
+    full, half = tiny.context, tiny.context // 2
+    lm.generate(writer, replace(tiny, generate=2 * full))
+    prompt, steps = len(b"    def "), full - len(b"    def ")
+    assert read[: steps + 2] == [prompt] + [1] * steps + [half]
+    assert sum(read) < 5 * full
+    read.clear()
+    lm.generate(writer, replace(tiny, generate=4), remember=False)
+    assert read == [prompt, prompt + 1, prompt + 2, prompt + 3]
+
+
+def test_mixers_without_memory_recompute(lm: Any, text: Any, tiny: Any):
+    flash, sdpa = (lm.train(name, replace(tiny, steps=2), text) for name in ("flash", "sdpa"))
+    assert flash[0].memories() is not None
+    assert sdpa[0].memories() is None
+    assert flash[1].written_per_second > 0
+    assert sdpa[1].written_per_second is None
+    assert sdpa[1].recomputed_per_second > 0
+
+
 def test_text_is_the_standard_library_split_by_file(lm: Any, library: tuple[torch.Tensor, torch.Tensor]):
     train, heldout = library
     assert train.dtype == heldout.dtype == torch.uint8

@@ -84,7 +84,7 @@ def _scales(head_ptr, key_ptr, stride_key, head, place, slot, written, largest, 
     return scale
 
 
-@triton.jit(do_not_specialize=["heads", "blocks", "rows_new", "room", "page", "pages", "rows_cos"])
+@triton.jit(do_not_specialize=["stride_tb", "heads", "blocks", "rows_new", "room", "page", "pages", "rows_cos"])
 def lean_attention_append_kernel(
     k_new_ptr,  # [B, Hkv, Nnew, D]
     v_new_ptr,  # [B, Hkv, Nnew, Dv]
