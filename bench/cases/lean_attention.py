@@ -168,7 +168,7 @@ def _point(name: str, *, quick: bool = False, **given: float) -> Point:
     return Point(name, VOCABULARY.shape(**(small | given)), quick)
 
 
-_EVERYTHING: dict[str, float] = {
+_EVERYTHING: dict[str, Any] = {
     "n": 3, "d": 40, "dv": 24, "left": 60, "softcap": 2.0, "sinks": 1, "lse": 1, "bnhd": 1, "gain": 2.0,
 }  # fmt: skip
 

@@ -168,13 +168,13 @@ def test_lengths_are_checked_where_reading_them_is_free(change: dict[str, Any], 
 @pytest.mark.parametrize(("change", "message"), PAGED, ids=short_id)
 def test_refused_paged(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^lean_attention: " + message):
-        lean_attention(**paged() | change)
+        lean_attention(**{**paged(), **change})
 
 
 def test_refused_block_table_dtype() -> None:
     table = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"^lean_attention: block_table is int64; it must be int32"):
-        lean_attention(**paged() | {"block_table": table})
+        lean_attention(**{**paged(), "block_table": table})
 
 
 WIDE = {"q": torch.ones(2, 4, 1, 300), "k_cache": torch.ones(2, 2, 9, 300)}
@@ -214,10 +214,10 @@ def test_gradients_are_refused_with_a_way_out(name: str) -> None:
     with pytest.raises(UnsupportedError, match=r"decoding has none\. Call it under torch\.no_grad\(\)"):
         lean_attention(**arguments)
     with pytest.raises(UnsupportedError, match=r"'torch' cannot run this call: it computes no gradients"):
-        lean_attention(**arguments | {"backend": "torch"})
+        lean_attention(**{**arguments, "backend": "torch"})
     with torch.no_grad():
         assert not lean_attention(**arguments).requires_grad
-    out = lean_attention(**arguments | {"backend": "reference"})
+    out = lean_attention(**{**arguments, "backend": "reference"})
     (gradient,) = torch.autograd.grad(out.sin().sum(), arguments[name])
     assert gradient.abs().sum() > 0 or name != "v_cache"
 
