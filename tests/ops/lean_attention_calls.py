@@ -23,7 +23,7 @@ _NOWHERE = 2**31 - 1
 class Call(NamedTuple):
     """The tensors of one call, and everything else."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     options: dict[str, Any]
 
     def __call__(self, backend: str, **options: Any) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="these tensors ar
 def test_opcheck(kind: str, backend: str, layout: str) -> None:
     given = {name: x for name, x in KINDS[kind].items() if name not in ("window", "softcap", "batch_invariant")}
     call = make(0, (11, 4), heads=4, kv_heads=2, layout=layout, **given)
-    tensors = {name: x.nan_to_num() if x.is_floating_point() and layout == "contiguous" else x
+    tensors: Any = {name: x.nan_to_num() if x.is_floating_point() and layout == "contiguous" else x
                for name, x in call.tensors.items()}  # fmt: skip
     if layout != "contiguous":
         for name in ("k_cache", "v_cache"):

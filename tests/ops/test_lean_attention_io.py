@@ -95,8 +95,8 @@ def test_no_byte_outside_the_tensors(part: int) -> None:
 def test_lengths_out_of_range_stay_inside_the_tensors(stream_k: int, page: int) -> None:
     """On a GPU nobody reads the lengths before the kernels do, so whatever they say must do no harm."""
     call = make(1, (40, 0, 33), heads=4, kv_heads=2, spare=0, page=page, prefix=20)
-    tensors = {name: x for name, x in call.tensors.items() if name not in ("q", "k_cache", "v_cache")}
-    arguments = [call.tensors[name] for name in ("q", "k_cache", "v_cache")]
+    tensors: Any = {name: x for name, x in call.tensors.items() if name not in ("q", "k_cache", "v_cache")}
+    arguments: Any = [call.tensors[name] for name in ("q", "k_cache", "v_cache")]
     if page:
         tensors["block_table"] = torch.zeros(3, 5, dtype=torch.int32)
     arguments[1:] = [x.nan_to_num() for x in arguments[1:]]
@@ -105,7 +105,8 @@ def test_lengths_out_of_range_stay_inside_the_tensors(stream_k: int, page: int) 
     for lengths in ((2**31 - 1, -7, 41), (40, 0, 40)):
         tensors["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32)
         with autotune.override(lean_attention=config), trace():
-            found.append(triton_launch.forward(*arguments, Options(**tensors, window_right=0)))
+            q, k_cache, v_cache = arguments
+            found.append(triton_launch.forward(q, k_cache, v_cache, Options(**tensors, window_right=0)))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
