@@ -149,7 +149,6 @@ class KVCache:
             ValueError: a count is negative, a sequence would pass the capacity, or there are not enough free pages.
                 Nothing has changed then.
         """
-        ragged = not isinstance(count, int)
         counts = list(count) if not isinstance(count, int) else [count] * len(self._lengths)
         _CONTRACT.require(
             len(counts) == len(self._lengths) and min(counts) >= 0,
@@ -170,9 +169,9 @@ class KVCache:
                 self._copy_pages(self.pages.grow(self._lengths, after))
                 self._write_table()
         self.in_prompt = not any(self._lengths)
-        self._rows, self._ragged, self._lengths = max(counts), ragged, after
+        self._rows, self._ragged, self._lengths = max(counts), len(set(counts)) > 1, after
         self.starts.copy_(self.seqlens)
-        if ragged:
+        if self._ragged:
             self._counts.copy_(torch.tensor(counts, dtype=torch.int32))
             self.seqlens.add_(self._counts)
         else:

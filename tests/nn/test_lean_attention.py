@@ -171,7 +171,7 @@ def test_a_step_compiles_once() -> None:
     torch._dynamo.reset()
     model = TinyGPT(num_kv_heads=2)
     expected = decoded(model, model.new_cache(3, 40, page=4), PROMPTS, 12)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     cache = model.new_cache(3, 40, page=4)
 
     def run(tokens: Tensor, cache: KVCache) -> Tensor:

@@ -44,7 +44,8 @@ def poisoned(cache: Tensor, seqlens: Tensor, table: Tensor | None) -> Tensor:
     for sequence, length in enumerate(seqlens.tolist()):
         if table is None:
             held[sequence, :length] = True
-        for i in range(length if table is not None else 0):
+            continue
+        for i in range(length):
             held[table[sequence, i // cache.shape[2]], i % cache.shape[2]] = True
     garbage = poison_(torch.zeros_like(cache))
     shape = (held.shape[0], 1, held.shape[1], *[1] * (cache.dim() - 3))
@@ -102,7 +103,8 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]
 def test_equals_the_oracle_in_float64(seed: int, chunks: None) -> None:
     call = random_call(seed)
     expected = lean_attention(**call, return_lse=True, backend="reference")
-    for schedule in ({}, {"batch_invariant": True}):
+    schedules: tuple[dict[str, Any], ...] = ({}, {"batch_invariant": True})
+    for schedule in schedules:
         actual = lean_attention(**call, **schedule, return_lse=True, backend="torch")
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
@@ -112,23 +114,28 @@ def test_equals_the_oracle_in_float64(seed: int, chunks: None) -> None:
 def test_equals_the_oracle_without_lengths_on_the_host(seed: int, chunks: None, on_device: None) -> None:
     call = random_call(seed)
     expected = lean_attention(**call, return_lse=True, backend="reference")
-    for schedule in ({}, {"batch_invariant": True}):
+    schedules: tuple[dict[str, Any], ...] = ({}, {"batch_invariant": True})
+    for schedule in schedules:
         actual = lean_attention(**call, **schedule, return_lse=True, backend="torch")
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
 
 
+class NoAsking(TorchDispatchMode):
+    """Refuses what would read a value on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func)
+        assert "nonzero" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_walk_without_lengths_never_asks_for_them(on_device: None) -> None:
     call = random_call(3)
 
-    class NoAsking(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert "_local_scalar_dense" not in str(func)
-            assert "nonzero" not in str(func)
-            return func(*args, **(kwargs or {}))
-
     names = ("cache_seqlens", "block_table", "sinks", "k_scale", "v_scale", "k_prefix", "v_prefix")
-    options = Options(*(call.get(name) for name in names), scale=0.3, window_left=4, window_right=0)
+    tensors: list[Any] = [call.get(name) for name in names]
+    options = Options(*tensors, scale=0.3, window_left=4, window_right=0)
     with NoAsking():
         portable.forward(call["q"], call["k_cache"], call["v_cache"], options)
 
@@ -219,10 +226,11 @@ def test_which_calls_run_in_the_kernel_of_torch(monkeypatch: pytest.MonkeyPatch)
     assert run(q=torch.randn(2, 6, 3, 8)) == 0  # causal: its rows do not see the same keys
     assert run(v=torch.randn(2, 2, 20, 4)) == 0
     assert run(k=k.transpose(2, 3).contiguous().transpose(2, 3)) == 0
-    for options in (
+    others: list[dict[str, Any]] = [
         {"window": (3, 0)}, {"softcap": 2.0}, {"sinks": torch.zeros(6)}, {"k_scale": torch.ones(2)},
         {"batch_invariant": True}, {"k_prefix": k[0], "v_prefix": v[0]},
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for options in others:
         assert run(**options) == 0, options
 
 
