@@ -23,13 +23,15 @@ changed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-__all__ = ["active", "install"]
+__all__ = ["active", "install", "shuffled_blocks"]
 
 
 def active() -> bool:
@@ -53,6 +55,41 @@ def install() -> None:
     _mend_reductions(interpreter)
     _mend_arguments(interpreter)
     _mend_launches(interpreter)
+
+
+@contextmanager
+def shuffled_blocks(seed: int) -> Iterator[None]:
+    """Run the thread blocks of every launch inside in a random order, as a GPU may: each once, another order a launch.
+
+    The interpreter runs one block after the other, in the order of the grid, so a kernel that needs blocks to finish in
+    that order would pass there, and a merge whose bits depend on who came last would look deterministic.
+
+    Raises:
+        RuntimeError: Triton compiles its kernels (``TRITON_INTERPRET`` was not set), or is not installed.
+    """
+    if not active():
+        raise RuntimeError("only interpreted kernels have an order: set TRITON_INTERPRET=1 before Triton is imported")
+    from triton.runtime import interpreter
+
+    builder: Any = interpreter.interpreter_builder
+    set_grid, set_block = builder.set_grid_dim, builder.set_grid_idx
+    numbers, order = random.Random(seed), list[int]()
+
+    def set_shuffled_grid(*grid: int) -> None:
+        order[:] = range(grid[0] * grid[1] * grid[2])
+        numbers.shuffle(order)
+        set_grid(*grid)
+
+    def set_shuffled_block(x: int, y: int, z: int) -> None:
+        _, ny, nz = builder.grid_dim
+        rest, z = divmod(order[(x * ny + y) * nz + z], nz)
+        set_block(*divmod(rest, ny), z)
+
+    builder.set_grid_dim, builder.set_grid_idx = set_shuffled_grid, set_shuffled_block
+    try:
+        yield
+    finally:
+        builder.set_grid_dim, builder.set_grid_idx = set_grid, set_block
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:

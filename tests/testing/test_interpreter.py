@@ -114,6 +114,12 @@ def high_words(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK), tl.umulhi(x, x))
 
 
+@triton.jit
+def take_a_number(counter_ptr, turn_ptr):
+    block = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(turn_ptr + block, tl.atomic_add(counter_ptr, 1))
+
+
 def every_bfloat16() -> torch.Tensor:
     return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
@@ -230,6 +236,25 @@ def test_tensor_loop_bounds_and_bool_arguments(negate):
     x = torch.arange(10.0)
     add_below[(1,)](x, torch.tensor([7]), negate, BLOCK=4)
     assert x[0].item() == (-21.0 if negate else 21.0)
+
+
+def turns(grid: tuple[int, ...]) -> list[int]:
+    """When each block of a launch ran."""
+    turn = torch.full((math.prod(grid),), -1, dtype=torch.int32)
+    take_a_number[grid](torch.zeros(1, dtype=torch.int32), turn)
+    return turn.tolist()
+
+
+@pytest.mark.parametrize("grid", [(12,), (3, 4), (2, 3, 2)], ids=str)
+def test_shuffled_blocks_all_run_once_in_another_order(grid):
+    in_order = list(range(12))
+    with interpreter.shuffled_blocks(1):
+        first, second = turns(grid), turns(grid)
+    with interpreter.shuffled_blocks(1):
+        assert turns(grid) == first
+    assert sorted(first) == sorted(second) == in_order
+    assert len({tuple(first), tuple(second), tuple(in_order)}) == 3
+    assert turns(grid) == in_order
 
 
 def test_language_is_restored_after_a_launch():

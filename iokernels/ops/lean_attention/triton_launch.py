@@ -63,7 +63,8 @@ def _launch_split(launch: Launch, own: Arguments, items: int, tiles: int, *, pre
     part_tiles = tuning.part_tiles(launch.problem, launch.config, items, tiles)
     most_parts = max(-(-tiles // part_tiles), 1)
     several = most_parts > 1
-    partials = launch.workspace(items * most_parts) if several else None
+    # Not None for one part: the kernel is compiled with both ways in it, and this one is never written to.
+    partials = launch.workspace(items * most_parts) if several else own.lse
     sizes = (prefix, part_tiles, most_parts)
     lean_attention_split_kernel[(items * most_parts,)](
         *own.tensors, partials, *own.strides, *launch.numbers, *sizes,
@@ -105,6 +106,7 @@ class Arguments:
             page=keys.shape[2] if paged else 0,
             after_prefix=prefix_out is not None,
         )
+        self.lse = lse
         self.combined = (out, lse, launch.seqlens, launch.sinks, prefix_out, prefix_lse)
         scales = (launch.k_scale, launch.v_scale)
         self.tensors = (

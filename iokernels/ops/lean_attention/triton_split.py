@@ -77,7 +77,7 @@ def lean_attention_split_kernel(
     v_scale_ptr,  # float32, or None
     prefix_out_ptr,  # float32 [B, Hq, Nq, Dv] or None
     prefix_lse_ptr,  # float32 [B, Hq, Nq] in base 2, or None
-    partial_ptr,  # float32 [items * most_parts, BLOCK_M, 2 + Dv], or None where there is one part
+    partial_ptr,  # float32 [items * most_parts, BLOCK_M, 2 + Dv]; any where there is one part
     stride_q,
     stride_k,
     stride_v,

@@ -90,6 +90,8 @@ def default(problem: Problem) -> Config:
     if tall or not problem.tensor_cores:
         block_n = min(block_n, 16 if width > 128 or not problem.tensor_cores else 32)
     ahead = (3 if problem.paged else 4) if decoded else 2 if width >= 128 or problem.paged else 3
+    if decoded and not problem.tensor_cores:
+        ahead = 0  # float32 products on plain cores leave no registers for what is on its way
     config = Config(block_n, 2 * problem.sms, int(stream_k), 8 if tall else 4, stages(problem, ahead))
     while not fits(problem, config, blocks=2):
         if ahead > 1:

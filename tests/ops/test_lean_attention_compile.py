@@ -1,0 +1,76 @@
+"""The Triton kernels of lean_attention compiled for real GPUs, without one: what they take, and how often."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iokernels.bench.case import load
+from iokernels.runtime.device import named
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(folder: Path, *command: str, given: str = "") -> str:
+    """The output of a process of its own, because the tests' process interprets its kernels."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    found = subprocess.run(
+        [sys.executable, *command], env=environment, input=given, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    return found.stdout
+
+
+@pytest.mark.parametrize("gpu", ["h100-sxm", "rtx-5090"])
+def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+    text = run(tmp_path, "-m", "iokernels", "inspect", "lean_attention", "--gpu", gpu, "--points", "--json", "-")
+    kernels = json.loads(text)["rows"]
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "lean_attention_kernel", "lean_attention_split_kernel", "lean_attention_combine_kernel"
+    }  # fmt: skip
+    vocabulary = load("lean_attention").vocabulary
+    for kernel in kernels:
+        shape = vocabulary.parse(kernel["shape"])
+        assert kernel["shared_bytes"] <= named(gpu).smem_block, kernel
+        assert kernel["blocks_per_sm"] >= 1, kernel
+        if kernel["dtype"] != "fp32" and "combine" not in kernel["kernel"]:
+            assert any("MMA" in name for name in kernel["matrix"]), kernel
+            # At the usual widths nothing goes to memory; the command that inspects kernels says what else does.
+            usual = max(shape.d, shape.dv) <= 128 and not shape.softcap and not shape.prefix
+            assert kernel["spill_bytes"] == 0 or not usual, kernel
+
+
+VARIANTS = """
+import json
+from iokernels import autotune
+from iokernels.autotune.resources import compiling_for
+from iokernels.bench.cases.lean_attention import CASE
+from iokernels.ops.lean_attention.tuning import Config
+from iokernels.runtime.device import named
+import torch
+
+found = {}
+for words in json.loads(input()):
+    config = Config(block_n=64, blocks=264, stream_k=1, num_warps=4, num_stages=2)
+    with compiling_for(named("h100-sxm")) as compiled, autotune.override(lean_attention=config):
+        CASE.compilation.launch(CASE.vocabulary.parse(words), torch.bfloat16, "fwd")
+    for kernel in compiled:
+        found.setdefault(kernel.kernel, set()).add(kernel.cubin)
+print(json.dumps({name: len(variants) for name, variants in found.items()}))
+"""
+
+
+@pytest.mark.parametrize("schedule", [1, 2])
+def test_one_kernel_for_all_lengths_batches_and_caches(schedule: int, tmp_path: Path) -> None:
+    """Nothing that changes from step to step of a server is compiled in: one binary of each kernel."""
+    sizes = ("b=1,nk=16", "b=2,nk=1000", "b=3,nk=4k,shortest=100,spare=5", "b=16,nk=17k", "b=300,nk=1", "b=4,nk=64k")
+    shapes = [f"h=32,hkv=4,d=128,page=16,left=500,{text},schedule={schedule}" for text in sizes]
+    variants = json.loads(run(tmp_path, "-c", VARIANTS, given=json.dumps(shapes)))
+    assert len(variants) == schedule
+    assert set(variants.values()) == {1}, variants
