@@ -57,6 +57,7 @@ class KVCache:
         seqlens: int32 ``[B]``, how many keys each sequence has, those of the last ``extend`` included.
         starts: int32 ``[B]``, seqlens before the last ``extend``: the position of the first new key.
         block_table: int32 ``[B, most pages]``, or None. Entries that no key needs are -1.
+        in_prompt: whether the last ``extend`` began every sequence: the new keys are all that there are.
 
     Raises:
         TypeError: a dtype that no cache has.
@@ -112,7 +113,6 @@ class KVCache:
         self._rows = 0
         self._ragged = False
         self.in_prompt = False
-        """Whether the last ``extend`` began every sequence: the new keys are all that there are."""
 
     def _scale(self, name: str, scale: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         if scale is None:
