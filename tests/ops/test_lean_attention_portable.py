@@ -111,8 +111,9 @@ def test_equals_the_oracle_in_float64(seed: int, chunks: None) -> None:
 
 
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_equals_the_oracle_without_lengths_on_the_host(seed: int, chunks: None, on_device: None) -> None:
-    call = random_call(seed)
+def test_equals_the_oracle_without_lengths_on_the_host(seed: int, chunks: None, on_device: None, device: str) -> None:
+    """On a GPU where there is one."""
+    call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in random_call(seed).items()}
     expected = lean_attention(**call, return_lse=True, backend="reference")
     schedules: tuple[dict[str, Any], ...] = ({}, {"batch_invariant": True})
     for schedule in schedules:
@@ -232,6 +233,19 @@ def test_which_calls_run_in_the_kernel_of_torch(monkeypatch: pytest.MonkeyPatch)
     ]  # fmt: skip
     for options in others:
         assert run(**options) == 0, options
+
+
+@pytest.mark.parametrize(("invariant", "walks"), [(False, 1), (True, 3)])
+def test_a_prefix_is_read_once_for_all(invariant: bool, walks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once for each sequence where none may matter to another."""
+    read: list[int] = []
+    after_prefix = portable._after_prefix
+    monkeypatch.setattr(portable, "_after_prefix", lambda q, *rest: read.append(q.shape[0]) or after_prefix(q, *rest))
+    q, k, v = (torch.randn(3, 2, n, 8) for n in (1, 12, 12))
+    lengths = torch.tensor([3, 0, 12], dtype=torch.int32)
+    prefix = {"k_prefix": torch.randn(2, 30, 8), "v_prefix": torch.randn(2, 30, 8)}
+    lean_attention(q, k, v, cache_seqlens=lengths, **prefix, batch_invariant=invariant, backend="torch")
+    assert read == [3 // walks] * walks
 
 
 def test_lengths_out_of_range_are_clamped_below_the_checks() -> None:
