@@ -243,7 +243,7 @@ def test_a_prefix_is_read_once_for_all(invariant: bool, walks: int, monkeypatch:
     monkeypatch.setattr(portable, "_after_prefix", lambda q, *rest: read.append(q.shape[0]) or after_prefix(q, *rest))
     q, k, v = (torch.randn(3, 2, n, 8) for n in (1, 12, 12))
     lengths = torch.tensor([3, 0, 12], dtype=torch.int32)
-    prefix = {"k_prefix": torch.randn(2, 30, 8), "v_prefix": torch.randn(2, 30, 8)}
+    prefix: dict[str, Any] = {"k_prefix": torch.randn(2, 30, 8), "v_prefix": torch.randn(2, 30, 8)}
     lean_attention(q, k, v, cache_seqlens=lengths, **prefix, batch_invariant=invariant, backend="torch")
     assert read == [3 // walks] * walks
 
