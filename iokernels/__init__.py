@@ -7,15 +7,31 @@ those of :mod:`torch.nn`. ``python -m iokernels`` checks and times every operato
 from . import nn
 from ._version import __version__
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
+from .ops.linear_attention import (
+    alibi_slopes,
+    lightning_attention,
+    linear_attention,
+    linear_attention_state,
+    linear_attention_step,
+    minimax_slopes,
+    retention_slopes,
+)
 from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 
 __all__ = [
     "UnsupportedError",
     "__version__",
+    "alibi_slopes",
     "flash_attention",
     "flash_attention_varlen",
+    "lightning_attention",
+    "linear_attention",
+    "linear_attention_state",
+    "linear_attention_step",
+    "minimax_slopes",
     "nn",
+    "retention_slopes",
     "scaled_dot_product_attention",
     "use_backend",
 ]
