@@ -8,6 +8,15 @@ from . import nn
 from ._version import __version__
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
+from .ops.linear_attention import (
+    alibi_slopes,
+    lightning_attention,
+    linear_attention,
+    linear_attention_state,
+    linear_attention_step,
+    minimax_slopes,
+    retention_slopes,
+)
 from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 
@@ -21,6 +30,16 @@ __all__ = [
     "lean_attention",
     "nn",
     "rotary_table",
+    "alibi_slopes",
+    "flash_attention",
+    "flash_attention_varlen",
+    "lightning_attention",
+    "linear_attention",
+    "linear_attention_state",
+    "linear_attention_step",
+    "minimax_slopes",
+    "nn",
+    "retention_slopes",
     "scaled_dot_product_attention",
     "use_backend",
 ]

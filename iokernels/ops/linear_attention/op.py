@@ -1,0 +1,158 @@
+"""``linear_attention`` as ``torch.library`` operators with an ``autograd.Function`` outside.
+
+One forward, one backward and one step operator serve dense and packed inputs and the backends ``torch`` and
+``triton``. This file imports torch alone; the backend's module is imported when it first runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iokernels.runtime.once import differentiable_once
+from iokernels.runtime.registration import register
+
+from .options import (
+    OPTIONS_SCHEMA,
+    TENSOR_OPTIONS,
+    Needs,
+    Options,
+    empty_denominator,
+    empty_in_order_of,
+    empty_state,
+)
+
+_MODULES = {"torch": ".portable", "triton": ".triton_launch"}
+
+
+@cache
+def _backend(name: str) -> Any:
+    return import_module(_MODULES[name], __package__)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backend(backend).forward(q, k, v, Options(*options))
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    opts = Options(*options)
+    return empty_in_order_of(v, v.shape[3]), empty_state(q, v, opts), empty_denominator(v, opts)
+
+
+def _backward(
+    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, state: Tensor | None,
+    denominator: Tensor, needs: list[bool], backend: str, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    grads = _backend(backend).backward(
+        dout, dstate, q, k, v, out, state, denominator, Options(*options), Needs(*needs)
+    )  # fmt: skip
+    # An operator returns tensors only: an empty one stands for a gradient that nobody needs.
+    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(
+    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, state: Tensor | None,
+    denominator: Tensor, needs: list[bool], backend: str, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need, opts = Needs(*needs), Options(*options)
+    decay, initial = opts.log_decay, opts.initial_state
+    return (
+        *(
+            empty_in_order_of(x, x.shape[3]) if needed else q.new_empty(0)
+            for x, needed in zip((q, k, v), need[:3], strict=True)
+        ),
+        decay.new_empty(decay.shape) if need.log_decay and decay is not None else q.new_empty(0),
+        initial.new_empty(initial.shape) if need.initial_state and initial is not None else q.new_empty(0),
+    )
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, backend: str, *options: Any) -> Tensor:
+    return _backend(backend).step(
+        q, k, v, state, Options(None, None, None, *options[1:])._replace(log_decay=options[0])
+    )
+
+
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, state: Tensor, backend: str, *options: Any) -> Tensor:
+    return empty_in_order_of(v, v.shape[3])
+
+
+forward_op = register(
+    f"linear_attention_fwd(Tensor q, Tensor k, Tensor v, str backend, {OPTIONS_SCHEMA}) "
+    "-> (Tensor out, Tensor state, Tensor denominator)",
+    impl=_forward,
+    fake=_forward_fake,
+)
+
+backward_op = register(
+    "linear_attention_bwd(Tensor dout, Tensor? dstate, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor? state, "
+    f"Tensor denominator, bool[] needs, str backend, {OPTIONS_SCHEMA}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_state)",
+    impl=_backward,
+    fake=_backward_fake,
+)
+
+step_op = register(
+    "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, str backend, Tensor? log_decay, "
+    "float scale, bool taylor, bool normalize) -> Tensor",
+    impl=_step,
+    fake=_step_fake,
+)
+
+
+class _LinearAttention(torch.autograd.Function):
+    """Calls the first two operators above.
+
+    log_decay and initial_state stand twice among the arguments, because autograd does not look into ``options``; all of
+    it as one argument, because each costs a call half a microsecond.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, backend: str,
+        options: Options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        options = Options(log_decay, initial_state, *options[2:])
+        out, state, denominator = forward_op(q, k, v, backend, *options)
+        # The backward pass recomputes the rest: out serves the division, the final state the gradient of decays.
+        ctx.save_for_backward(
+            q, k, v, out if options.normalize else None, state if ctx.needs_input_grad[3] else None, denominator,
+            *options[:TENSOR_OPTIONS],
+        )  # fmt: skip
+        ctx.backend = backend
+        ctx.numbers = options[TENSOR_OPTIONS:]
+        ctx.set_materialize_grads(False)  # dstate stays None in the common case that nobody uses the state
+        return out, state
+
+    @staticmethod
+    @differentiable_once("linear_attention")
+    def backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, state, denominator, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(v)
+        needs = Needs(*ctx.needs_input_grad[:5])
+        grads = backward_op(
+            dout, dstate, q, k, v, out, state, denominator, list(needs), ctx.backend, *tensors, *ctx.numbers
+        )  # fmt: skip
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
+    """Run the operator, differentiably where an input wants a gradient. Returns (out, final state)."""
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, options.log_decay, options.initial_state)
+    ):
+        if torch.compiler.is_compiling():
+            # Views, because Dynamo refuses a Function that gets one tensor twice.
+            k, v = k.view_as(k), v.view_as(v)
+        return _LinearAttention.apply(q, k, v, options.log_decay, options.initial_state, backend, options)
+    out, state, _ = forward_op(q, k, v, backend, *options)
+    return out, state
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, backend: str, options: Options) -> Tensor:
+    """Run the step operator, which updates ``state``. Returns out."""
+    return step_op(q, k, v, state, backend, options.log_decay, *options[TENSOR_OPTIONS:])

@@ -1,0 +1,125 @@
+"""What the backends of ``linear_attention`` agree on: the arguments after q, k, v, the state, the gradients.
+
+Dense inputs are ``q, k [B, Hk, N, K]`` and ``v [B, H, N, V]``, where Hk divides H and head h of v reads head
+``h // (H / Hk)`` of q and k. Packed sequences reach the backends as a batch of one, ``[1, H, total, *]``, with
+``cu_seqlens``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """Everything beside q, k and v, after validation.
+
+    With b_t the sum of the log decays up to t, each clamped to [LEAST_LOG_DECAY, 0], and phi(x) = x, or
+    ``1 + x + x^2 / 2`` with ``taylor``, the output is
+
+        num_t = sum_{s <= t} exp(b_t - b_s) phi(scale * q_t . k_s) v_s
+        den_t = sum_{s <= t} exp(b_t - b_s) phi(scale * q_t . k_s)
+        out_t = num_t, or num_t / den_t with ``normalize`` (0 where den_t is 0)
+
+    plus what the initial state holds of tokens before the first.
+
+    The state after token t is ``[features, columns]`` float32 for each sequence and head, ``sum_{s <= t}
+    exp(b_t - b_s) f(k_s) w_s^T``. f(k) is k itself, or with ``taylor`` the concatenation of 1, k and k (x) k, in this
+    order, so that row ``1 + K + a K + c`` belongs to ``k_a k_c``; no scale is in it. w is v, with ``normalize``
+    followed by a 1: the last column is the normaliser.
+    """
+
+    # Tensors, in the order of the operators' schemas.
+    log_decay: Tensor | None = None  # any floating dtype, [H] or [B, H, N]
+    initial_state: Tensor | None = None  # float32 (float64 for float64 inputs) [S, H, features, columns]
+    cu_seqlens: Tensor | None = None  # int32 [S + 1]
+    # Numbers.
+    scale: float = 1.0
+    taylor: bool = False
+    normalize: bool = False
+
+    def per_token(self) -> bool:
+        """Whether there is a decay for every token."""
+        return self.log_decay is not None and self.log_decay.dim() == 3
+
+
+OPTIONS_SCHEMA = (
+    "Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, float scale, bool taylor, bool normalize"
+)
+TENSOR_OPTIONS = 3
+"""How many of the fields, from the first, are tensors."""
+
+LEAST_LOG_DECAY = -110.0
+"""Where float32 has nothing left of exp(x). Smaller decays count as this one, so that sums of them stay exact enough
+to be subtracted, and minus infinity is a reset."""
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass has to compute."""
+
+    q: bool
+    k: bool
+    v: bool
+    log_decay: bool = False
+    initial_state: bool = False
+
+
+class Gradients(NamedTuple):
+    """What a backward pass returns, each of the shape and dtype of its input; None where not needed."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    log_decay: Tensor | None = None
+    initial_state: Tensor | None = None
+
+
+def features(key_width: Any, taylor: bool) -> Any:
+    """Rows of the state."""
+    return 1 + key_width + key_width * key_width if taylor else key_width
+
+
+def columns(value_width: Any, normalize: bool) -> Any:
+    """Columns of the state."""
+    return value_width + 1 if normalize else value_width
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """States are float32, but for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sequences(q: Tensor, options: Options) -> Any:
+    """How many sequences there are."""
+    return q.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1
+
+
+def empty_state(q: Tensor, v: Tensor, options: Options) -> Tensor:
+    """An uninitialised state of every sequence and head."""
+    rows, width = features(q.shape[3], options.taylor), columns(v.shape[3], options.normalize)
+    return q.new_empty((sequences(q, options), v.shape[1], rows, width), dtype=state_dtype(q.dtype))
+
+
+def empty_denominator(v: Tensor, options: Options) -> Tensor:
+    """An uninitialised ``den [B, H, N]``; empty without ``normalize``."""
+    return v.new_empty(v.shape[:3] if options.normalize else (0,), dtype=state_dtype(v.dtype))
+
+
+def empty_in_order_of(x: Tensor, width: Any) -> Tensor:
+    """An uninitialised tensor [B, H, N, width] of x's dtype and device: heads inside the sequence if x has them so."""
+    batch, heads, length, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((batch, length, heads, width)).transpose(1, 2)
+    return x.new_empty((batch, heads, length, width))
+
+
+def log_decay_gradient(dg: Tensor, options: Options) -> Tensor:
+    """The gradient of ``log_decay``, in its shape and dtype, from that of every token's decay, ``dg [B, H, N]``."""
+    decay = options.log_decay
+    assert decay is not None
+    if decay.dim() == 1:
+        dg = dg.sum((0, 2))
+    # A clamped decay moves nothing.
+    return dg.masked_fill((decay > 0) | (decay < LEAST_LOG_DECAY), 0.0).to(decay.dtype)

@@ -1,0 +1,87 @@
+"""The oracle: linear attention as its formula reads, with the whole N x N matrix of weights in memory.
+
+Works in the dtype of float32 and float64 inputs (use float64 to judge others) and in float32 for half precision, on any
+device, and is differentiable to any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, repeat
+from torch import Tensor
+
+from .options import LEAST_LOG_DECAY, Options, empty_state, state_dtype
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Linear attention as :class:`Options` defines it. Returns (out, final state)."""
+    if options.cu_seqlens is None:
+        return _attend_dense(q, k, v, options)
+    starts = options.cu_seqlens.tolist()
+    outs, states = [], []
+    for sequence in range(len(starts) - 1):
+        rows = slice(starts[sequence], starts[sequence + 1])
+        decay, initial = options.log_decay, options.initial_state
+        if decay is not None and options.per_token():
+            decay = decay[:, :, rows]
+        if initial is not None:
+            initial = initial[sequence : sequence + 1]
+        own = options._replace(log_decay=decay, initial_state=initial, cu_seqlens=None)
+        out, state = _attend_dense(q[:, :, rows], k[:, :, rows], v[:, :, rows], own)
+        outs.append(out)
+        states.append(state)
+    outs.append(v[:, :, starts[-1] :] * 0)  # rows of no sequence
+    return torch.cat(outs, dim=2), torch.cat(states) if states else empty_state(q, v, options)
+
+
+def feature_rows(k: Tensor, taylor: bool) -> Tensor:
+    """f(k) of :class:`Options`: ``[..., K]`` to ``[..., features]``."""
+    if not taylor:
+        return k
+    square = einsum(k, k, "... a, ... c -> ... a c").flatten(-2)
+    return torch.cat([torch.ones_like(k[..., :1]), k, square], -1)
+
+
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    dtype, out_dtype = state_dtype(q.dtype), v.dtype
+    group = v.shape[1] // k.shape[1]
+    q, k = (repeat(x.to(dtype), "b h n d -> b (h group) n d", group=group) for x in (q, k))
+    v = v.to(dtype)
+    if options.normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    length = v.shape[2]
+
+    decay = torch.zeros((), dtype=dtype, device=q.device) if options.log_decay is None else options.log_decay.to(dtype)
+    decay = decay.clamp(LEAST_LOG_DECAY, 0.0)
+    decay = (decay if decay.dim() == 3 else decay.view(1, -1, 1)).expand(*v.shape[:3])
+    b = decay.cumsum(-1)
+    order = torch.arange(length, device=q.device)
+    between = (b[..., :, None] - b[..., None, :]).masked_fill(order[:, None] < order[None, :], float("-inf"))
+
+    x = options.scale * einsum(q, k, "b h i d, b h j d -> b h i j")
+    weights = (1.0 + x + x * x / 2.0 if options.taylor else x) * torch.exp(between)
+    numerator = einsum(weights, v, "b h i j, b h j d -> b h i d")
+    total = b[..., -1:] if length else b.new_zeros((*b.shape[:2], 1))
+    kept = feature_rows(k, options.taylor) * torch.exp(total - b)[..., None]
+    state = einsum(kept, v, "b h n f, b h n d -> b h f d")
+    if options.initial_state is not None:
+        initial = options.initial_state.to(dtype)
+        seen = _query_rows(options.scale * q, options.taylor) * torch.exp(b)[..., None]
+        numerator = numerator + einsum(seen, initial, "b h n f, b h f d -> b h n d")
+        state = state + torch.exp(total)[..., None] * initial
+    if options.normalize:
+        denominator = numerator[..., -1:]
+        zero = denominator == 0.0
+        out = (numerator[..., :-1] / denominator.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+    else:
+        out = numerator
+    return out.to(out_dtype), state
+
+
+def _query_rows(x: Tensor, taylor: bool) -> Tensor:
+    """The features of scale * q, whose dot product with f(k) is phi."""
+    rows = feature_rows(x, taylor)
+    if not taylor:
+        return rows
+    width = x.shape[-1]
+    return torch.cat([rows[..., : 1 + width], rows[..., 1 + width :] / 2.0], -1)

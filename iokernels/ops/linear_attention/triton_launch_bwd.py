@@ -1,0 +1,189 @@
+"""Launches the backward kernels of this room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from iokernels.ops.triton_tiles import Strides, is_wide, padded, strides
+from iokernels.runtime.device import guard
+
+from .options import Gradients, Needs, Options, empty_in_order_of, log_decay_gradient
+from .triton_bwd import (
+    linear_attention_bwd_dk_kernel,
+    linear_attention_bwd_dq_kernel,
+    linear_attention_bwd_dv_kernel,
+)
+from .triton_launch import Launch, resources, rows_strides
+from .triton_normalize import linear_attention_bwd_normalize_kernel
+from .tuning import RESTART
+
+
+def backward(
+    dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, state: Tensor | None,
+    denominator: Tensor, options: Options, needs: Needs,
+) -> Gradients:  # fmt: skip
+    """The gradients that ``needs`` names, given those of out and, where the loss uses it, of the final state. ``out``
+    is there with ``normalize``, ``state`` where decays want a gradient."""
+    with guard(q.device):
+        return _Backward(dout, dstate, q, k, v, out, state, denominator, options, needs).run()
+
+
+class _Backward:
+    """One backward pass: what its kernels share."""
+
+    def __init__(
+        self, dout: Tensor, dstate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None,
+        state: Tensor | None, denominator: Tensor, options: Options, needs: Needs,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v, self.options, self.needs = q, k, v, options, needs
+        self.state = state
+        self.dstate = None if dstate is None else dstate.contiguous()
+        self.launch = Launch(q, k, v, options)
+        config = self.launch.config("linear_attention_bwd_dq", needs.log_decay)
+        self.cut = self.launch.cut(config.segments, config.chunk, RESTART if needs.log_decay else None)
+        self.dout, self.dden = (
+            (dout, None) if out is None or v.numel() == 0 else _normalized(dout, out, denominator)
+        )  # fmt: skip
+
+    def run(self) -> Gradients:
+        """Launch what the gradients take."""
+        needs, cut, launch = self.needs, self.cut, self.launch
+        dinitial = torch.empty_like(self.options.initial_state) if needs.initial_state else None  # pyright: ignore
+        if self.v.shape[0] * launch.sequences == 0 or self.v.shape[2] == 0:
+            return self._of_nothing(dinitial)
+        behind, before = self.dstate, self.options.initial_state
+        if cut.split:
+            if needs.q or needs.log_decay:
+                before = launch.states_before(cut, before, None)
+            behind = launch.gradients_behind(cut, self.dout, self.dden, self.dstate, dinitial)
+        dq = self._keys_buffer(self.q) if needs.q or needs.log_decay else None
+        dk = self._keys_buffer(self.k) if needs.k or needs.log_decay else None
+        r = None if dq is None else self._dq(dq, before)
+        dg = None if dk is None else self._dk(dk, r, behind, before)
+        dv = None
+        if needs.v or (dinitial is not None and not cut.split):
+            dv = self._zeroed(empty_in_order_of(self.v, self.v.shape[3]))
+            self._dv(dv, behind, dinitial)
+        return Gradients(
+            self._summed(dq, self.q) if needs.q else None,
+            self._summed(dk, self.k) if needs.k else None,
+            dv if needs.v else None,
+            None if dg is None else log_decay_gradient(dg, self.options),
+            dinitial,
+        )
+
+    def _of_nothing(self, dinitial: Tensor | None) -> Gradients:
+        """Without tokens the state passes through."""
+        if dinitial is not None:
+            dinitial.zero_() if self.dstate is None else dinitial.copy_(self.dstate)
+        decay = self.options.log_decay
+        q, k, v = (
+            torch.zeros_like(x) if need else None
+            for x, need in zip((self.q, self.k, self.v), self.needs[:3], strict=True)
+        )
+        return Gradients(q, k, v, torch.zeros_like(decay) if self.needs.log_decay else None, dinitial)  # pyright: ignore
+
+    def _zeroed(self, x: Tensor) -> Tensor:
+        """Rows that belong to no sequence are visited by no block."""
+        return x.zero_() if self.options.cu_seqlens is not None else x
+
+    def _slices(self, config: Any) -> int:
+        return triton.cdiv(self.v.shape[3], config.width) if self.options.taylor else 1
+
+    def _keys_buffer(self, x: Tensor) -> Tensor:
+        """Where dq or dk goes: in its own shape, or, where several heads or slices add up to it, a share of each."""
+        kernel = "linear_attention_bwd_dq" if x is self.q else "linear_attention_bwd_dk"
+        slices = self._slices(self.launch.config(kernel, self.needs.log_decay))
+        if self.launch.group == 1 and slices == 1:
+            return self._zeroed(empty_in_order_of(x, x.shape[3]))
+        batch, heads, rows, _ = self.v.shape
+        shares = x.new_empty((slices * batch, heads, rows, x.shape[3]), dtype=torch.float32)
+        return self._zeroed(shares)
+
+    def _summed(self, shares: Tensor | None, x: Tensor) -> Tensor | None:
+        """The gradient of x from the buffer of :meth:`_keys_buffer`."""
+        if shares is None or (shares.shape == x.shape and shares.dtype == x.dtype):
+            return shares
+        batch, heads = x.shape[:2]
+        total = shares.view(-1, batch, heads, self.launch.group, *x.shape[2:]).sum((0, 3))
+        return empty_in_order_of(x, x.shape[3]).copy_(total)
+
+    def _dq(self, dq: Tensor, before: Tensor | None) -> Tensor | None:
+        """Fill dq, and return r [B, H, N] where decays want a gradient."""
+        launch, options, crossing = self.launch, self.options, self.needs.log_decay
+        config = launch.config("linear_attention_bwd_dq", crossing)
+        over, width = ("v", self.v.shape[3]) if options.taylor else ("k", self.q.shape[3])
+        r = self._shares(triton.cdiv(width, config.width)) if crossing else None
+        linear_attention_bwd_dq_kernel[launch.grid(self.cut, config, width)](
+            self.q, self.k, self.v, self.dout, self.dden, dq, r, launch.decay, before, launch.offsets, self.cut.table,
+            strides(self.q), strides(self.k), strides(self.v), strides(self.dout), rows_strides(self.v), strides(dq),
+            rows_strides(self.v), strides(launch.decay), _exchanged(before), *launch.sizes(self.cut), options.scale,
+            FEATURES=launch.features(self.cut, has_state=before is not None, writes_state=False, crossing=crossing),
+            **launch.constants(config, over),
+            WIDE=is_wide(config.chunk, self.q, self.k, self.v, self.dout, dq), **resources(config),
+        )  # fmt: skip
+        return None if r is None else _sum_of(r)
+
+    def _dk(self, dk: Tensor, r: Tensor | None, behind: Tensor | None, before: Tensor | None) -> Tensor | None:
+        """Fill dk, and return the gradient of every token's decay [B, H, N] where it is wanted."""
+        launch, options, crossing = self.launch, self.options, self.needs.log_decay
+        config = launch.config("linear_attention_bwd_dk", crossing)
+        over, width = ("v", self.v.shape[3]) if options.taylor else ("k", self.q.shape[3])
+        dg = self._shares(triton.cdiv(width, config.width)) if crossing else None
+        end = before if self.cut.split and crossing else None
+        final = self.state if crossing else None
+        linear_attention_bwd_dk_kernel[launch.grid(self.cut, config, width)](
+            self.q, self.k, self.v, self.dout, self.dden, dk, r, dg, launch.decay, behind, end, final,
+            launch.offsets, self.cut.table,
+            strides(self.q), strides(self.k), strides(self.v), strides(self.dout), rows_strides(self.v), strides(dk),
+            rows_strides(self.v), strides(launch.decay), _exchanged(behind), _exchanged(final if end is None else end),
+            *launch.sizes(self.cut), options.scale,
+            FEATURES=launch.features(self.cut, has_state=behind is not None, writes_state=False, crossing=crossing),
+            **launch.constants(config, over),
+            WIDE=is_wide(config.chunk, self.q, self.k, self.v, self.dout, dk), **resources(config),
+        )  # fmt: skip
+        return None if dg is None else _sum_of(dg)
+
+    def _dv(self, dv: Tensor, behind: Tensor | None, dinitial: Tensor | None) -> None:
+        """Fill dv, and dinitial where sequences are not split."""
+        launch, cut = self.launch, self.cut
+        config = launch.config("linear_attention_bwd_dv", self.needs.log_decay)
+        writes = dinitial is not None and not cut.split
+        linear_attention_bwd_dv_kernel[launch.grid(cut, config)](
+            self.q, self.k, self.dout, self.dden, dv, launch.decay, behind, dinitial if writes else None,
+            launch.offsets, cut.table,
+            strides(self.q), strides(self.k), strides(self.dout), rows_strides(self.v), strides(dv),
+            strides(launch.decay), strides(behind), strides(dinitial), *launch.sizes(cut), self.options.scale,
+            FEATURES=launch.features(cut, has_state=behind is not None, writes_state=writes),
+            **launch.constants(config), WIDE=is_wide(config.chunk, self.q, self.k, self.dout, dv), **resources(config),
+        )  # fmt: skip
+
+    def _shares(self, slices: int) -> Tensor:
+        return self._zeroed(self.v.new_empty((slices, *self.v.shape[:3]), dtype=torch.float32))
+
+
+def _sum_of(shares: Tensor) -> Tensor:
+    return shares[0] if shares.shape[0] == 1 else shares.sum(0)
+
+
+def _exchanged(state: Tensor | None) -> Strides:
+    """Strides of a state with rows and columns exchanged."""
+    own = strides(state)
+    return Strides(own.b, own.h, own.d, own.n)
+
+
+def _normalized(dout: Tensor, out: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of num and of den."""
+    dnum, dden = empty_in_order_of(out, out.shape[3]), torch.empty_like(denominator)
+    batch, heads, rows, width = out.shape
+    block_v = padded(width)
+    block_m = max(16, 4096 // block_v)
+    linear_attention_bwd_normalize_kernel[(batch * heads * triton.cdiv(rows, block_m),)](
+        dout, out, denominator, dnum, dden, strides(dout), strides(out), strides(dnum), heads, rows,
+        V_WIDTH=width, BLOCK_V=block_v, BLOCK_M=block_m, WIDE=is_wide(block_m, dout, out, dnum), num_warps=4,
+    )  # fmt: skip
+    return dnum, dden

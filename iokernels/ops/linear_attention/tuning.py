@@ -1,0 +1,190 @@
+"""Launch parameters of the linear_attention kernels: what a configuration is, and the analytic default.
+
+The configurations that tuning may try are in :mod:`.tuning_space`.
+
+The default follows from what must fit. A block keeps its part of the state in registers (64 K of them an SM, 255 a
+thread at most) and ``num_stages`` chunks of what it walks over in shared memory. Where heads alone do not fill the GPU,
+sequences are cut into segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from iokernels.autotune import RESULTS
+from iokernels.runtime.device import DeviceSpec
+
+KERNELS = (
+    "linear_attention_fwd",
+    "linear_attention_bwd_dq",
+    "linear_attention_bwd_dk",
+    "linear_attention_bwd_dv",
+    "linear_attention_state",
+    "linear_attention_step",
+)
+
+CUTTING = ("linear_attention_fwd", "linear_attention_bwd_dq")
+"""The kernels whose configuration says into how many segments sequences are cut: for the forward pass, and for all of
+the backward pass."""
+
+RESTART = 1024
+"""Most rows of a segment in a backward pass that computes the gradient of decays: it is summed up inside a segment, and
+rounding errors with it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to launch a kernel. ``chunk`` rows (of the step kernel: 1) are taken at a time by a block that owns
+    ``width`` columns, both powers of two. ``segments`` counts the parts that a sequence is cut into; it is that of the
+    kernels in :data:`CUTTING` that counts."""
+
+    chunk: int = field(metadata=RESULTS)
+    width: int = field(metadata=RESULTS)
+    num_warps: int
+    num_stages: int
+    segments: int = field(default=1, metadata=RESULTS)
+
+
+class Problem(NamedTuple):
+    """What the choice depends on. Widths are rounded up to powers of two, 16 at least.
+
+    Counts are rounded up to powers of two (:func:`bucket`), so that there are few problems.
+    """
+
+    kernel: str
+    block_k: int
+    block_v: int
+    itemsize: int  # bytes an element of q, k, v
+    tensor_cores: bool  # False for float32 at full precision
+    taylor: bool
+    crossing: bool  # the backward pass computes the gradient of decays
+    sm: int
+    sms: int
+    smem_block: int  # bytes of shared memory a thread block may use
+    heads: int = 64  # of v, of all sequences
+    seqlen: int = 4096  # packed: the mean length
+
+    @property
+    def rows_width(self) -> int:
+        """The width of what a chunk's products contract: x and y of the walk."""
+        return self.block_k if self._over_values else self.block_v
+
+    @property
+    def sliced_width(self) -> int:
+        """The width that blocks share out: z of the walk, and with the Taylor map V in every kernel."""
+        return self.block_v if self._over_values or self.taylor else self.block_k
+
+    @property
+    def _over_values(self) -> bool:
+        return not self.kernel.endswith(("_dq", "_dk"))
+
+
+def bucket(count: int) -> int:
+    """The least power of two that is no smaller than ``count``."""
+    return 1 << (count - 1).bit_length() if count > 1 else 1
+
+
+def table_key(problem: Problem) -> dict[str, Any]:
+    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
+    return {
+        "dtype": "half" if problem.itemsize == 2 else ("tf32" if problem.tensor_cores else "fp32"),
+        "block_k": problem.block_k,
+        "block_v": problem.block_v,
+        "taylor": problem.taylor,
+        "crossing": problem.crossing,
+        "heads": problem.heads,
+        "seqlen": problem.seqlen,
+    }
+
+
+def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
+    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
+    return Problem(
+        kernel=kernel,
+        itemsize=2 if key["dtype"] == "half" else 4,
+        tensor_cores=key["dtype"] != "fp32",
+        sm=device.sm,
+        sms=device.sms,
+        smem_block=device.smem_block,
+        **{name: value for name, value in key.items() if name != "dtype"},
+    )
+
+
+SIZES = ("heads", "seqlen")
+"""The sizes of :func:`table_key` of which the nearest entry serves."""
+
+
+def default(problem: Problem) -> Config:
+    """A configuration that fits, for every problem the kernels accept."""
+    config = _preferred(problem)
+    while not fits(problem, config):
+        config = _smaller(problem, config)
+    return replace(config, segments=_segments(problem, config)) if problem.kernel in CUTTING else config
+
+
+def _preferred(problem: Problem) -> Config:
+    """The shape that the registers suggest, before shared memory has its say."""
+    if problem.kernel == "linear_attention_step":
+        # The state passes through once: many small blocks, to have many loads in flight.
+        rows = problem.block_k * problem.block_k if problem.taylor else problem.block_k
+        return Config(1, max(min(problem.block_v, 4096 // rows), 4), 4, 1)
+    if problem.taylor:
+        # A state of K^2 rows: 16 K numbers of it a block, or 8 K where its product with V is a tile as well.
+        keys = problem.kernel.endswith(("_dq", "_dk"))
+        width = max(min(problem.block_v, (8192 if keys else 16384) // problem.block_k**2), 16)
+        if problem.itemsize == 4:
+            return Config(16, min(width, 32), 8, 1)
+        return Config(32 if keys and problem.block_k <= 16 else 16, width, 8, 1)
+    rows, width = problem.rows_width, problem.sliced_width
+    if problem.itemsize == 4:
+        if problem.tensor_cores:
+            return Config(32, min(width, 64 if rows <= 128 else 32), 8, 2)
+        return Config(16, min(width, 64 if rows <= 64 else 32), 8, 1)
+    # The gradient of decays keeps more tiles alive.
+    chunk = 32 if problem.crossing or rows > 128 else 64
+    if rows <= 64:
+        return Config(chunk, min(width, 64), 4, 3)
+    return Config(chunk, min(width, 128 if rows <= 128 else 64), 8, 2)
+
+
+def _segments(problem: Problem, config: Config) -> int:
+    """Enough that every SM has a block, each with some chunks of its own to walk."""
+    blocks = problem.heads * -(-problem.sliced_width // config.width)
+    wanted = bucket(problem.sms // blocks + 1) // 2  # a power of two, rounded down
+    return max(min(wanted, problem.seqlen // (4 * config.chunk)), 1)
+
+
+def _smaller(problem: Problem, config: Config) -> Config:
+    """The next thing to give up: stages first, then columns, then rows."""
+    if config.num_stages > 1:
+        return replace(config, num_stages=config.num_stages - 1)
+    if config.width > 16:
+        return replace(config, width=config.width // 2)
+    if config.chunk > 16:
+        return replace(config, chunk=config.chunk // 2)
+    raise AssertionError(f"no configuration of {problem.kernel} fits in {problem.smem_block} bytes")
+
+
+def fits(problem: Problem, config: Config) -> bool:
+    """Whether the tiles that a block holds in shared memory fit."""
+    return shared_bytes(problem, config) <= problem.smem_block
+
+
+def shared_bytes(problem: Problem, config: Config) -> int:
+    """An upper estimate of the shared memory that the compiler takes, in bytes."""
+    if problem.kernel == "linear_attention_step":
+        return 4 * problem.block_k * config.width
+    chunk, width, item = config.chunk, config.width, problem.itemsize
+    rows = problem.rows_width
+    held = rows * width  # the state as an operand
+    walked = config.num_stages * chunk * (2 * rows + width)
+    scores = chunk * chunk
+    if problem.taylor:
+        held = (problem.block_k + problem.block_k**2) * width
+        walked = config.num_stages * chunk * (2 * problem.block_k + 2 * width)
+        # The products of two columns, and room to change their layout.
+        walked += chunk * problem.block_k**2 * (2 if item == 2 else 1)
+    if problem.kernel == "linear_attention_state":
+        return item * (walked + held)
+    return item * (walked + held + 2 * scores)
