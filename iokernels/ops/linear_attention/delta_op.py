@@ -16,7 +16,7 @@ from torch import Tensor
 from iokernels.runtime.once import differentiable_once
 from iokernels.runtime.registration import register
 
-from .delta_options import OPTIONS_SCHEMA, DeltaOptions, Needs, empty_like_rows, empty_state
+from .delta_options import OPTIONS_SCHEMA, DeltaOptions, Needs, empty_inverses, empty_like_rows, empty_state
 
 _MODULES = {"torch": ".portable_delta", "triton": ".triton_delta_launch"}
 
@@ -26,26 +26,26 @@ def _backend(name: str) -> Any:
     return import_module(_MODULES[name], __package__)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *options: Any) -> tuple[Tensor, ...]:
     return _backend(backend).forward(q, k, v, beta, DeltaOptions(*options))
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
-    return empty_like_rows(v, v.shape[3]), empty_state(q, v, DeltaOptions(*options))
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *options: Any) -> tuple[Tensor, ...]:
+    return empty_like_rows(v, v.shape[3]), empty_state(q, v, DeltaOptions(*options)), empty_inverses(v, backend)
 
 
 def _backward(
-    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, needs: list[bool],
-    backend: str, *options: Any,
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverses: Tensor,
+    needs: list[bool], backend: str, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    grads = _backend(backend).backward(dout, dfinal, q, k, v, beta, DeltaOptions(*options))
+    grads = _backend(backend).backward(dout, dfinal, q, k, v, beta, inverses, DeltaOptions(*options))
     # An operator returns tensors only: an empty one stands for a gradient that nobody needs.
     return tuple(x if x is not None and need else q.new_empty(0) for x, need in zip(grads, needs, strict=True))
 
 
 def _backward_fake(
-    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, needs: list[bool],
-    backend: str, *options: Any,
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverses: Tensor,
+    needs: list[bool], backend: str, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need, opts, nothing = Needs(*needs), DeltaOptions(*options), q.new_empty(0)
     return (
@@ -72,14 +72,14 @@ def _step_fake(
 
 forward_op = register(
     f"gated_delta_rule_fwd(Tensor q, Tensor k, Tensor v, Tensor beta, str backend, {OPTIONS_SCHEMA}) "
-    "-> (Tensor out, Tensor final_state)",
+    "-> (Tensor out, Tensor final_state, Tensor inverses)",
     impl=_forward,
     fake=_forward_fake,
 )
 
 backward_op = register(
-    "gated_delta_rule_bwd(Tensor dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor beta, bool[] needs, "
-    f"str backend, {OPTIONS_SCHEMA}) "
+    "gated_delta_rule_bwd(Tensor dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor beta, "
+    f"Tensor inverses, bool[] needs, str backend, {OPTIONS_SCHEMA}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbeta, Tensor dlog_decay, Tensor dinitial_state)",
     impl=_backward,
     fake=_backward_fake,
@@ -102,8 +102,8 @@ class _GatedDeltaRule(torch.autograd.Function):
         initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         tensors = (log_decay, initial_state, cu_seqlens)
-        out, final = forward_op(q, k, v, beta, backend, *tensors, scale)
-        ctx.save_for_backward(q, k, v, beta, *tensors)
+        out, final, inverses = forward_op(q, k, v, beta, backend, *tensors, scale)
+        ctx.save_for_backward(q, k, v, beta, inverses, *tensors)
         ctx.scale, ctx.backend = scale, backend
         ctx.set_materialize_grads(False)  # the final state's gradient stays None in the common case that nobody uses it
         return out, final
@@ -111,11 +111,11 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     @differentiable_once("gated_delta_rule")
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, beta, *tensors = ctx.saved_tensors
+        q, k, v, beta, inverses, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(v)
         needs = list(ctx.needs_input_grad[:6])
-        grads = backward_op(dout, dfinal, q, k, v, beta, needs, ctx.backend, *tensors, ctx.scale)
+        grads = backward_op(dout, dfinal, q, k, v, beta, inverses, needs, ctx.backend, *tensors, ctx.scale)
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
@@ -131,4 +131,5 @@ def gated_delta_rule(
             k, v = k.view_as(k), v.view_as(v)
             log_decay = None if log_decay is None else log_decay.view_as(log_decay)
         return _GatedDeltaRule.apply(q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, backend)
-    return forward_op(q, k, v, beta, backend, *options)
+    out, final, _ = forward_op(q, k, v, beta, backend, *options)
+    return out, final

@@ -55,6 +55,19 @@ class Gradients(NamedTuple):
     initial_state: Tensor | None
 
 
+def chunk_rows(dtype: torch.dtype) -> int:
+    """Rows to a chunk of the Triton kernels: what a block holds grows with its square."""
+    return 64 if dtype.itemsize == 2 else 32
+
+
+def empty_inverses(v: Tensor, backend: str) -> Tensor:
+    """Where the forward pass leaves its triangular systems solved, for the backward pass: [B, H, N, C] of v's dtype.
+
+    The backend ``torch`` solves them again, which costs it less than keeping them: nothing.
+    """
+    return v.new_empty((*v.shape[:3], chunk_rows(v.dtype)) if backend == "triton" else (0,))
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """States and sums are float32, but for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import portable_delta_chunks as maths
-from .delta_options import DeltaOptions, Gradients, empty_like_rows, empty_state, state_dtype
+from .delta_options import DeltaOptions, Gradients, empty_inverses, empty_like_rows, empty_state, state_dtype
 
 CHUNK = 64
 """Rows to a chunk: the triangular system costs C a row, and the walk over the state 1/C."""
 
-SEGMENT_ELEMENTS = 1 << 20
+SEGMENT_ELEMENTS = 1 << 18
 """Elements of q, k and v in a segment."""
 
 
@@ -78,8 +78,8 @@ def _joined(x: Tensor, like: Tensor) -> Tensor:
     return x.sum(2) if x.shape[2] > 1 else x.squeeze(2)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor]:
-    """Returns (out [B, H, N, V], final state [S, H, K, V])."""
+def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (out [B, H, N, V], final state [S, H, K, V], and for the backward pass nothing)."""
     out, final = empty_like_rows(v, v.shape[3]), empty_state(q, v, options)
     if options.cu_seqlens is not None:
         out.zero_()
@@ -92,12 +92,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions
             rows_out = out[:, :, rows][:, :, part]
             rows_out.copy_(_joined(made, rows_out))
         final[index].copy_(state.view_as(final[index]))
-    return out, final
+    return out, final, empty_inverses(v, "torch")
 
 
 def backward(
-    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions
-) -> Gradients:
+    dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverses: Tensor,
+    options: DeltaOptions,
+) -> Gradients:  # fmt: skip
     """The gradients of all arguments. ``dfinal`` is None where nobody used the final state."""
     decay = options.log_decay
     dq, dk, dv = (empty_like_rows(x, x.shape[3]) for x in (q, k, v))
