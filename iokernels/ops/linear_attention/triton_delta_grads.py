@@ -148,7 +148,7 @@ def gated_delta_rule_bwd_grads_kernel(
         )
         decayed = from_start(sums)[:, None]
         weights, weights_t = between(sums, False, BLOCK_C), between(sums, True, BLOCK_C)
-        dq = tl.dot((dscores * weights).to(k.dtype), k, dq * decayed, input_precision=PRECISION) * scale
+        dq = tl.dot((dscores * weights * scale).to(k.dtype), k, dq * decayed * scale, input_precision=PRECISION)
         dk *= to_end(sums)[:, None]
         keys = k.to(tl.float32)
         dlast = dlast * whole(sums) + tl.sum(tl.sum(keys * dk, 1), 0)
