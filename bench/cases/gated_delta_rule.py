@@ -100,11 +100,11 @@ LIMITS = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.
 
 
 def limit(name: str, dtype: torch.dtype) -> Limit:
-    """Over each head of a sequence (packed, over the whole): a single row may cancel to nothing. The gradient of the
-    decays is a sum of terms that mostly cancel."""
+    """Over the whole tensor: a single row may cancel to nothing. The gradient of the decays is a sum of terms that mostly
+    cancel."""
     if name == "dlog_decay":
         return Limit({torch.float32: 1e-4, torch.float64: 1e-10}.get(dtype, 2e-2), 0)
-    return Limit(LIMITS[dtype], 0 if name == "dbeta" else 2)
+    return Limit(LIMITS[dtype], 0)
 
 
 def peers(device: torch.device) -> Mapping[str, Prepare | str]:

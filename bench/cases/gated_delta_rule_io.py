@@ -141,7 +141,7 @@ def gradients(problem: Problem, config: Config) -> Account:
 
 def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Account]:
     """Every kernel that one forward and backward pass launches, by name."""
-    problem = Problem(shape, dtype.itemsize, chunk_rows(dtype))
+    problem = Problem(shape, dtype.itemsize, chunk_rows(dtype, shape.d))
     found = {}
     if problem.launched:
         found[f"{INVERSE}_kernel"] = inverse(problem)
@@ -210,7 +210,7 @@ ACCOUNTS = Accounts(
         for text, dtype in (
             ("b=2,h=2,n=70,d=24,dv=40", torch.float16),
             ("b=1,h=4,hk=2,n=64,d=32,dv=24,state=1", torch.bfloat16),
-            ("b=1,h=2,n=40,d=20,dv=16,decay=0", torch.float32),
+            ("b=1,h=2,n=40,d=20,dv=24,decay=0", torch.float32),
             ("b=1,h=2,n=65,d=24,decay=2,state=1", torch.float32),
             ("b=4,h=2,hk=1,n=50,d=24,dv=40,packed=1,empty=1,state=1", torch.float16),
             ("b=1,h=2,n=1,d=24", torch.bfloat16),

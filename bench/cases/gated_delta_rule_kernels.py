@@ -65,7 +65,7 @@ def launch(shape: Shape, dtype: torch.dtype, which: Pass) -> None:
         triton_delta_launch.forward(q, k, v, beta, options)
     if which != "fwd":
         dfinal = options.initial_state
-        triton_delta_launch.backward(v, dfinal, q, k, v, beta, empty_inverses(v, "triton"), options)
+        triton_delta_launch.backward(v, dfinal, q, k, v, beta, empty_inverses(q, v, "triton"), options)
 
 
 def launch_step(shape: Shape, dtype: torch.dtype, which: Pass = "fwd") -> None:

@@ -107,6 +107,8 @@ def gated_delta_rule(
     """
     q, k, v = _autocast(q, k, v)
     packed = cu_seqlens is not None
+    if packed and not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"gated_delta_rule: cu_seqlens is {type(cu_seqlens).__name__}; it must be a torch.Tensor")
     decay = _per_token(log_decay, beta)
     plan = remembered(
         _PLANS,

@@ -31,7 +31,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *optio
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *options: Any) -> tuple[Tensor, ...]:
-    return empty_like_rows(v, v.shape[3]), empty_state(q, v, DeltaOptions(*options)), empty_inverses(v, backend)
+    return empty_like_rows(v, v.shape[3]), empty_state(q, v, DeltaOptions(*options)), empty_inverses(q, v, backend)
 
 
 def _backward(

@@ -55,17 +55,17 @@ class Gradients(NamedTuple):
     initial_state: Tensor | None
 
 
-def chunk_rows(dtype: torch.dtype) -> int:
-    """Rows to a chunk of the Triton kernels: what a block holds grows with its square."""
-    return 64 if dtype.itemsize == 2 else 32
+def chunk_rows(dtype: torch.dtype, width: Any) -> Any:
+    """Rows to a chunk of the Triton kernels, for keys of ``width``: as many as leave room for the state beside them."""
+    return (64 if dtype.itemsize == 2 else 32) // (2 if width > 128 else 1)
 
 
-def empty_inverses(v: Tensor, backend: str) -> Tensor:
+def empty_inverses(q: Tensor, v: Tensor, backend: str) -> Tensor:
     """Where the forward pass leaves its triangular systems solved, for the backward pass: [B, H, N, C] of v's dtype.
 
     The backend ``torch`` solves them again, which costs it less than keeping them: nothing.
     """
-    return v.new_empty((*v.shape[:3], chunk_rows(v.dtype)) if backend == "triton" else (0,))
+    return v.new_empty((*v.shape[:3], chunk_rows(v.dtype, q.shape[3])) if backend == "triton" else (0,))
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from iokernels.autotune import RESULTS
 from iokernels.runtime.device import DeviceSpec
+
+from .delta_options import chunk_rows
 
 INVERSE = "gated_delta_rule_inverse"
 WALKS = ("gated_delta_rule_fwd", "gated_delta_rule_bwd_states", "gated_delta_rule_bwd_walk")
@@ -73,7 +77,7 @@ def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
     half = key["dtype"] == "half"
     return Problem(
         kernel=kernel,
-        chunk=64 if half else 32,
+        chunk=chunk_rows(torch.float16 if half else torch.float32, key["width_k"]),
         itemsize=2 if half else 4,
         tensor_cores=key["dtype"] != "fp32",
         sm=device.sm,
@@ -104,20 +108,12 @@ def _preferred(problem: Problem) -> Config:
     if problem.kernel == INVERSE:
         return Config(width_k, 16, 4, 1)
     if problem.kernel == GRADS:
-        if problem.itemsize == 4:
-            return Config(min(width_k, 32), min(width_v, 32), 4 if problem.tensor_cores else 8, 1)
-        return Config(min(width_k, 64), min(width_v, 64), 8, 1)
-    # A walk: its block of columns as wide as the registers allow, halved while that is what fills the GPU.
-    columns = 64 if width_k <= 64 else 32
-    if problem.itemsize == 2 and width_k <= 128:
-        columns = 64
-    if not problem.tensor_cores:
-        columns = 32 if width_k <= 128 else 16
-    columns = min(columns, width_v)
+        return Config(min(width_k, 64 if problem.itemsize == 2 else 32), min(width_v, 32), 8, 1)
+    # A walk: columns as the registers allow beside q, k and the scores, fewer while that is what fills the GPU.
+    columns = min(32 if problem.tensor_cores or width_k <= 128 else 16, width_v)
     while columns > 16 and problem.heads * (width_v // columns) < problem.sms:
         columns //= 2
-    stages = 2 if problem.itemsize == 2 and width_k <= 128 else 1
-    return Config(width_k, columns, 8 if not problem.tensor_cores or width_k > 128 else 4, stages)
+    return Config(width_k, columns, 4 if problem.tensor_cores else 8, 2 if problem.itemsize == 2 else 1)
 
 
 def _smaller(problem: Problem, config: Config) -> Config:

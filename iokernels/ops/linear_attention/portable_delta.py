@@ -68,13 +68,14 @@ def _cut(x: Tensor, heads: int, chunk: int) -> Tensor:
     batch, shared, length, width = x.shape
     x = F.pad(x, (0, 0, 0, -length % chunk))
     x = x.unsqueeze(2).expand(-1, -1, heads // shared, -1, -1)
-    return x.reshape(batch * heads, -1, chunk, width)
+    return x.reshape(batch * heads, x.shape[3] // chunk, chunk, width)
 
 
 def _joined(x: Tensor, like: Tensor) -> Tensor:
     """The reverse: [B * H, M, C, D] as [B, Hk, n, D], summed over the heads that share one."""
     batch, shared, length, width = like.shape
-    x = x.reshape(batch, shared, -1, x.shape[1] * x.shape[2], width)[:, :, :, :length]
+    group = x.shape[0] // (batch * shared) if batch else 1
+    x = x.reshape(batch, shared, group, x.shape[1] * x.shape[2], width)[:, :, :, :length]
     return x.sum(2) if x.shape[2] > 1 else x.squeeze(2)
 
 
@@ -92,7 +93,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions
             rows_out = out[:, :, rows][:, :, part]
             rows_out.copy_(_joined(made, rows_out))
         final[index].copy_(state.view_as(final[index]))
-    return out, final, empty_inverses(v, "torch")
+    return out, final, empty_inverses(q, v, "torch")
 
 
 def backward(
@@ -120,7 +121,8 @@ def backward(
         gradient = torch.zeros_like(states[0]) if dfinal is None else dfinal[index].to(accurate).reshape_as(states[0])
         grads = Inputs(dq, dk, dv, dbeta, ddecay).part(rows)
         rows_dout = dout[:, :, rows]
-        for part, state in zip(reversed(parts), reversed(states), strict=True):
+        for part in reversed(parts):
+            state = states.pop()
             cut = _cut(rows_dout[:, :, part].to(accurate), v.shape[1], chunk)
             made, gradient = maths.backward(given.part(part).rows(chunk, options.scale), state, cut, gradient)
             made = made._replace(q=made.q.mul_(options.scale), log_decay=made.log_decay[..., None])

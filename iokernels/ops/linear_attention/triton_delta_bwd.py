@@ -98,9 +98,10 @@ def gated_delta_rule_bwd_walk_kernel(
         sums = load_sums(decay_ptr, stride_decay, batch, head, row, rows, FEATURES.decay, BLOCK_C)
 
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * between(sums, True, BLOCK_C) * scale
+        scores = scores.to(k.dtype)  # now: half the registers
         dwritten = tl.dot(k, gradient.to(k.dtype), input_precision=PRECISION) * to_end(sums)[:, None]
-        dwritten = tl.dot(scores.to(k.dtype), dout, dwritten, input_precision=PRECISION)
-        right = tl.dot(tl.trans(inverse), dwritten.to(k.dtype), input_precision=PRECISION)
+        dwritten = tl.dot(scores, dout, dwritten, input_precision=PRECISION)
+        right = tl.dot(tl.trans(inverse), dwritten.to(k.dtype), dwritten, input_precision=PRECISION)
         dv = right * beta[:, None]
         dv_block = at_head(dv_ptr, stride_dv, batch, head, row)
         store_tile(dv_block, dv_offsets, dv.to(dv_ptr.dtype.element_ty), local, columns, rows, VALUE_DIM)

@@ -1,8 +1,8 @@
 """The gated delta rule forward in Triton: one walk along each sequence, with the state on chip.
 
 A thread block owns one head of one sequence and BLOCK_V columns of v, keeps the state H ``[K, BLOCK_V]`` in float32
-registers, and takes chunks of C rows; with b the running sum of the log decays in the chunk and T the inverse that
-:mod:`.triton_delta_inverse` left:
+registers, and takes chunks of C rows; with b the running sum of the log decays in the chunk and T the inverse, of which
+:mod:`.triton_delta_inverse` left what is below the diagonal (the ones on it are added in float32):
 
     n  = T beta (v - exp(b) K H)                    what each row writes
     o  = scale (exp(b) Q H + tril(Q K^T exp(b_i - b_j)) n)
@@ -66,7 +66,7 @@ def write_rows(state, k, v, inverse, beta, sums, PRECISION: tl.constexpr):
     """What the rows of a chunk write, n, and the state after them."""
     held = tl.dot(k, state.to(k.dtype), input_precision=PRECISION) * from_start(sums)[:, None]
     right = (v.to(tl.float32) - held) * beta[:, None]
-    written = tl.dot(inverse, right.to(k.dtype), input_precision=PRECISION)
+    written = tl.dot(inverse, right.to(k.dtype), right, input_precision=PRECISION)
     kept = (written * to_end(sums)[:, None]).to(k.dtype)
     after = tl.dot(tl.trans(k), kept, state * whole(sums), input_precision=PRECISION)
     return written.to(k.dtype), after
@@ -135,10 +135,11 @@ def gated_delta_rule_fwd_kernel(
         beta = load_rows(beta_ptr, stride_beta, batch, head, row, rows, BLOCK_C)
         sums = load_sums(decay_ptr, stride_decay, batch, head, row, rows, FEATURES.decay, BLOCK_C)
 
-        out = tl.dot(q, state.to(q.dtype), input_precision=PRECISION) * from_start(sums)[:, None]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * between(sums, False, BLOCK_C)
+        scores = scores.to(q.dtype)  # now: half the registers
+        out = tl.dot(q, state.to(q.dtype), input_precision=PRECISION) * from_start(sums)[:, None]
         written, state = write_rows(state, k, v, inverse, beta, sums, PRECISION)
-        out = tl.dot(scores.to(q.dtype), written, out, input_precision=PRECISION) * scale
+        out = tl.dot(scores, written, out, input_precision=PRECISION) * scale
         out_block = at_head(out_ptr, stride_out, batch, head, row)
         store_tile(out_block, out_offsets, out.to(out_ptr.dtype.element_ty), local, columns, rows, VALUE_DIM)
     store_state(final_ptr, stride_final, sequence, head, state, columns, KEY_DIM, VALUE_DIM, BLOCK_K)

@@ -81,7 +81,7 @@ def gated_delta_rule_inverse_kernel(
     k_ptr,  # [B, Hk, N, K]
     beta_ptr,  # [B, H, N]
     decay_ptr,  # [B, H, N] or None
-    inverse_ptr,  # [B, H, N, C]: row i of a chunk's inverse in the place of row i of the chunk
+    inverse_ptr,  # [B, H, N, C]: below its diagonal, row i of an inverse in the place of row i of the chunk
     table_ptr,  # int32 [P, 2] or None
     stride_k,
     stride_beta,
@@ -113,6 +113,7 @@ def gated_delta_rule_inverse_kernel(
         lower = beta[:, None] * products * between(sums, False, BLOCK_C)
         lower = tl.where(local[:, None] > local[None, :], lower, 0.0)
         inverse = unit_triangular_inverse(lower, BLOCK_C, INVERSE_PRECISION)
+        inverse = tl.where(local[:, None] > local[None, :], inverse, 0.0)
         at = at_head(inverse_ptr, stride_inverse, batch, head, first_row)
         offsets = tile_offsets(stride_inverse, local, local, False)
         store_tile(at, offsets, inverse.to(inverse_ptr.dtype.element_ty), local, local, rows, BLOCK_C)

@@ -33,7 +33,7 @@ from .triton_delta_step import gated_delta_rule_step_kernel
 def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (out, final state, and what the backward pass needs). See :class:`DeltaOptions` for the arguments."""
     launch = Launch(q, k, v, options)
-    out, final, inverses = empty_like_rows(v, v.shape[3]), empty_state(q, v, options), empty_inverses(v, "triton")
+    out, final, inverses = empty_like_rows(v, v.shape[3]), empty_state(q, v, options), empty_inverses(q, v, "triton")
     if launch.varlen:
         out.zero_()  # rows that belong to no sequence are visited by no block
     decay, initial = options.log_decay, options.initial_state
@@ -163,7 +163,7 @@ class Launch:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: DeltaOptions) -> None:
         batch, self.heads, rows, self.value_dim = v.shape
         self.key_dim = q.shape[3]
-        self.chunk = chunk_rows(q.dtype)
+        self.chunk = chunk_rows(q.dtype, self.key_dim)
         self.varlen = options.cu_seqlens is not None
         self.sequences = options.sequences(v)
         self.offsets = self.starts = self.table = None
