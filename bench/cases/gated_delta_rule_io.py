@@ -82,7 +82,7 @@ class Problem:
     @property
     def inverses(self) -> int:
         """Bytes of the inverses."""
-        return self.rows * self.chunk * self.size
+        return self.rows * self.chunk * _NUMBER
 
 
 def _blocks(width: int, block: int) -> int:

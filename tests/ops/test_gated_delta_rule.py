@@ -361,6 +361,6 @@ def test_bytes_by_hand() -> None:
     """The account of the forward walk, without using its code: two blocks of columns, one chunk and a bit."""
     shape = CASE.vocabulary.parse("b=1,h=1,n=70,d=32")
     found = gated_delta_rule_io.accounts(shape, torch.float16, gated_delta_rule_io.TILES)
-    qk, v, inverse, numbers, state = 2 * 70 * 32 * 2, 70 * 32 * 2, 70 * 64 * 2, 2 * 70 * 4, 32 * 32 * 4
+    qk, v, inverse, numbers, state = 2 * 70 * 32 * 2, 70 * 32 * 2, 70 * 64 * 4, 2 * 70 * 4, 32 * 32 * 4
     assert found["gated_delta_rule_fwd_kernel"].model == (v + 2 * (qk + inverse + numbers), v + state)
     assert found["gated_delta_rule_inverse_kernel"].model == (qk // 2 + numbers, inverse)

@@ -61,11 +61,13 @@ def chunk_rows(dtype: torch.dtype, width: Any) -> Any:
 
 
 def empty_inverses(q: Tensor, v: Tensor, backend: str) -> Tensor:
-    """Where the forward pass leaves its triangular systems solved, for the backward pass: [B, H, N, C] of v's dtype.
+    """Where the forward pass leaves its triangular systems solved, for the backward pass: float32 [B, H, N, C].
 
-    The backend ``torch`` solves them again, which costs it less than keeping them: nothing.
+    Half precision would be the largest of all errors where keys are alike. The backend ``torch`` solves the systems
+    again, which costs it little, and keeps nothing.
     """
-    return v.new_empty((*v.shape[:3], chunk_rows(v.dtype, q.shape[3])) if backend == "triton" else (0,))
+    shape = (*v.shape[:3], chunk_rows(v.dtype, q.shape[3])) if backend == "triton" else (0,)
+    return v.new_empty(shape, dtype=torch.float32)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -139,6 +139,6 @@ def shared_bytes(problem: Problem, config: Config) -> int:
         tiles = chunk * (4 * config.block_v + 2 * config.block_k) + 2 * config.block_k * config.block_v
         return size * (tiles * config.num_stages + 2 * chunk * chunk)
     # q and k, v or its like, the inverse; then the state and what passes from one product to the next.
-    walked = chunk * (2 * config.block_k + config.block_v + chunk)
-    own = config.block_k * config.block_v + chunk * (chunk + 2 * config.block_v)
-    return size * (config.num_stages * walked + own)
+    walked = size * chunk * (2 * config.block_k + config.block_v) + 4 * chunk * chunk
+    own = size * (config.block_k * config.block_v + chunk * (chunk + config.block_v)) + 4 * chunk * config.block_v
+    return config.num_stages * walked + own

@@ -31,7 +31,7 @@ def gated_delta_rule_bwd_walk_kernel(
     dout_ptr,  # [B, H, N, V]
     beta_ptr,  # [B, H, N]
     decay_ptr,  # [B, H, N] or None
-    inverse_ptr,  # [B, H, N, C]
+    inverse_ptr,  # float32 [B, H, N, C]
     dfinal_ptr,  # float32 [S, H, K, V] or None
     dv_ptr,  # [B, H, N, V]
     right_ptr,  # [B, H, N, V]
@@ -64,6 +64,7 @@ def gated_delta_rule_bwd_walk_kernel(
     PADDED_V: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOLVE_PRECISION: tl.constexpr,
 ):
     """dv and r of BLOCK_V columns of one head of one sequence, and their part of D after every chunk."""
     sequence, head, columns = block_of_columns(heads, VALUE_DIM, BLOCK_V)
@@ -101,7 +102,7 @@ def gated_delta_rule_bwd_walk_kernel(
         scores = scores.to(k.dtype)  # now: half the registers
         dwritten = tl.dot(k, gradient.to(k.dtype), input_precision=PRECISION) * to_end(sums)[:, None]
         dwritten = tl.dot(scores, dout, dwritten, input_precision=PRECISION)
-        right = tl.dot(tl.trans(inverse), dwritten.to(k.dtype), dwritten, input_precision=PRECISION)
+        right = tl.dot(tl.trans(inverse), dwritten, dwritten, input_precision=SOLVE_PRECISION)
         dv = right * beta[:, None]
         dv_block = at_head(dv_ptr, stride_dv, batch, head, row)
         store_tile(dv_block, dv_offsets, dv.to(dv_ptr.dtype.element_ty), local, columns, rows, VALUE_DIM)

@@ -62,11 +62,11 @@ def store_state(ptr, stride, sequence, head, state, columns, KEY_DIM: tl.constex
 
 
 @triton.jit
-def write_rows(state, k, v, inverse, beta, sums, PRECISION: tl.constexpr):
+def write_rows(state, k, v, inverse, beta, sums, PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr):
     """What the rows of a chunk write, n, and the state after them."""
     held = tl.dot(k, state.to(k.dtype), input_precision=PRECISION) * from_start(sums)[:, None]
     right = (v.to(tl.float32) - held) * beta[:, None]
-    written = tl.dot(inverse, right.to(k.dtype), right, input_precision=PRECISION)
+    written = tl.dot(inverse, right, right, input_precision=SOLVE_PRECISION)
     kept = (written * to_end(sums)[:, None]).to(k.dtype)
     after = tl.dot(tl.trans(k), kept, state * whole(sums), input_precision=PRECISION)
     return written.to(k.dtype), after
@@ -79,7 +79,7 @@ def gated_delta_rule_fwd_kernel(
     v_ptr,  # [B, H, N, V]
     beta_ptr,  # [B, H, N]
     decay_ptr,  # [B, H, N] or None
-    inverse_ptr,  # [B, H, N, C]
+    inverse_ptr,  # float32 [B, H, N, C]
     initial_ptr,  # float32 [S, H, K, V] or None
     out_ptr,  # [B, H, N, V]
     final_ptr,  # float32 [S, H, K, V]
@@ -107,6 +107,7 @@ def gated_delta_rule_fwd_kernel(
     PADDED_V: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOLVE_PRECISION: tl.constexpr,
 ):
     """out of BLOCK_V columns of one head of one sequence, and their part of the final state."""
     sequence, head, columns = block_of_columns(heads, VALUE_DIM, BLOCK_V)
@@ -138,7 +139,7 @@ def gated_delta_rule_fwd_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * between(sums, False, BLOCK_C)
         scores = scores.to(q.dtype)  # now: half the registers
         out = tl.dot(q, state.to(q.dtype), input_precision=PRECISION) * from_start(sums)[:, None]
-        written, state = write_rows(state, k, v, inverse, beta, sums, PRECISION)
+        written, state = write_rows(state, k, v, inverse, beta, sums, PRECISION, SOLVE_PRECISION)
         out = tl.dot(scores, written, out, input_precision=PRECISION) * scale
         out_block = at_head(out_ptr, stride_out, batch, head, row)
         store_tile(out_block, out_offsets, out.to(out_ptr.dtype.element_ty), local, columns, rows, VALUE_DIM)
@@ -151,7 +152,7 @@ def gated_delta_rule_bwd_states_kernel(
     v_ptr,  # [B, H, N, V]
     beta_ptr,  # [B, H, N]
     decay_ptr,  # [B, H, N] or None
-    inverse_ptr,  # [B, H, N, C]
+    inverse_ptr,  # float32 [B, H, N, C]
     initial_ptr,  # float32 [S, H, K, V] or None
     states_ptr,  # [P, H, K, V]: the state before each chunk
     written_ptr,  # [B, H, N, V]
@@ -178,6 +179,7 @@ def gated_delta_rule_bwd_states_kernel(
     PADDED_V: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOLVE_PRECISION: tl.constexpr,
 ):
     """The walk of the forward pass again, which keeps the state before each chunk and what its rows write."""
     sequence, head, columns = block_of_columns(heads, VALUE_DIM, BLOCK_V)
@@ -206,7 +208,7 @@ def gated_delta_rule_bwd_states_kernel(
         inverse = load_tile(inverse_block, inverse_offsets, local, local, rows, BLOCK_C, BLOCK_C, True)
         beta = load_rows(beta_ptr, stride_beta, batch, head, row, rows, BLOCK_C)
         sums = load_sums(decay_ptr, stride_decay, batch, head, row, rows, FEATURES.decay, BLOCK_C)
-        written, state = write_rows(state, k, v, inverse, beta, sums, PRECISION)
+        written, state = write_rows(state, k, v, inverse, beta, sums, PRECISION, SOLVE_PRECISION)
         written_block = at_head(written_ptr, stride_written, batch, head, row)
         store_tile(written_block, written_offsets, written, local, columns, rows, VALUE_DIM)
 

@@ -81,7 +81,7 @@ def gated_delta_rule_inverse_kernel(
     k_ptr,  # [B, Hk, N, K]
     beta_ptr,  # [B, H, N]
     decay_ptr,  # [B, H, N] or None
-    inverse_ptr,  # [B, H, N, C]: below its diagonal, row i of an inverse in the place of row i of the chunk
+    inverse_ptr,  # float32 [B, H, N, C]: below its diagonal, row i of an inverse in the place of row i of the chunk
     table_ptr,  # int32 [P, 2] or None
     stride_k,
     stride_beta,
@@ -116,4 +116,4 @@ def gated_delta_rule_inverse_kernel(
         inverse = tl.where(local[:, None] > local[None, :], inverse, 0.0)
         at = at_head(inverse_ptr, stride_inverse, batch, head, first_row)
         offsets = tile_offsets(stride_inverse, local, local, False)
-        store_tile(at, offsets, inverse.to(inverse_ptr.dtype.element_ty), local, local, rows, BLOCK_C)
+        store_tile(at, offsets, inverse, local, local, rows, BLOCK_C)

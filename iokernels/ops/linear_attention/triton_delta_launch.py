@@ -105,6 +105,7 @@ def backward(
         config = grads_config
         if launch.chunks * launch.heads > 0:
             tile = launch.tile(config, q, k, v, dout, written, right, dq, dk)
+            del tile["SOLVE_PRECISION"]  # no system is solved here
             gated_delta_rule_bwd_grads_kernel[(launch.chunks * launch.heads * parts,)](
                 q, k, v, dout, beta, decay, written, right, states, dstates, dq, dk, dbeta, ddecay, launch.table,
                 strides(q), strides(k), strides(v), strides(dout), strides(beta), strides(decay), strides(written),
@@ -218,6 +219,7 @@ class Launch:
             "PADDED_V": padded(self.value_dim),
             "WIDE": is_wide(self.chunk, *tensors),
             "PRECISION": self.precision,
+            "SOLVE_PRECISION": "tf32" if self.half else self.precision,
         }
 
 
