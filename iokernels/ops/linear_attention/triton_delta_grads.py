@@ -136,7 +136,7 @@ def gated_delta_rule_bwd_grads_kernel(
             held = tl.dot(right, tl.trans(state), held, input_precision=PRECISION)
             dk = tl.dot(written, tl.trans(dstate), dk, input_precision=PRECISION)
             dbeta += tl.sum(right.to(tl.float32) * v.to(tl.float32), 1)
-            dlast += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+            dlast += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
 
         q_block = at_head(q_ptr, stride_q, batch, head // group, first_row)
         q = load_tile(
@@ -151,7 +151,7 @@ def gated_delta_rule_bwd_grads_kernel(
         dq = tl.dot((dscores * weights * scale).to(k.dtype), k, dq * decayed * scale, input_precision=PRECISION)
         dk *= to_end(sums)[:, None]
         keys = k.to(tl.float32)
-        dlast = dlast * whole(sums) + tl.sum(tl.sum(keys * dk, 1), 0)
+        dlast = dlast * whole(sums) + tl.sum(keys * dk)
         dk = tl.dot((dscores_t * weights_t * scale).to(k.dtype), q, dk, input_precision=PRECISION)
         db = tl.sum(q.to(tl.float32) * dq - keys * dk, 1)
         dsystem = tl.where(local[:, None] > local[None, :], -dsystem * weights, 0.0)
