@@ -9,6 +9,8 @@ from ._version import __version__
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from .ops.linear_attention import (
     alibi_slopes,
+    gated_delta_rule,
+    gated_delta_rule_step,
     lightning_attention,
     linear_attention,
     linear_attention_state,
@@ -25,6 +27,8 @@ __all__ = [
     "alibi_slopes",
     "flash_attention",
     "flash_attention_varlen",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
     "lightning_attention",
     "linear_attention",
     "linear_attention_state",
