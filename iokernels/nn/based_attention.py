@@ -20,9 +20,9 @@ PARTS = ("linear", "window")
 
 
 class BasedAttentionState(NamedTuple):
-    """What a :class:`BasedAttention` remembers; None for the part that it does not have. ``step`` updates it in place."""
+    """What a :class:`BasedAttention` remembers; None for a part that it does not have. ``step`` updates it in place."""
 
-    memory: Tensor | None  # float32 (float64 for float64 inputs) [B, num_heads, 1 + K + K^2, head_dim + 1], K = feature_dim
+    memory: Tensor | None  # float32 (float64) [B, num_heads, 1 + K + K^2, head_dim + 1], K = feature_dim
     keys: Tensor | None  # [B, num_heads, window - 1, head_dim]: the last keys, turned, oldest first
     values: Tensor | None  # like keys
     seen: Tensor  # int64 [B]: tokens so far
@@ -36,8 +36,8 @@ class BasedAttention(nn.Module):
     ``"window"``: softmax attention to the last ``window`` tokens, the current one among them, whose queries and keys
     turn with the position (pairs of neighbouring elements, base 10000).
 
-    The paper's models alternate layers of one part each: give ``parts=("linear",)`` and ``parts=("window",)``. With both
-    (the default) one module adds up the two, each with projections of its own.
+    The paper's models alternate layers of one part each: give ``parts=("linear",)`` and ``parts=("window",)``. With
+    both (the default) one module adds up the two, each with projections of its own.
 
     Args:
         embed_dim: width E of x and of the output.
@@ -101,7 +101,7 @@ class BasedAttention(nn.Module):
         )
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> BasedAttentionState:
-        """The state before the first token of ``batch`` sequences; device and dtype of x, or of the parameters if None."""
+        """The state before the first token of ``batch`` sequences; device and dtype are those of x, or of parameters."""
         weight = self.out_proj.weight
         device = weight.device if device is None else device
         dtype = weight.dtype if dtype is None else dtype
@@ -143,6 +143,8 @@ class BasedAttention(nn.Module):
         out = self._output(outs)
         if not return_state:
             return out
+        if keys is not None and values is not None:
+            keys, values = keys.clone(), values.clone()  # a view would keep those of the whole text alive
         new = torch.full(x.shape[:1], x.shape[1], dtype=torch.int64, device=x.device)
         return out, BasedAttentionState(memory, keys, values, new if state is None else state.seen + new)
 

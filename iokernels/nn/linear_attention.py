@@ -119,12 +119,12 @@ class LightningAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``repr`` shows between the parentheses."""
-        return f"{self.embed_dim}, {self.num_heads}, head_dim={self.head_dim}, slopes={self.slopes!r}, gate={self.gate!r}"
+        return (
+            f"{self.embed_dim}, {self.num_heads}, head_dim={self.head_dim}, slopes={self.slopes!r}, gate={self.gate!r}"
+        )
 
-    def init_state(
-        self, batch: int, device: Any = None, dtype: torch.dtype | None = None
-    ) -> LightningAttentionState:
-        """The state before the first token of ``batch`` sequences; device and dtype of x, or of the parameters if None."""
+    def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> LightningAttentionState:
+        """The state before the first token of ``batch`` sequences; device and dtype are those of x, or of parameters."""
         device, dtype = _place(self.in_proj.weight, device, dtype)
         widths = self.head_dim, self.head_dim
         memory = linear_attention_state(batch, self.num_heads, *widths, dtype=state_dtype(dtype), device=device)
@@ -155,9 +155,7 @@ class LightningAttention(nn.Module):
         """
         q, k, v = self._projected(x)
         log_decay = self.decay.log_decay
-        return self._output(
-            x, linear_attention_step(q, k, v, state.memory, log_decay=log_decay, backend=self.backend)
-        )
+        return self._output(x, linear_attention_step(q, k, v, state.memory, log_decay=log_decay, backend=self.backend))
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, each [B, num_heads, N, head_dim]."""
@@ -183,7 +181,7 @@ class RetentionState(NamedTuple):
 
 
 class Retention(nn.Module):
-    """Multi-scale retention (Sun et al., 2023, arXiv:2307.08621, section 2.3): head h keeps ``1 - 2 ** (-5 - h)`` a token.
+    """Multi-scale retention (Sun et al., 2023, arXiv:2307.08621, section 2.3): head h keeps ``1 - 2 ** (-5 - h)``.
 
     Queries and keys turn with the position (pairs of neighbouring elements, base 10000). That is xPos without the decay
     of its own, which retention's replaces. Each head's output is normalised (group norm), multiplied by SiLU of a gate
@@ -238,7 +236,7 @@ class Retention(nn.Module):
         return f"{self.embed_dim}, {self.num_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}"
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> RetentionState:
-        """The state before the first token of ``batch`` sequences; device and dtype of x, or of the parameters if None."""
+        """The state before the first token of ``batch`` sequences; device and dtype are those of x, or of parameters."""
         device, dtype = _place(self.in_proj.weight, device, dtype)
         widths = self.head_dim, self.value_dim
         memory = linear_attention_state(batch, self.num_heads, *widths, dtype=state_dtype(dtype), device=device)
