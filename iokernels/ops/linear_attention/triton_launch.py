@@ -39,11 +39,8 @@ SCAN_BLOCK = 1024
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (out, final state, denominator). See :class:`Options` for the arguments."""
-    out, state, denominator = (
-        empty_in_order_of(v, v.shape[3]),
-        empty_state(q, v, options),
-        empty_denominator(v, options),
-    )
+    out, state = empty_in_order_of(v, v.shape[3]), empty_state(q, v, options)
+    denominator = empty_denominator(v, options)
     launch = Launch(q, k, v, options)
     if options.cu_seqlens is not None:
         # Rows that belong to no sequence are visited by no block.

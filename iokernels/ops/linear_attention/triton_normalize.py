@@ -1,6 +1,6 @@
 """The first step of the backward pass with the normaliser: from the gradient of out to those of num and den.
 
-    out = num / den        dN = dout / den        dden = -(dout . out) / den        both 0 where den is 0
+    out = num / den        dN = dout / den        dden = -(dN . out)        both 0 where den is 0
 
 Bytes: dout and out read, dN written, 8 of den and dden a token and head.
 """
@@ -48,8 +48,10 @@ def linear_attention_bwd_normalize_kernel(
     place = tl.cast(batch_head, tl.int64) * seqlen + rows
     denominator = tl.load(denominator_ptr + place, mask=rows < seqlen, other=0.0)
     inverse = tl.where(denominator == 0.0, 0.0, 1.0 / denominator)
-    tl.store(dden_ptr + place, -tl.sum(dout * out.to(tl.float32), 1) * inverse, mask=rows < seqlen)
+    # Of dN as it is rounded, so that dN . v + dden cancels as well as it does exactly.
+    dnum = (dout * inverse[:, None]).to(dnum_ptr.dtype.element_ty)
+    tl.store(dden_ptr + place, -tl.sum(dnum.to(tl.float32) * out.to(tl.float32), 1), mask=rows < seqlen)
     store_tile(
         at_head(dnum_ptr, stride_dnum, batch, head, first_row), tile_offsets(stride_dnum, offs_m, offs_v, WIDE),
-        (dout * inverse[:, None]).to(dnum_ptr.dtype.element_ty), rows, offs_v, seqlen, V_WIDTH,
+        dnum, rows, offs_v, seqlen, V_WIDTH,
     )  # fmt: skip

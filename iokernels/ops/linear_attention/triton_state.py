@@ -35,7 +35,7 @@ def segment_state(
     slice_z = tl.program_id(0) % SLICES
     head = tl.program_id(0) // SLICES % heads
     segment = tl.program_id(0) // SLICES // heads
-    _, batch, start, length, _ = segment_of(
+    _sequence, batch, start, length, _is_last = segment_of(
         segment, cu_seqlens_ptr, segments_ptr, sequences, seqlen, per_sequence, segment_rows, search_steps, FEATURES
     )
     offs_c, offs_y = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_Y)
@@ -60,7 +60,7 @@ def segment_state(
         y = load_tile(at_row(y_head, stride_y, first), y_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
         z = load_tile(at_row(z_head, stride_z, first), z_offsets, rows, offs_z, length, Z_WIDTH, COLUMNS, True)
         b, total = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
-        _, kept = state_weights(b, total, REVERSE)
+        _seen, kept = state_weights(b, total, REVERSE)
         decayed = tl.exp2(total)
         all_decay += total
         linear = kept
@@ -93,7 +93,7 @@ def segment_state(
         at = place + offs_z * stride_states.d
         tl.store(at, constant, mask=offs_z < Z_WIDTH)
         offs_s = tl.arange(0, BLOCK_Y * BLOCK_Y)
-        pairs, _ = square_rows(offs_s, Y_WIDTH, BLOCK_Y)
+        pairs, _exchanged = square_rows(offs_s, Y_WIDTH, BLOCK_Y)
         real = pairs <= Y_WIDTH + Y_WIDTH * Y_WIDTH
         at = place + pairs[:, None] * stride_states.n + offs_z[None, :] * stride_states.d
         tl.store(at, square, mask=real[:, None] & columns)

@@ -3,8 +3,9 @@
     S = exp(g) S + f(k) w^T        num = s q . S        out = num, or num / den
 
 A block owns BLOCK_V columns of the state of one head and takes the tokens one after the other, on the vector units: the
-time is that of reading and writing the state once. FLOPs: 5 F V a token and head. Bytes: the state twice, float32; q and
-k once for each slice of V, v and out once; 4 of a decay a token, or a block.
+time is that of reading and writing the state once. FLOPs: 5 F V a token and head. Bytes: the state twice, float32; q
+and k once for each slice of V, v and out once; a decay for each token, or each block. With the normaliser one block
+takes all slices of a head in turns, and reads its column of the state, and the decays of tokens, once a turn.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def linear_attention_step_kernel(
     z_linear = tl.zeros([BLOCK_K], tl.float32)
     if FEATURES.taylor:
         keys = 1 + offs_k
-        pairs, _ = square_rows(tl.arange(0, BLOCK_K * BLOCK_K), K_WIDTH, BLOCK_K)
+        pairs, _exchanged = square_rows(tl.arange(0, BLOCK_K * BLOCK_K), K_WIDTH, BLOCK_K)
         mask_p = pairs < ROWS
         z_constant, z_square = 0.0, tl.zeros([BLOCK_K * BLOCK_K], tl.float32)
     kept = 1.0

@@ -2,10 +2,10 @@
 
     out_i = sum_{j <= i} exp(b_i - b_j) (1 + t + t^2 / 2) z_j    with t = s x_i . y_j
 
-A block owns BLOCK_Z columns of z and out in one head of one segment and holds three sums in registers, of z_j, y_j z_j^T
-and (y_j (x) y_j) z_j^T. Pairs inside a chunk go through the polynomial of x y^T, so that nothing is expanded for them;
-all others through the sums, for which the products of two columns of x and y are made in registers. No tensor of K^2
-features is in memory but the states of segments.
+A block owns BLOCK_Z columns of z and out in one head of one segment and holds three sums in registers, of z_j, of
+y_j z_j^T and of (y_j (x) y_j) z_j^T. Pairs inside a chunk go through the polynomial of x y^T, so that nothing is
+expanded for them; all others through the sums, for which the products of two columns of x and y are made in registers.
+No tensor of K^2 features is in memory but the states of segments.
 
 The roles, and what stands in memory for the normaliser, are those of :mod:`.triton_walk`. Going forward the sums are
 without the scale; going back they are the gradients of those, with s and s^2 / 2 in them.
@@ -54,7 +54,7 @@ def taylor_walk(
     slice_z = tl.program_id(0) % SLICES
     head = tl.program_id(0) // SLICES % heads
     segment = tl.program_id(0) // SLICES // heads
-    sequence, batch, start, length, _ = segment_of(
+    sequence, batch, start, length, _is_last = segment_of(
         segment, cu_seqlens_ptr, segments_ptr, sequences, seqlen, per_sequence, segment_rows, search_steps, FEATURES
     )
     offs_c, offs_y = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_Y)
@@ -75,7 +75,7 @@ def taylor_walk(
         outer = sequence
 
     keys = tl.where(offs_y < Y_WIDTH, 1 + offs_y, ROWS)
-    pairs_of_keys, _ = square_rows(tl.arange(0, SQUARES), Y_WIDTH, BLOCK_Y)
+    pairs_of_keys, _exchanged = square_rows(tl.arange(0, SQUARES), Y_WIDTH, BLOCK_Y)
     constant, z_constant = tl.zeros([BLOCK_Z], tl.float32), 0.0
     z_linear, z_square = tl.zeros([BLOCK_Y], tl.float32), tl.zeros([SQUARES], tl.float32)
     linear = load_state(state_ptr, stride_state, outer, head, keys, offs_z, ROWS, Z_WIDTH, BLOCK_Y, BLOCK_Z, FEATURES)

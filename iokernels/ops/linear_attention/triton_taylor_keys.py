@@ -4,9 +4,9 @@
 
     dq: x, y, z, m = dO, v, k, q             dk: x, y, z, m = v, dO, q, k reversed
 
-The sums that the walk carries are those of :mod:`.triton_taylor`, transposed: y_j, y_j z_j^T and y_j (z_j (x) z_j)^T. The
-product of x with the last, [C, K^2], is contracted with m in registers. A block owns BLOCK_Y columns of x and y, over
-which out is a sum: with more than one slice, each writes its share, and the launcher adds them.
+The sums that the walk carries are those of :mod:`.triton_taylor`, transposed: y_j, y_j z_j^T and y_j (z_j (x) z_j)^T.
+The product of x with the last, [C, K^2], is contracted with m in registers. A block owns BLOCK_Y columns of x and y,
+over which out is a sum: with more than one slice, each writes its share, and the launcher adds them.
 
 A state in memory may have been given by a caller, so its products k_a k_c are read both ways round and halved.
 
@@ -94,7 +94,7 @@ def taylor_keys(
         if FEATURES.crossing and REVERSE:
             # What reaches past this segment: the gradient of the state behind it, times that state.
             end = at_head(final_ptr, stride_end, sequence, head, 0)
-            if FEATURES.split:
+            if FEATURES.split:  # noqa: SIM102 - the first is known to the compiler, the second is not
                 if not is_last:
                     end = at_head(end_ptr, stride_end, segment + 1, head, 0)
             columns = end + offs_y[:, None] * stride_end.n
@@ -153,7 +153,7 @@ def taylor_keys(
         t = tl.dot(m, tl.trans(z), input_precision=PRECISION) * scale
         pairs = weigh_pairs(scores, b, REVERSE, FEATURES.crossing, BLOCK_C, FEATURES)
         out = (by_one * m_one + by_two * (2.0 * m_two)) * seen[:, None]
-        out = tl.dot((pairs * (1.0 + t) * scale).to(z.dtype), z, out, input_precision=PRECISION)
+        out += scale * tl.dot((pairs * (1.0 + t)).to(z.dtype), z, input_precision=PRECISION)
         if FEATURES.crossing:
             crossed = tl.sum(x.to(tl.float32) * constant[None, :], 1)
             crossed += tl.sum(m_wide * (by_one * m_one + by_two * m_two), 1)

@@ -15,15 +15,15 @@ A block owns BLOCK_Z columns of z and out in one head of one segment, keeps the 
 and y, all others through the state. Every exponent is at most 0.
 
 The state is without the scale going forward; going back it is the gradient of that one, so the scale goes into it. A
-column of ones beside v, with its gradient dden beside dO, makes the normaliser: as ``x_i . y_j + xa_i ya_j`` where it is
-contracted, and as a sum beside the state where it is a column of z.
+column of ones beside v, with its gradient dden beside dO, makes the normaliser: as ``x_i . y_j + xa_i ya_j`` where it
+is contracted, and as a sum beside the state where it is a column of z.
 
 Gradient of decays: with r_i = q_i . dq_i and c_j = k_j . dk_j, both without the pair of a token and itself, which no
 decay touches, ``dg_t = sum_{i >= t} (r_i - c_i) + E`` inside a segment, where E is the product of the state behind the
 segment and its gradient. Both are computed from the same rounded pairs, so that their errors cancel in the sum.
 
-FLOPs: 2 N (C Y + C Z + 2 Y Z) a head and slice of C rows. Bytes that blocks request: x and y once for each slice of z, z
-and out once, for K = V = d in bfloat16 and one slice 8 d a token and head; the states of segments, float32, once.
+FLOPs: 2 N (C Y + C Z + 2 Y Z) a head and slice. Bytes that blocks request: x and y once for each slice of z, z and out
+once; for K = V = d in bfloat16 and one slice that is 8 d a token and head. The states of segments, float32, once.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def walk(
 
     With ``FEATURES.crossing`` u is what out is a gradient of. Forward, ``crossing_ptr`` [slices, B, H, N] receives r;
     reversed, ``partner_ptr`` holds the r of all slices, ``final_ptr`` the state behind every sequence, ``end_ptr``
-    (split) the state before every segment, and ``crossing_ptr`` receives this slice's share of the gradient of every log
-    decay.
+    (split) the state before every segment, and ``crossing_ptr`` receives this slice's share of the gradient of every
+    log decay.
     """
     SLICES: tl.constexpr = (Z_WIDTH + BLOCK_Z - 1) // BLOCK_Z
     COLUMNS: tl.constexpr = SLICES * BLOCK_Z
@@ -86,18 +86,17 @@ def walk(
     )
     y_sum = tl.zeros([BLOCK_Z], tl.float32)
     z_sum = tl.zeros([BLOCK_Y], tl.float32)
-    if FEATURES.normalize:
-        if FEATURES.has_state:
-            line = at_head(state_ptr, stride_state, outer, head, 0)
-            if CONTRACTS:
-                y_sum = load_line(line + Y_WIDTH * stride_state.n, stride_state.d, offs_z, Z_WIDTH, BLOCK_Z, FEATURES)
-            else:
-                z_sum = load_line(line + Z_WIDTH * stride_state.d, stride_state.n, offs_y, Y_WIDTH, BLOCK_Y, FEATURES)
+    if FEATURES.normalize and FEATURES.has_state:
+        line = at_head(state_ptr, stride_state, outer, head, 0)
+        if CONTRACTS:
+            y_sum = load_line(line + Y_WIDTH * stride_state.n, stride_state.d, offs_z, Z_WIDTH, BLOCK_Z, FEATURES)
+        else:
+            z_sum = load_line(line + Z_WIDTH * stride_state.d, stride_state.n, offs_y, Y_WIDTH, BLOCK_Y, FEATURES)
     carried = 0.0
     if FEATURES.crossing and REVERSE and FEATURES.has_state:
         # What reaches past this segment: the gradient of the state behind it, times that state.
         end = at_head(final_ptr, stride_end, sequence, head, 0)
-        if FEATURES.split:
+        if FEATURES.split:  # noqa: SIM102 - the first is known to the compiler, the second is not
             if not is_last:
                 end = at_head(end_ptr, stride_end, segment + 1, head, 0)
         inside = (offs_y[:, None] < Y_WIDTH) & (offs_z[None, :] < Z_WIDTH)
@@ -130,8 +129,10 @@ def walk(
             from_state = from_state * scale
         if FEATURES.decay > 0:
             from_state = from_state * seen[:, None]
-        pairs = weigh_pairs(scores * scale, b, REVERSE, FEATURES.crossing, BLOCK_C, FEATURES)
-        out = tl.dot(pairs.to(z.dtype), z, from_state, input_precision=PRECISION)
+        pairs = weigh_pairs(scores, b, REVERSE, FEATURES.crossing, BLOCK_C, FEATURES)
+        # Scaled after the product, so that from_state cannot become its accumulator: Triton would lay that out as the
+        # head of a chain of products, in twice the registers.
+        out = tl.dot(pairs.to(z.dtype), z, input_precision=PRECISION) * scale + from_state
         if FEATURES.crossing:
             u = load_tile(
                 at_row(at_head(u_ptr, stride_u, batch, head // z_group, start), stride_u, first),
@@ -157,7 +158,8 @@ def walk(
             za = load_beside(za_ptr, stride_rows, batch, head, start, rows, length, BLOCK_C)
             y_wide = y.to(tl.float32)
             if DIVIDES:
-                below = tl.sum(x.to(tl.float32) * z_sum[None, :], 1) * seen * scale + tl.sum(pairs * za[None, :], 1)
+                below = tl.sum(x.to(tl.float32) * z_sum[None, :], 1) * seen + tl.sum(pairs * za[None, :], 1)
+                below = below * scale
                 out = out * tl.where(below == 0.0, 0.0, 1.0 / below)[:, None]
                 place = at_head(below_ptr, stride_rows, batch, head, start)
                 tl.store(place + rows, below, mask=(rows < length) & (slice_z == 0))

@@ -130,27 +130,28 @@ def _preferred(problem: Problem) -> Config:
         rows = problem.block_k * problem.block_k if problem.taylor else problem.block_k
         return Config(1, max(min(problem.block_v, 4096 // rows), 4), 4, 1)
     if problem.taylor:
-        # A state of K^2 rows: 16 K numbers of it a block.
-        width = max(min(problem.block_v, 16384 // problem.block_k**2), 16)
+        # A state of K^2 rows: 16 K numbers of it a block, or 8 K where its product with V is a tile as well.
+        keys = problem.kernel.endswith(("_dq", "_dk"))
+        width = max(min(problem.block_v, (8192 if keys else 16384) // problem.block_k**2), 16)
         if problem.itemsize == 4:
             return Config(16, min(width, 32), 8, 1)
-        return Config(32 if problem.block_k <= 16 else 16, width, 8, 1)
+        return Config(32 if keys and problem.block_k <= 16 else 16, width, 8, 1)
     rows, width = problem.rows_width, problem.sliced_width
     if problem.itemsize == 4:
         if problem.tensor_cores:
             return Config(32, min(width, 64 if rows <= 128 else 32), 8, 2)
         return Config(16, min(width, 64 if rows <= 64 else 32), 8, 1)
+    # The gradient of decays keeps more tiles alive.
+    chunk = 32 if problem.crossing or rows > 128 else 64
     if rows <= 64:
-        return Config(64, min(width, 64), 4, 3)
-    if rows <= 128:
-        return Config(64, min(width, 128), 8, 2)
-    return Config(32 if problem.sm // 10 not in (9, 10) else 64, min(width, 64), 8, 2)
+        return Config(chunk, min(width, 64), 4, 3)
+    return Config(chunk, min(width, 128 if rows <= 128 else 64), 8, 2)
 
 
 def _segments(problem: Problem, config: Config) -> int:
     """Enough that every SM has a block, each with some chunks of its own to walk."""
     blocks = problem.heads * -(-problem.sliced_width // config.width)
-    wanted = bucket(-(-problem.sms // blocks))
+    wanted = bucket(problem.sms // blocks + 1) // 2  # a power of two, rounded down
     return max(min(wanted, problem.seqlen // (4 * config.chunk)), 1)
 
 
