@@ -114,7 +114,7 @@ class Tuning:
     ``tunables`` has them by name, and ``kernels(shape)`` names those that a call of ``shape`` launches.
     ``problem(shape, dtype, kernel, device)`` is what the choice for one of them depends on, and
     ``launch(shape, dtype, kernel)`` launches it with meta tensors. ``leaves`` names the arguments whose gradients make
-    a backward pass launch it: none for a kernel of the forward pass.
+    a backward pass launch it, those of them that a call has: none for a kernel of the forward pass.
     """
 
     tunables: Mapping[str, Tunable[Any]]
