@@ -101,7 +101,7 @@ class BasedAttention(nn.Module):
         )
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> BasedAttentionState:
-        """The state before the first token of ``batch`` sequences; device and dtype are those of x, or of parameters."""
+        """The state before the first token of ``batch`` sequences; device and dtype: of x, or of the parameters."""
         weight = self.out_proj.weight
         device = weight.device if device is None else device
         dtype = weight.dtype if dtype is None else dtype

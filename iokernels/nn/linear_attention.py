@@ -124,7 +124,7 @@ class LightningAttention(nn.Module):
         )
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> LightningAttentionState:
-        """The state before the first token of ``batch`` sequences; device and dtype are those of x, or of parameters."""
+        """The state before the first token of ``batch`` sequences; device and dtype: of x, or of the parameters."""
         device, dtype = _place(self.in_proj.weight, device, dtype)
         widths = self.head_dim, self.head_dim
         memory = linear_attention_state(batch, self.num_heads, *widths, dtype=state_dtype(dtype), device=device)
@@ -236,7 +236,7 @@ class Retention(nn.Module):
         return f"{self.embed_dim}, {self.num_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}"
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> RetentionState:
-        """The state before the first token of ``batch`` sequences; device and dtype are those of x, or of parameters."""
+        """The state before the first token of ``batch`` sequences; device and dtype: of x, or of the parameters."""
         device, dtype = _place(self.in_proj.weight, device, dtype)
         widths = self.head_dim, self.value_dim
         memory = linear_attention_state(batch, self.num_heads, *widths, dtype=state_dtype(dtype), device=device)
