@@ -95,7 +95,8 @@ def chunk_decay(decay_head, decay, stride_n, first_row, length, BLOCK_C: tl.cons
         rows = first_row + offs_c
         g = tl.load(decay_head + rows.to(tl.int64) * stride_n, mask=rows < length, other=0.0).to(tl.float32)
         g = tl.minimum(tl.maximum(g, LEAST), 0.0) * LOG2E
-        return tl.cumsum(g, 0), tl.sum(g, 0)
+        b = tl.cumsum(g, 0)
+        return b, tl.min(b, 0)  # no gate is positive; a sum of its own would be rounded differently
     elif FEATURES.decay == 1:
         g = tl.minimum(tl.maximum(decay, LEAST), 0.0) * LOG2E
         count = tl.minimum(length - first_row, BLOCK_C)
