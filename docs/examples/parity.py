@@ -4,11 +4,11 @@
     python docs/examples/parity.py --seed 1 --steps 300
 
 Two gated delta nets that differ in one flag read strings of 64 random bits and say after each bit whether the number of
-ones so far is odd. With beta in (0, 1) every eigenvalue of their transitions lies in (0, 1): what a state holds can fade,
-but not change its sign, and no number of layers makes up for it. With beta in (0, 2) they reach -1: a one may turn what
-the state holds around, and a zero leave it. Then the rule holds for any length, and strings of 256 bits, four times as
-long as any seen in training, come out right (Grazzi et al., 2024, "Unlocking State-Tracking in Linear RNNs Through
-Negative Eigenvalues", arXiv:2411.12537).
+ones so far is odd. With beta in (0, 1) every eigenvalue of their transitions lies in (0, 1): what a state holds can
+fade, but not change its sign, and no number of layers makes up for it. With beta in (0, 2) they reach -1: a one may
+turn what the state holds around, and a zero leave it. Then the rule holds for any length, and strings of 256 bits, four
+times as long as any seen in training, come out right (Grazzi et al., 2024, "Unlocking State-Tracking in Linear RNNs
+Through Negative Eigenvalues", arXiv:2411.12537).
 
 Read from top to bottom: the model, the task, the training, what is printed.
 """
@@ -209,7 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     console = Console(stderr=asked.json)
     said_last = TextColumn("{task.fields[said]}")
-    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), said_last, TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        said_last,
+        TimeRemainingColumn(),
+    )
     results: list[Result] = []
     with Progress(*columns, console=console) as bars:
         for name in MODELS:

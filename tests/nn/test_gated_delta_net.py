@@ -30,9 +30,7 @@ def by_definition(net: GatedDeltaNet, x: Tensor) -> Tensor:
     mixed = net.in_proj(x)
     if net.conv_weight is not None:
         past = torch.cat([mixed.new_zeros(net.conv_size - 1, mixed.shape[1]), mixed])
-        mixed = torch.stack(
-            [(past[t : t + net.conv_size] * net.conv_weight[:, 0].T).sum(0) for t in range(x.shape[0])]
-        )
+        mixed = torch.stack([(past[t : t + net.conv_size] * net.conv_weight[:, 0].T).sum(0) for t in range(x.shape[0])])
     keys = net.num_key_heads * net.head_dim
     q, k, v = F.silu(mixed).split([keys, keys, net.num_heads * net.value_dim], dim=1)
     beta = torch.sigmoid(net.beta_proj(x)) * (2 if net.allow_neg_eigval else 1)

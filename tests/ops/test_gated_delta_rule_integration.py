@@ -15,6 +15,7 @@ from iokernels.bench.cases.gated_delta_rule import CASE
 from iokernels.ops.linear_attention import gated_delta_rule, gated_delta_rule_step, triton_delta_launch
 from iokernels.ops.linear_attention.delta_op import backward_op, forward_op, step_op
 from iokernels.ops.linear_attention.delta_options import DeltaOptions
+from iokernels.ops.linear_attention.delta_tuning import Config
 from iokernels.runtime import device as devices
 from iokernels.testing import inputs
 from iokernels.testing.tracer import trace
@@ -86,7 +87,7 @@ def test_no_byte_outside_the_tensors(text: str, layout: Any) -> None:
     options = DeltaOptions(given.get("log_decay"), given.get("initial_state"), None, 0.25)
     tiles = dict(gated_delta_rule_io.TILES)
     if given["q"].shape[3] > 32:
-        tiles = {name: tile.__class__(64, 16, 4, 1) for name, tile in tiles.items()}
+        tiles = dict.fromkeys(tiles, Config(64, 16, 4, 1))
     with autotune.override(**tiles), trace():
         out, final, inverses = triton_delta_launch.forward(q, k, v, given["beta"], options)
         dout = inputs.poisoned_view(torch.randn(out.shape).to(out.dtype), layout)
@@ -104,10 +105,10 @@ def test_offsets_out_of_range_stay_inside_the_tensors(bad: list[int]) -> None:
     q, beta = torch.randn(1, 2, 40, 16), torch.rand(1, 2, 40)
     q = q / q.norm(dim=-1, keepdim=True)
     options = DeltaOptions(-beta, None, torch.tensor(bad, dtype=torch.int32), 0.25)
-    with autotune.override(**{name: tile.__class__(16, 16, 4, 1) for name, tile in gated_delta_rule_io.TILES.items()}):
-        with trace():
-            out, final, inverses = triton_delta_launch.forward(q, q, q, beta, options)
-            grads = triton_delta_launch.backward(out, final, q, q, q, beta, inverses, options)
+    tiles = dict.fromkeys(gated_delta_rule_io.TILES, Config(16, 16, 4, 1))
+    with autotune.override(**tiles), trace():
+        out, final, inverses = triton_delta_launch.forward(q, q, q, beta, options)
+        grads = triton_delta_launch.backward(out, final, q, q, q, beta, inverses, options)
     assert out.isfinite().all()
     assert all(x is None or x.isfinite().all() for x in grads)
 

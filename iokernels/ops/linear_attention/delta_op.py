@@ -1,7 +1,8 @@
 """``gated_delta_rule`` as ``torch.library`` operators with an ``autograd.Function`` outside.
 
 One forward and one backward operator serve dense and packed inputs and the backends ``torch`` and ``triton``; a third
-is the step, which changes its state. This file imports torch alone; the backend's module is imported when it first runs.
+is the step, which changes its state. This file imports torch alone; the backend's module is imported when it first
+runs.
 """
 
 from __future__ import annotations
