@@ -100,8 +100,10 @@ LIMITS = {torch.float16: 2e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.
 
 
 def limit(name: str, dtype: torch.dtype) -> Limit:
-    """Over the whole tensor: a single row may cancel to nothing. The gradient of the decays is a sum of terms that mostly
-    cancel."""
+    """Over the whole tensor: a single row may cancel to nothing.
+
+    The gradient of the decays is a sum of terms that mostly cancel.
+    """
     if name == "dlog_decay":
         return Limit({torch.float32: 1e-4, torch.float64: 1e-10}.get(dtype, 2e-2), 0)
     return Limit(LIMITS[dtype], 0)
@@ -125,9 +127,7 @@ def peers(device: torch.device) -> Mapping[str, Prepare | str]:
         q, k, v = (x.transpose(1, 2) for x in given.values())
 
         def call() -> Outputs:
-            out, state = chunk_gated_delta_rule(
-                q, k, v, g=g, beta=beta, initial_state=initial, output_final_state=True
-            )
+            out, state = chunk_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=initial, output_final_state=True)
             return {"out": out.transpose(1, 2), "final_state": state}
 
         return call
@@ -162,9 +162,7 @@ def check_points() -> tuple[Point, ...]:
         _point("width 256", d=256, n=40, h=1),
         _point("packed", packed=1, b=3, n=80),
         _point("packed with an empty sequence and one of a token", packed=1, b=4, empty=1, n=70, state=1),
-        _point(
-            "all options", packed=1, b=4, empty=1, n=70, h=4, hk=2, d=24, dv=40, state=1, gate=3.0, quick=True
-        ),
+        _point("all options", packed=1, b=4, empty=1, n=70, h=4, hk=2, d=24, dv=40, state=1, gate=3.0, quick=True),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from iokernels.bench.case import Case, Implementation, Inputs, Outputs, Pass, Point
@@ -23,7 +25,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
 
 def run(inputs: Inputs, backend: str) -> Outputs:
     """The public function, on a copy of the state."""
-    given = dict(inputs.tensors)
+    given: dict[str, Any] = dict(inputs.tensors)
     state = given.pop("state").clone()
     out = gated_delta_rule_step(**given, state=state, backend=backend)
     return {"out": out, "state": state}

@@ -72,9 +72,13 @@ class GatedDeltaNet(nn.Module):
     ) -> None:
         super().__init__()
         require = _CONTRACT.require
-        require(embed_dim > 0 and num_heads > 0, f"embed_dim is {embed_dim}, num_heads {num_heads}; both must be above 0")
+        require(
+            embed_dim > 0 and num_heads > 0, f"embed_dim is {embed_dim}, num_heads {num_heads}; both must be above 0"
+        )
         if head_dim is None:
-            require(embed_dim % num_heads == 0, f"embed_dim is {embed_dim}; without head_dim, {num_heads} must divide it")
+            require(
+                embed_dim % num_heads == 0, f"embed_dim is {embed_dim}; without head_dim, {num_heads} must divide it"
+            )
             head_dim = embed_dim // num_heads
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
         value_dim = round(head_dim * expand_v)
@@ -129,9 +133,7 @@ class GatedDeltaNet(nn.Module):
             f"allow_neg_eigval={self.allow_neg_eigval}"
         )
 
-    def init_state(
-        self, batch: int, device: Any = None, dtype: torch.dtype | None = None
-    ) -> GatedDeltaNetState:
+    def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> GatedDeltaNetState:
         """The state before the first token, for ``batch`` sequences.
 
         Args:
@@ -144,9 +146,7 @@ class GatedDeltaNet(nn.Module):
         dtype = weight.dtype if dtype is None else dtype
         return GatedDeltaNetState(
             torch.zeros(batch, self.conv_size - 1, sum(self.widths), device=device, dtype=dtype),
-            torch.zeros(
-                batch, self.num_heads, self.head_dim, self.value_dim, device=device, dtype=state_dtype(dtype)
-            ),
+            torch.zeros(batch, self.num_heads, self.head_dim, self.value_dim, device=device, dtype=state_dtype(dtype)),
         )
 
     def forward(self, x: Tensor, state: GatedDeltaNetState | None = None, return_state: bool = False) -> Any:

@@ -231,9 +231,7 @@ def _plan(
         key_heads > 0 and heads % key_heads == 0,
         f"k has {key_heads} heads and v has {heads}; the heads of k must divide those of v",
     )
-    contract.require(
-        width > 0 and sizes["V"] > 0, f"head widths are {width} and {sizes['V']}; they must be at least 1"
-    )
+    contract.require(width > 0 and sizes["V"] > 0, f"head widths are {width} and {sizes['V']}; they must be at least 1")
     if not isinstance(return_state, bool):
         raise TypeError(f"{contract.operator}: return_state is {type(return_state).__name__}; it must be a bool")
     if state is not None and state.dtype != state_dtype(q.dtype):

@@ -1,7 +1,8 @@
 """``gated_delta_rule`` as ``torch.library`` operators with an ``autograd.Function`` outside.
 
 One forward and one backward operator serve dense and packed inputs and the backends ``torch`` and ``triton``; a third
-is the step, which changes its state. This file imports torch alone; the backend's module is imported when it first runs.
+is the step, which changes its state. This file imports torch alone; the backend's module is imported when it first
+runs.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ def _backward_fake(
     dout: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, inverses: Tensor,
     needs: list[bool], backend: str, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    need, opts, nothing = Needs(*needs), DeltaOptions(*options), q.new_empty(0)
+    need, opts = Needs(*needs), DeltaOptions(*options)
     return (
-        empty_like_rows(q, q.shape[3]) if need.q else nothing,
-        empty_like_rows(k, k.shape[3]) if need.k else nothing,
-        empty_like_rows(v, v.shape[3]) if need.v else nothing,
-        torch.empty_like(beta) if need.beta else nothing,
-        torch.empty_like(opts.log_decay) if need.log_decay and opts.log_decay is not None else nothing,
-        empty_state(q, v, opts) if need.initial_state and opts.initial_state is not None else nothing,
+        empty_like_rows(q, q.shape[3]) if need.q else q.new_empty(0),
+        empty_like_rows(k, k.shape[3]) if need.k else q.new_empty(0),
+        empty_like_rows(v, v.shape[3]) if need.v else q.new_empty(0),
+        torch.empty_like(beta) if need.beta else q.new_empty(0),
+        torch.empty_like(opts.log_decay) if need.log_decay and opts.log_decay is not None else q.new_empty(0),
+        empty_state(q, v, opts) if need.initial_state and opts.initial_state is not None else q.new_empty(0),
     )
 
 

@@ -1,7 +1,7 @@
 """What the backends of ``gated_delta_rule`` agree on: the arguments after v, and what a backward pass returns.
 
-Dense inputs are ``q, k [B, Hk, N, K]``, ``v [B, H, N, V]``, ``beta [B, H, N]``. Packed sequences reach the backends as a
-batch of one, ``[1, H, total, D]``, with ``cu_seqlens``.
+Dense inputs are ``q, k [B, Hk, N, K]``, ``v [B, H, N, V]``, ``beta [B, H, N]``. Packed sequences reach the backends as
+a batch of one, ``[1, H, total, D]``, with ``cu_seqlens``.
 """
 
 from __future__ import annotations

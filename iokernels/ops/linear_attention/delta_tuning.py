@@ -107,13 +107,16 @@ def _preferred(problem: Problem) -> Config:
         return Config(width_k, max(16, min(width_v, 8192 // width_k)), 4, 1)
     if problem.kernel == INVERSE:
         return Config(width_k, 16, 4, 1)
+    # Warpgroup (Hopper) and tensor-memory (Blackwell) products read operands from shared memory, which frees registers.
+    roomy, half = problem.sm // 10 in (9, 10), problem.itemsize == 2
     if problem.kernel == GRADS:
-        return Config(min(width_k, 64 if problem.itemsize == 2 else 32), min(width_v, 32), 8, 1)
+        return Config(min(width_k, 64 if half and roomy else 32), min(width_v, 32), 8, 1)
     # A walk: columns as the registers allow beside q, k and the scores, fewer while that is what fills the GPU.
     columns = min(32 if problem.tensor_cores or width_k <= 128 else 16, width_v)
     while columns > 16 and problem.heads * (width_v // columns) < problem.sms:
         columns //= 2
-    return Config(width_k, columns, 4 if problem.tensor_cores else 8, 2 if problem.itemsize == 2 else 1)
+    hopper = half and problem.sm // 10 == 9
+    return Config(width_k, columns, 4 if hopper else 8, 2 if hopper else 1)
 
 
 def _smaller(problem: Problem, config: Config) -> Config:

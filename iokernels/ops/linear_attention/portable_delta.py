@@ -138,7 +138,7 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, log_decay: Tensor | None, scale: float
 ) -> Tensor:
     """The recurrence itself, over the few tokens of q ``[B, Hk, N, K]``; ``state [B, H, K, V]`` is updated in place."""
-    batch, heads, length, width = v.shape
+    heads, length, width = v.shape[1:]
     out = empty_like_rows(v, width)
     group = heads // q.shape[1]
     q, k = (x.to(state.dtype).repeat_interleave(group, dim=1) if group > 1 else x.to(state.dtype) for x in (q, k))

@@ -20,8 +20,8 @@ Backward, with D' the gradient of H' and r the gradient of the right side of the
     D  = E_C D' + (E Q)^T do - W^T dn   dv = beta r
 
 The gradients of q, k and beta follow by the product rule, and that of b from the rows of G, E and E_C / E, which
-multiply what is already there: db_i = q_i . dq_i - k_i . dk_i over the terms with those factors. The gradient of the log
-decays is the sum of db over the rest of the chunk.
+multiply what is already there: db_i = q_i . dq_i - k_i . dk_i over the terms with those factors. The gradient of the
+log decays is the sum of db over the rest of the chunk.
 
 Exponents are differences b_i - b_j with i >= j, never positive. b is summed and subtracted in float64: after a strong
 decay in the chunk b is large, and its float32 rounding would be an error of every later weight.

@@ -1,13 +1,13 @@
 """The gated delta rule backward in Triton: the walk from the end, with the gradient of the state on chip.
 
-A thread block owns one head of one sequence and BLOCK_V columns, keeps D, the gradient of the state, ``[K, BLOCK_V]`` in
-float32, and takes the chunks from the last to the first. With n and T as in :mod:`.triton_delta_fwd`:
+A thread block owns one head of one sequence and BLOCK_V columns, keeps D, the gradient of the state, ``[K, BLOCK_V]``
+in float32, and takes the chunks from the last to the first. With n and T as in :mod:`.triton_delta_fwd`:
 
     dn = scale tril(Q K^T exp(b_i - b_j))^T do + exp(b_C - b) K D      r = T^T dn      dv = beta r
     D' = exp(b_C) D + scale (exp(b) Q)^T do - (beta exp(b) K)^T r
 
-r is the gradient of the right side of the triangular system, from which :mod:`.triton_delta_grads` makes all the others;
-it and D at the end of each chunk are written. The transposed scores are formed as K Q^T, never by transposing a product.
+r is the gradient of the right side of the triangular system, from which :mod:`.triton_delta_grads` makes all others; it
+and D at the end of each chunk are written. The transposed scores are formed as K Q^T, never by transposing a product.
 
 FLOPs a row and head: 6 K V + C (2 K + 4 V). Bytes: do, dv and r once, K V / C elements of D written a row, q, k, beta,
 log_decay and the inverse once for each block of columns.

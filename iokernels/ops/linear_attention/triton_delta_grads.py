@@ -12,9 +12,9 @@ G = exp(b_i - b_j) for i >= j:
 and the gradient of the log decays is the sum of db over the rest of the chunk, plus that of b_C, sum k . exp(b_C - b) n
 D^T + exp(b_C) <H, D> (derived from arXiv:2412.06464, section 3.3; :mod:`.portable_delta_chunks`).
 
-A thread block owns one chunk, one head and BLOCK_K columns of q and k, and sums over v in blocks of BLOCK_V in one loop.
+A thread block owns one chunk, one head and BLOCK_K columns of q and k, and sums over v in blocks of BLOCK_V, one loop.
 Terms that are sums over K come out in parts, one for each block of columns. Transposed products are formed from their
-transposed operands.
+transposed operands, and rounded like the others: what cancels between their sums in db is then alike to the bit.
 
 FLOPs a row and head: 6 K V + C (8 V + 8 K), the 8 C V once for each block of columns. Bytes: q, k, dq, dk once, K V / C
 elements of H and of D once a row; do, n, r, v and the rows' numbers once for each block of columns.

@@ -46,7 +46,7 @@ def _on_diagonal(blocks, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def unit_triangular_inverse(lower, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + lower)^-1 of a strictly lower triangular [C, C], float32. C is a power of two, 16 at least."""
+    """(I + lower)^-1 of a strictly lower triangular [C, C], float32. C is 16, 32 or 64."""
     local = tl.arange(0, 16)
     blocks = _diagonal_blocks(lower, BLOCK_C)
     identity = tl.where(local[:, None] == local[None, :], 1.0, 0.0)
@@ -58,12 +58,10 @@ def unit_triangular_inverse(lower, BLOCK_C: tl.constexpr, PRECISION: tl.constexp
         inverse -= factor[:, :, None] * row[:, None, :]
     result = _on_diagonal(inverse, BLOCK_C)
     rows = tl.arange(0, BLOCK_C)
-    size: tl.constexpr = 16
-    if BLOCK_C > size:
+    if BLOCK_C > 16:
         result = _join(result, lower, rows, 16, PRECISION)
-    if BLOCK_C > 2 * size:
+    if BLOCK_C > 32:
         result = _join(result, lower, rows, 32, PRECISION)
-    tl.static_assert(BLOCK_C <= 4 * size)
     return result
 
 
@@ -104,9 +102,7 @@ def gated_delta_rule_inverse_kernel(
     if rows > 0:
         local, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
         k_block = at_head(k_ptr, stride_k, batch, head // group, first_row)
-        k = load_tile(
-            k_block, tile_offsets(stride_k, local, offs_k, WIDE), local, offs_k, rows, KEY_DIM, BLOCK_K, True
-        )
+        k = load_tile(k_block, tile_offsets(stride_k, local, offs_k, WIDE), local, offs_k, rows, KEY_DIM, BLOCK_K, True)
         beta = load_rows(beta_ptr, stride_beta, batch, head, first_row, rows, BLOCK_C)
         sums = load_sums(decay_ptr, stride_decay, batch, head, first_row, rows, FEATURES.decay, BLOCK_C)
         products = tl.dot(k, tl.trans(k), input_precision=PRECISION)

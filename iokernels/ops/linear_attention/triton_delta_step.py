@@ -53,9 +53,7 @@ def gated_delta_rule_step_kernel(
     """out of BLOCK_V columns of one head, and their part of the state after the last token."""
     batch, head, columns = block_of_columns(heads, VALUE_DIM, BLOCK_V)
     offs_k = tl.arange(0, BLOCK_K)
-    state = load_state(
-        state_ptr, stride_state, batch, head, columns, True, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
-    )
+    state = load_state(state_ptr, stride_state, batch, head, columns, True, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
     for row in tl.range(0, seqlen):
         q = _load_row(q_ptr, stride_q, batch, head // group, row, offs_k, KEY_DIM)
         k = _load_row(k_ptr, stride_k, batch, head // group, row, offs_k, KEY_DIM)
