@@ -205,4 +205,5 @@ CASE = Case(
     compilation=COMPILATION,
     tuning=TUNING,
     limit=limit,
+    room="linear_attention",
 )

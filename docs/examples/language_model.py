@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,20 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, attn_mask=future, is_causal=True, need_weights=False)[0]
 
 
+class Recurrent(nn.Module):
+    """A mixer with a state of fixed size: parallel over a training sequence, and from its state, byte by byte."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def memory(self, capacity: int) -> Any:
+        return self.mixer.init_state(1)  # whatever the capacity
+
+    def forward(self, x: Tensor, memory: Any = None) -> Tensor:
+        return self.mixer(x) if memory is None else self.mixer.step(x, memory)
+
+
 Mixer = Callable[[int, int], nn.Module]
 """Makes, of a width E and a number of heads, a causal module from ``[B, N, E]`` to ``[B, N, E]``."""
 
@@ -59,6 +74,9 @@ MIXERS: dict[str, Mixer] = {
         iokernels.nn.FlashAttention(width, heads, bias=False, batch_first=True)
     ),
     "sdpa": lambda width, heads: SelfAttention(nn.MultiheadAttention(width, heads, bias=False, batch_first=True)),
+    "lightning": lambda width, heads: Recurrent(iokernels.nn.LightningAttention(width, heads)),
+    "based": lambda width, heads: Recurrent(iokernels.nn.BasedAttention(width, heads, window=32)),
+    "delta": lambda width, heads: Recurrent(iokernels.nn.GatedDeltaNet(width, heads, allow_neg_eigval=True)),
 }
 """Add an entry, and ``--mixer all`` compares it with the others."""
 
