@@ -55,6 +55,8 @@ class SelfAttention(nn.Module):
 class Recurrent(nn.Module):
     """A mixer with a state of fixed size: parallel over a training sequence, and from its state, byte by byte."""
 
+    mixer: Any
+
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
