@@ -114,7 +114,7 @@ class Tuning:
     ``tunables`` has them by name, and ``kernels(shape)`` names those that a call of ``shape`` launches.
     ``problem(shape, dtype, kernel, device)`` is what the choice for one of them depends on, and
     ``launch(shape, dtype, kernel)`` launches it with meta tensors. ``leaves`` names the arguments whose gradients make
-    a backward pass launch it: none for a kernel of the forward pass.
+    a backward pass launch it, those of them that a call has: none for a kernel of the forward pass.
     """
 
     tunables: Mapping[str, Tunable[Any]]
@@ -138,7 +138,8 @@ class Case:
 
     ``passes`` are those that the operator has: forward alone where it takes no gradients. ``limit(name, dtype)`` is
     what the output or gradient (``d`` and the argument) of that name may be wrong by; without it the budget is a
-    multiple of the error of the eager formula (:mod:`iokernels.testing.budget`).
+    multiple of the error of the eager formula (:mod:`iokernels.testing.budget`). ``room`` names the operator to whose
+    room the functions belong, where the case has another name.
     """
 
     operator: str
@@ -159,6 +160,12 @@ class Case:
     tuning: Tuning | None = None
     passes: tuple[Pass, ...] = PASSES
     limit: Callable[[str, torch.dtype], Limit] | None = None
+    room: str = ""
+
+    @property
+    def page(self) -> str:
+        """The operator under whose name documentation and shared tests stand."""
+        return self.room or self.operator
 
     def suite(self, name: str) -> tuple[Shape, ...]:
         """The shapes of a suite. Raises :class:`UsageError`."""

@@ -69,8 +69,8 @@ def describe(case: Case) -> dict[str, Any]:
         "peers": {
             name: peer if isinstance(peer, str) else "installed" for name, peer in case.peers(devices[0]).items()
         },
-        "documentation": _where(f"docs/ops/{case.operator}.md"),
-        "tests": _where(f"tests/ops/test_{case.operator}.py"),
+        "documentation": _where(f"docs/ops/{case.page}.md"),
+        "tests": _where(f"tests/ops/test_{case.operator.removesuffix('_step')}.py"),
     }
 
 

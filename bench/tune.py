@@ -247,7 +247,8 @@ def _leaves(item: Item) -> tuple[str, ...]:
 def _launch(item: Item, device: torch.device) -> Call:
     """A call of the public function that launches the kernel: its forward pass, or the part of the backward pass that
     yields the kernel's gradients."""
-    inputs, leaves = item.case.make_inputs(item.shape, item.dtype, device, 0), _leaves(item)
+    inputs = item.case.make_inputs(item.shape, item.dtype, device, 0)
+    leaves = [name for name in _leaves(item) if name in inputs.tensors]
     for name, x in inputs.tensors.items():
         x.requires_grad_(name in leaves)
     outputs = item.case.run(inputs, "triton")

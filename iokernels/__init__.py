@@ -10,6 +10,8 @@ from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled
 from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
 from .ops.linear_attention import (
     alibi_slopes,
+    gated_delta_rule,
+    gated_delta_rule_step,
     lightning_attention,
     linear_attention,
     linear_attention_state,
@@ -23,16 +25,14 @@ from .runtime.errors import UnsupportedError
 __all__ = [
     "UnsupportedError",
     "__version__",
+    "alibi_slopes",
     "append_kv",
     "apply_rotary",
     "flash_attention",
     "flash_attention_varlen",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
     "lean_attention",
-    "nn",
-    "rotary_table",
-    "alibi_slopes",
-    "flash_attention",
-    "flash_attention_varlen",
     "lightning_attention",
     "linear_attention",
     "linear_attention_state",
@@ -40,6 +40,7 @@ __all__ = [
     "minimax_slopes",
     "nn",
     "retention_slopes",
+    "rotary_table",
     "scaled_dot_product_attention",
     "use_backend",
 ]

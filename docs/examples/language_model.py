@@ -68,6 +68,22 @@ class CachedAttention(nn.Module):
         return self.attention(x, memory)
 
 
+class Recurrent(nn.Module):
+    """A mixer with a state of fixed size: parallel over a training sequence, and from its state, byte by byte."""
+
+    mixer: Any
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def memory(self, capacity: int) -> Any:
+        return self.mixer.init_state(1)  # whatever the capacity
+
+    def forward(self, x: Tensor, memory: Any = None) -> Tensor:
+        return self.mixer(x) if memory is None else self.mixer.step(x, memory)
+
+
 Mixer = Callable[[int, int], nn.Module]
 """Makes, of a width E and a number of heads, a causal module from ``[B, N, E]`` to ``[B, N, E]``.
 
@@ -78,6 +94,9 @@ it, the module takes its input for what follows in that text.
 MIXERS: dict[str, Mixer] = {
     "flash": CachedAttention,
     "sdpa": lambda width, heads: SelfAttention(nn.MultiheadAttention(width, heads, bias=False, batch_first=True)),
+    "lightning": lambda width, heads: Recurrent(iokernels.nn.LightningAttention(width, heads)),
+    "based": lambda width, heads: Recurrent(iokernels.nn.BasedAttention(width, heads, window=32)),
+    "delta": lambda width, heads: Recurrent(iokernels.nn.GatedDeltaNet(width, heads, allow_neg_eigval=True)),
 }
 """Add an entry, and ``--mixer all`` compares it with the others."""
 

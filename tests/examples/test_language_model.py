@@ -90,7 +90,7 @@ def test_it_learns(lm: Any, text: Any, tiny: Any):
     assert result.parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["flash", "sdpa"])
+@pytest.mark.parametrize("name", ["flash", "sdpa", "lightning", "based", "delta"])
 def test_a_mixer_sees_no_later_byte(lm: Any, tiny: Any, name: str):
     torch.manual_seed(0)
     model = lm.LanguageModel(lm.MIXERS[name], tiny).eval()
@@ -146,6 +146,17 @@ def test_mixers_without_memory_recompute(lm: Any, text: Any, tiny: Any):
     assert flash[1].written_per_second > 0
     assert sdpa[1].written_per_second is None
     assert sdpa[1].recomputed_per_second > 0
+
+
+@pytest.mark.parametrize("name", ["lightning", "based", "delta"])
+def test_a_recurrent_mixer_learns_and_writes_from_its_state(lm: Any, text: Any, tiny: Any, name: str):
+    model, result = lm.train(name, tiny, text)
+    assert result.losses[-1] < result.losses[0] - 0.3
+    mixer, x = model.blocks[0].mixer, torch.randn(1, 40, tiny.width)
+    with torch.no_grad():
+        memory = mixer.memory(tiny.context)
+        pieces = torch.cat([mixer(part, memory) for part in x.split([20, 1, 1, 18], dim=1)], dim=1)
+        torch.testing.assert_close(pieces, mixer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_the_standard_library_split_by_file(lm: Any, library: tuple[torch.Tensor, torch.Tensor]):

@@ -205,11 +205,14 @@ class Chunks:
             g = decay[:, :, rows]
         else:
             g = decay.view(1, -1, 1).expand(1, -1, length)
-        b = g.to(self.dtype).clamp(LEAST_LOG_DECAY, 0.0).cumsum(-1)
+        g = g.to(self.dtype).clamp(LEAST_LOG_DECAY, 0.0)
+        b = g.cumsum(-1)
         end = b[..., -1:]
+        # Summed from the end: b_C - b would lose what strong decays leave of the last tokens.
+        behind = torch.nn.functional.pad(g.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
         later = torch.ones(length, length, dtype=torch.bool, device=b.device).triu_(1)
         between = (b[..., :, None] - b[..., None, :]).masked_fill_(later, float("-inf")).exp_()
-        made = _Weights(b.exp()[..., None], (end - b).exp()[..., None], end.exp()[..., None], between)
+        made = _Weights(b.exp()[..., None], behind.exp()[..., None], end.exp()[..., None], between)
         if not self.options.per_token():
             self._weights[length] = made
         return made

@@ -1,0 +1,69 @@
+"""How the Triton kernels of linear_attention are tuned: what each choice depends on, and launching one kernel alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from iokernels import autotune
+from iokernels.bench.case import Tuning
+from iokernels.bench.cases.linear_attention_kernels import (
+    backward,
+    configs,
+    crossing,
+    forward,
+    launch_step,
+    learns,
+    meta_call,
+)
+from iokernels.bench.shape import Shape
+from iokernels.ops.linear_attention.options import Needs
+from iokernels.ops.linear_attention.tuning import Problem
+from iokernels.ops.linear_attention.tuning_space import TUNABLES
+from iokernels.runtime.device import DeviceSpec
+
+_STATE, _STEP = "linear_attention_state", "linear_attention_step"
+_LEAVES = {
+    "linear_attention_fwd": (),
+    _STATE: (),
+    # Kernels that take part in the gradient of decays are other problems; without such decays there is no such leaf.
+    "linear_attention_bwd_dq": ("q", "log_decay"),
+    "linear_attention_bwd_dk": ("k", "log_decay"),
+    "linear_attention_bwd_dv": ("v", "log_decay"),
+    _STEP: (),
+}
+
+
+def kernels(shape: Shape) -> tuple[str, ...]:
+    """All of both passes; that of segments' states where sequences are cut."""
+    cut = configs(shape, torch.bfloat16)["linear_attention_fwd"].segments > 1
+    return tuple(kernel for kernel in TUNABLES if kernel != _STEP and (cut or kernel != _STATE))
+
+
+def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Problem:
+    """What a call of ``shape`` asks of ``kernel``."""
+    from iokernels.ops.linear_attention import triton_launch
+
+    return triton_launch.Launch(*meta_call(shape, dtype)).problem(kernel, device, crossing(shape, kernel))
+
+
+def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
+    """Launch ``kernel`` with meta tensors, and what its results need."""
+    if kernel == _STEP:
+        launch_step(shape, dtype)
+    elif kernel == _STATE:
+        chosen = configs(shape, dtype)["linear_attention_fwd"]
+        with autotune.override(linear_attention_fwd=replace(chosen, segments=max(chosen.segments, 2))):
+            forward(shape, dtype)
+    elif not _LEAVES[kernel]:
+        forward(shape, dtype)
+    else:
+        wanted = _LEAVES[kernel]
+        backward(shape, dtype, Needs("q" in wanted, "k" in wanted, "v" in wanted, learns(shape)))
+
+
+_PASSES = {kernel: tunable for kernel, tunable in TUNABLES.items() if kernel != _STEP}
+
+TUNING = Tuning(_PASSES, kernels, problem, launch, _LEAVES)
+STEP_TUNING = Tuning({_STEP: TUNABLES[_STEP]}, lambda shape: (_STEP,), problem, launch, _LEAVES)

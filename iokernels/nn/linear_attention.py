@@ -1,0 +1,296 @@
+"""Linear attention as modules: causal sequence mixers that remember a whole text in a state of fixed size.
+
+:class:`LightningAttention`, :class:`Retention`, :class:`BasedAttention` and :class:`GatedDeltaNet` have one interface:
+
+    out = mixer(x)                                  # [B, N, E] -> [B, N, E], differentiable, for training
+    out, state = mixer(x, return_state=True)        # and what it remembers of x
+    out, state = mixer(x, state, return_state=True) # goes on from there; the given state is not modified
+    state = mixer.init_state(batch)                 # nothing remembered
+    out = mixer.step(x, state)                      # the next token or few; the state is updated in place
+
+A state is a named tuple of tensors: copy it with :func:`copy.deepcopy`, move it field by field.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iokernels.ops.linear_attention.api import linear_attention, linear_attention_state, linear_attention_step
+from iokernels.ops.linear_attention.decays import alibi_slopes, minimax_slopes, retention_slopes
+from iokernels.ops.linear_attention.options import state_dtype
+from iokernels.runtime.contracts import FLOATS, Contract, Spec
+
+from .based_attention import BasedAttention, BasedAttentionState
+from .gated_delta_net import GatedDeltaNet, GatedDeltaNetState
+from .positions import FixedDecay, rotated, token_positions
+
+__all__ = [
+    "BasedAttention",
+    "BasedAttentionState",
+    "GatedDeltaNet",
+    "GatedDeltaNetState",
+    "LightningAttention",
+    "LightningAttentionState",
+    "Retention",
+    "RetentionState",
+]
+
+_LIGHTNING = Contract("LightningAttention", x=Spec("B N embed_dim", FLOATS))
+_RETENTION = Contract("Retention", x=Spec("B N embed_dim", FLOATS))
+
+SLOPES = ("alibi", "minimax", "retention")
+GATES = ("linear", "sigmoid", "none")
+
+
+class LightningAttentionState(NamedTuple):
+    """What a :class:`LightningAttention` remembers. ``step`` updates it in place."""
+
+    memory: Tensor  # float32 (float64 for float64 inputs) [B, num_heads, head_dim, head_dim]
+
+
+class LightningAttention(nn.Module):
+    """The mixer of TransNormerLLM (Qin et al., 2023, arXiv:2307.14995) on Lightning Attention-2 (arXiv:2401.04658).
+
+    With Q and K = SiLU of projections of x, V a projection, and head h forgetting ``exp(-slope_h)`` a token:
+
+        out = W_o (SRMSNorm(linear_attention(Q, K, V)) * gate(W_u x))
+
+    SRMSNorm divides by the root mean square over all heads and has no weight, so a scale of Q K^T cancels; here it is
+    ``head_dim ** -0.5``, which keeps float16 in range. The decay is the only thing that tells positions apart.
+
+    Args:
+        embed_dim: width E of x and of the output.
+        num_heads: heads, each with a state of ``head_dim x head_dim``.
+        head_dim: ``embed_dim / num_heads`` if None.
+        slopes: which slopes the heads have: ``"alibi"`` (:func:`iokernels.alibi_slopes`, as the papers), ``"minimax"``
+            (:func:`iokernels.minimax_slopes`, which needs ``layer`` and ``layers``) or ``"retention"``.
+        layer: which layer of the model this is, from 0; only ``"minimax"`` reads it.
+        layers: how many layers the model has; likewise.
+        gate: ``"linear"`` is the papers' (``gate(u) = u``), ``"sigmoid"`` that of MiniMax-01 (arXiv:2501.08313),
+            ``"none"`` has no gate and no W_u.
+        bias: whether the projections have a bias.
+        norm_eps: added to the mean square before its root is taken.
+        backend: as in :func:`iokernels.linear_attention`.
+        device: where the parameters live.
+        dtype: their dtype. The slopes are float32 always.
+
+    Raises:
+        ValueError: sizes or names that do not fit.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        slopes: str = "alibi",
+        layer: int = 0,
+        layers: int = 1,
+        gate: str = "linear",
+        bias: bool = False,
+        norm_eps: float = 1e-6,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        head_dim = _head_dim(_LIGHTNING, embed_dim, num_heads, head_dim)
+        _LIGHTNING.require(slopes in SLOPES, f"slopes is {slopes!r}; it must be one of {', '.join(SLOPES)}")
+        _LIGHTNING.require(gate in GATES, f"gate is {gate!r}; it must be one of {', '.join(GATES)}")
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
+        self.slopes, self.gate, self.norm_eps, self.backend = slopes, gate, norm_eps, backend
+        makers = {
+            "alibi": partial(alibi_slopes, num_heads),
+            "minimax": partial(minimax_slopes, num_heads, layer, layers),
+            "retention": partial(retention_slopes, num_heads),
+        }
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = num_heads * head_dim
+        self.decay = FixedDecay(makers[slopes], device)
+        self.in_proj = nn.Linear(embed_dim, 3 * width, bias=bias, **made)
+        self.gate_proj = None if gate == "none" else nn.Linear(embed_dim, width, bias=bias, **made)
+        self.out_proj = nn.Linear(width, embed_dim, bias=bias, **made)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the parentheses."""
+        return (
+            f"{self.embed_dim}, {self.num_heads}, head_dim={self.head_dim}, slopes={self.slopes!r}, gate={self.gate!r}"
+        )
+
+    def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> LightningAttentionState:
+        """The state before the first token of ``batch`` sequences; device and dtype: of x, or of the parameters."""
+        device, dtype = _place(self.in_proj.weight, device, dtype)
+        widths = self.head_dim, self.head_dim
+        memory = linear_attention_state(batch, self.num_heads, *widths, dtype=state_dtype(dtype), device=device)
+        return LightningAttentionState(memory)
+
+    def forward(self, x: Tensor, state: LightningAttentionState | None = None, return_state: bool = False) -> Any:
+        """Mix whole sequences, differentiably.
+
+        Args:
+            x: ``[B, N, E]``.
+            state: what came before, from :meth:`init_state` or an earlier call; not modified. None: nothing did.
+            return_state: also return the state after the last token, a new one.
+
+        Returns:
+            ``[B, N, E]``, or ``([B, N, E], state)``.
+        """
+        out, memory = linear_attention(
+            *self._projected(x), log_decay=self.decay.log_decay,
+            initial_state=None if state is None else state.memory, return_state=True, backend=self.backend,
+        )  # fmt: skip
+        out = self._output(x, out)
+        return (out, LightningAttentionState(memory)) if return_state else out
+
+    def step(self, x: Tensor, state: LightningAttentionState) -> Tensor:
+        """The next token or few, for generation: x ``[B, N, E]`` with a small N; ``state`` is updated in place.
+
+        Has no gradient: call it under ``torch.no_grad()`` or ``torch.inference_mode()``. Safe under CUDA-graph capture.
+        """
+        q, k, v = self._projected(x)
+        log_decay = self.decay.log_decay
+        return self._output(x, linear_attention_step(q, k, v, state.memory, log_decay=log_decay, backend=self.backend))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v, each [B, num_heads, N, head_dim]."""
+        _LIGHTNING.check({"embed_dim": self.embed_dim}, x=x)
+        q, k, v = self.in_proj(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+        return F.silu(q), F.silu(k), v
+
+    def _output(self, x: Tensor, out: Tensor) -> Tensor:
+        """Normalise [B, num_heads, N, head_dim] over its heads, gate and project."""
+        out = out.transpose(1, 2).flatten(2)
+        out = F.rms_norm(out, (out.shape[2],), None, self.norm_eps)
+        if self.gate_proj is not None:
+            gate = self.gate_proj(x)
+            out = out * (torch.sigmoid(gate) if self.gate == "sigmoid" else gate)
+        return self.out_proj(out)
+
+
+class RetentionState(NamedTuple):
+    """What a :class:`Retention` remembers. ``step`` updates it in place."""
+
+    memory: Tensor  # float32 (float64 for float64 inputs) [B, num_heads, head_dim, value_dim]
+    seen: Tensor  # int64 [B]: tokens so far
+
+
+class Retention(nn.Module):
+    """Multi-scale retention (Sun et al., 2023, arXiv:2307.08621, section 2.3): head h keeps ``1 - 2 ** (-5 - h)``.
+
+    Queries and keys turn with the position (pairs of neighbouring elements, base 10000). That is xPos without the decay
+    of its own, which retention's replaces. Each head's output is normalised (group norm), multiplied by SiLU of a gate
+    and projected back.
+
+    Args:
+        embed_dim: width E of x and of the output.
+        num_heads: heads, each with a state of ``head_dim x value_dim``.
+        head_dim: width of queries and keys, even; ``embed_dim / num_heads`` if None.
+        expand_v: value_dim is this times head_dim; RetNet has 2.
+        bias: whether the projections have a bias.
+        norm_eps: added to the variance before its root is taken.
+        backend: as in :func:`iokernels.linear_attention`.
+        device: where the parameters live.
+        dtype: their dtype. The decays are float32 always.
+
+    Raises:
+        ValueError: sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        expand_v: float = 2.0,
+        bias: bool = False,
+        norm_eps: float = 1e-5,
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        head_dim = _head_dim(_RETENTION, embed_dim, num_heads, head_dim)
+        value_dim = round(head_dim * expand_v)
+        _RETENTION.require(head_dim % 2 == 0, f"head_dim is {head_dim}; it must be even, for its pairs turn")
+        _RETENTION.require(value_dim > 0, f"head_dim is {head_dim}, expand_v {expand_v}; widths must be at least 1")
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.head_dim, self.value_dim, self.backend = head_dim, value_dim, backend
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        keys, values = num_heads * head_dim, num_heads * value_dim
+        self.widths = (keys, keys, values)
+        self.decay = FixedDecay(partial(retention_slopes, num_heads), device)
+        self.in_proj = nn.Linear(embed_dim, sum(self.widths), bias=bias, **made)
+        self.gate_proj = nn.Linear(embed_dim, values, bias=bias, **made)
+        self.norm = nn.GroupNorm(num_heads, values, norm_eps, **made)
+        self.out_proj = nn.Linear(values, embed_dim, bias=bias, **made)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows between the parentheses."""
+        return f"{self.embed_dim}, {self.num_heads}, head_dim={self.head_dim}, value_dim={self.value_dim}"
+
+    def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> RetentionState:
+        """The state before the first token of ``batch`` sequences; device and dtype: of x, or of the parameters."""
+        device, dtype = _place(self.in_proj.weight, device, dtype)
+        widths = self.head_dim, self.value_dim
+        memory = linear_attention_state(batch, self.num_heads, *widths, dtype=state_dtype(dtype), device=device)
+        return RetentionState(memory, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def forward(self, x: Tensor, state: RetentionState | None = None, return_state: bool = False) -> Any:
+        """Mix whole sequences, differentiably: as :meth:`LightningAttention.forward`."""
+        q, k, v = self._projected(x, None if state is None else state.seen)
+        out, memory = linear_attention(
+            q, k, v, log_decay=self.decay.log_decay, initial_state=None if state is None else state.memory,
+            return_state=True, backend=self.backend,
+        )  # fmt: skip
+        out = self._output(x, out)
+        if not return_state:
+            return out
+        new = torch.full(x.shape[:1], x.shape[1], dtype=torch.int64, device=x.device)
+        return out, RetentionState(memory, new if state is None else state.seen + new)
+
+    def step(self, x: Tensor, state: RetentionState) -> Tensor:
+        """The next token or few, in place: as :meth:`LightningAttention.step`."""
+        q, k, v = self._projected(x, state.seen)
+        log_decay = self.decay.log_decay
+        out = linear_attention_step(q, k, v, state.memory, log_decay=log_decay, backend=self.backend)
+        state.seen.add_(x.shape[1])
+        return self._output(x, out)
+
+    def _projected(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k, turned, and v, each [B, num_heads, N, width]."""
+        _RETENTION.check({"embed_dim": self.embed_dim}, x=x)
+        parts = self.in_proj(x).split(self.widths, dim=2)
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        positions = token_positions(x, seen)
+        return rotated(q, positions), rotated(k, positions), v
+
+    def _output(self, x: Tensor, out: Tensor) -> Tensor:
+        """Normalise each head of [B, num_heads, N, value_dim], gate and project."""
+        out = out.transpose(1, 2).flatten(2)
+        out = self.norm(out.flatten(0, 1)).view_as(out)  # a group of the norm is a head of one token
+        return self.out_proj(F.silu(self.gate_proj(x)) * out)
+
+
+def _head_dim(contract: Contract, embed_dim: int, num_heads: int, head_dim: int | None) -> int:
+    """The width of a head, where sizes fit."""
+    contract.require(
+        embed_dim > 0 and num_heads > 0, f"embed_dim is {embed_dim}, num_heads {num_heads}; both must be above 0"
+    )
+    if head_dim is None:
+        contract.require(
+            embed_dim % num_heads == 0, f"embed_dim is {embed_dim}; without head_dim, {num_heads} must divide it"
+        )
+        head_dim = embed_dim // num_heads
+    contract.require(head_dim > 0, f"head_dim is {head_dim}; it must be at least 1")
+    return head_dim
+
+
+def _place(weight: Tensor, device: Any, dtype: torch.dtype | None) -> tuple[Any, torch.dtype]:
+    return weight.device if device is None else device, weight.dtype if dtype is None else dtype
