@@ -89,7 +89,7 @@ class Accounts:
 
 
 def count(case: Case, shape: Shape, dtype: torch.dtype, configs: Configs, seed: int = 0) -> dict[str, Bytes]:
-    """The bytes that every launched kernel requests in one forward and backward pass, by the kernel's name.
+    """The bytes that every launched kernel requests in a forward and a backward pass (if any), by the kernel's name.
 
     The kernels run in Triton's interpreter, on the CPU, under the tracer.
 
@@ -101,7 +101,7 @@ def count(case: Case, shape: Shape, dtype: torch.dtype, configs: Configs, seed: 
 
     inputs = case.make_inputs(shape, dtype, torch.device("cpu"), seed)
     with autotune.override(**configs), trace() as traced:
-        _both_passes(case, inputs)
+        _all_passes(case, inputs)
     counted = {}
     for name in dict.fromkeys(kernel.name for kernel in traced.kernels):
         traffic = traced.bytes(name)
@@ -110,7 +110,9 @@ def count(case: Case, shape: Shape, dtype: torch.dtype, configs: Configs, seed: 
     return counted
 
 
-def _both_passes(case: Case, inputs: Inputs) -> None:
+def _all_passes(case: Case, inputs: Inputs) -> None:
     outputs = case.run(inputs, "triton")
+    if "bwd" not in case.passes:
+        return
     names = [name for name in outputs if name in inputs.output_gradients]
     torch.autograd.backward([outputs[name] for name in names], [inputs.output_gradients[name] for name in names])

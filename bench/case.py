@@ -8,20 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from iokernels.autotune import Tunable
 from iokernels.bench.accounts import Accounts
+from iokernels.bench.cases import CASES
 from iokernels.bench.shape import Shape, UsageError, Vocabulary
-from iokernels.ops import OPERATORS
 from iokernels.runtime.device import DeviceSpec
 
 Pass = Literal["fwd", "bwd", "both"]
 PASSES: tuple[Pass, ...] = ("fwd", "bwd", "both")
 """Forward without a graph, backward alone, and forward followed by backward."""
+
+
+class Limit(NamedTuple):
+    """The relative RMS error that a result may have, over rows of its last ``over`` dimensions (0: all of it)."""
+
+    relative_rms: float
+    over: int = 1
+
 
 Outputs = dict[str, Tensor]
 """The results of one forward call by name."""
@@ -127,6 +135,10 @@ class Case:
     ``smaller(shape)`` is a cheaper shape with the same options (itself when there is none). ``peers(device)`` maps a
     name to a :data:`Prepare`, or to the reason why it is missing. ``check_points()`` covers every option. ``accounts``,
     ``compilation`` and ``tuning`` describe Triton kernels, and are None where there are none.
+
+    ``passes`` are those that the operator has: forward alone where it takes no gradients. ``limit(name, dtype)`` is
+    what the output or gradient (``d`` and the argument) of that name may be wrong by; without it the budget is a
+    multiple of the error of the eager formula (:mod:`iokernels.testing.budget`).
     """
 
     operator: str
@@ -145,12 +157,23 @@ class Case:
     accounts: Accounts | None = None
     compilation: Compilation | None = None
     tuning: Tuning | None = None
+    passes: tuple[Pass, ...] = PASSES
+    limit: Callable[[str, torch.dtype], Limit] | None = None
 
     def suite(self, name: str) -> tuple[Shape, ...]:
         """The shapes of a suite. Raises :class:`UsageError`."""
         if name not in self.suites:
             raise UsageError(f"suite: {self.operator} has no suite {name!r}; it has {', '.join(self.suites)}")
         return self.suites[name]
+
+    def passes_of(self, asked: tuple[Pass, ...] | None) -> tuple[Pass, ...]:
+        """``asked``, or all that the operator can do at once if nothing was. Raises :class:`UsageError`."""
+        if asked is None:
+            return self.passes[-1:]
+        for which in asked:
+            if which not in self.passes:
+                raise UsageError(f"--pass is {which}, and {self.operator} takes no gradients: it has fwd only")
+        return asked
 
     def within(self, shape: Shape, limit: int) -> Shape:
         """``shape``, or the first of its :attr:`smaller` ones whose reference fits into ``limit`` bytes."""
@@ -161,8 +184,8 @@ class Case:
 
 def load(operator: str) -> Case:
     """The case of an operator. Raises :class:`UsageError` for a name that is none."""
-    if operator not in OPERATORS:
-        raise UsageError(f"there is no operator {operator!r}; there are {', '.join(OPERATORS)}")
+    if operator not in CASES:
+        raise UsageError(f"there is no operator {operator!r}; there are {', '.join(CASES)}")
     return import_module(f"iokernels.bench.cases.{operator}").CASE
 
 

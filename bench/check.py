@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from iokernels.bench import machine, render
 from iokernels.bench.case import DTYPES, Case, Point, dtype_name, load
+from iokernels.bench.cases import CASES
 from iokernels.bench.proof import Proof, Verdict
 from iokernels.bench.shape import UsageError
-from iokernels.ops import OPERATORS
 from iokernels.runtime import device as devices
 
 _DRAWS = {torch.float32: 4}
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         from iokernels.testing import interpreter
 
         interpreter.install()
-    cases = [load(name) for name in arguments.operators or OPERATORS]
+    cases = [load(name) for name in arguments.operators or CASES]
     here = machine.describe(device)
     console.print(escape(here.header()), highlight=False)
     console.print(_where(device), style="dim", highlight=False)

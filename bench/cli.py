@@ -15,9 +15,9 @@ from rich.console import Console
 
 from iokernels import __version__
 from iokernels.bench.case import DTYPES, PASSES
+from iokernels.bench.cases import CASES
 from iokernels.bench.machine import NoDeviceError
 from iokernels.bench.shape import UsageError
-from iokernels.ops import OPERATORS
 from iokernels.runtime.device import KNOWN
 from iokernels.runtime.dispatch import BACKENDS
 
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     _json(env)
 
     listing = commands.add_parser("list", help="every operator and backend, and whether it can run here")
-    listing.add_argument("operators", nargs="*", metavar="OP", help=f"one of {', '.join(OPERATORS)} (default: all)")
+    listing.add_argument("operators", nargs="*", metavar="OP", help=f"one of {', '.join(CASES)} (default: all)")
     _json(listing)
 
     check = commands.add_parser(
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         description="Hold every backend against the float64 reference, forward and all gradients, on the GPU if "
         "there is one and else on the CPU, where Triton kernels run in Triton's interpreter.",
     )
-    check.add_argument("operators", nargs="*", metavar="OP", help=f"one of {', '.join(OPERATORS)} (default: all)")
+    check.add_argument("operators", nargs="*", metavar="OP", help=f"one of {', '.join(CASES)} (default: all)")
     check.add_argument("-k", "--option", metavar="TEXT", help="only the points whose name contains TEXT")
     check.add_argument("--quick", action="store_true", help="only a few points")
     check.add_argument("--dtype", type=_dtypes, metavar="A,B", help=f"of {', '.join(DTYPES)} (default: all)")
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         description="Time every backend and every installed peer on the same inputs, after checking each against "
         "the float64 reference. A wrong result prints no speed.",
     )
-    bench.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
+    bench.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
     bench.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
     bench.add_argument(
         "--sweep", action="append", metavar="n=1k:64k:x2",
@@ -125,7 +125,7 @@ def _describe_io(commands: Any) -> None:
         "request (model), what its blocks did request in Triton's interpreter (count), and the bytes of the naive "
         "formula. Needs no GPU. A count other than the model is a wrong result.",
     )
-    io.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
+    io.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
     io.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
     io.add_argument("--suite", help="a named list of shapes (default: quick)")
     io.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
@@ -141,12 +141,12 @@ def _describe_inspect(commands: Any) -> None:
         description="Compile the Triton kernels of a call for a GPU, which need not be here, and read registers, "
         "spills, shared memory, blocks to an SM and matrix instructions from the machine code.",
     )
-    inspect.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
+    inspect.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
     inspect.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
     inspect.add_argument("--points", action="store_true", help="the points that compile every branch of every kernel")
     inspect.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
     inspect.add_argument(
-        "--pass", dest="passes", type=_passes, default=("both",), metavar="A,B", help="of fwd, bwd and both"
+        "--pass", dest="passes", type=_passes, metavar="A,B", help="of fwd, bwd and both (default: all there is)"
     )
     _gpu(inspect)
     _json(inspect)
@@ -160,7 +160,7 @@ def _describe_tune(commands: Any) -> None:
         "winner against the reference and write it to a table that later calls read. A run that is broken off keeps "
         "what is done, and the next one goes on from there.",
     )
-    tune.add_argument("operator", metavar="OP", help=f"one of {', '.join(OPERATORS)}")
+    tune.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
     tune.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
     tune.add_argument("--suite", help="a named list of shapes (default: train; in a dry run one shape)")
     tune.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     rows: list[Row] = []
     with Console(stderr=True).status(f"compiling for {spec.slug}") as status:
         for shape, dtype in points:
-            for which in arguments.passes:
+            for which in case.passes_of(arguments.passes):
                 status.update(escape(f"compiling for {spec.slug}: {which} {dtype_name(dtype)} {shape}"))
                 rows += _compile(case.compilation, shape, dtype, which, spec)
     _print(case.operator, rows, spec, console)

@@ -15,7 +15,7 @@ import iokernels
 from iokernels.autotune import tables
 from iokernels.bench import machine, render
 from iokernels.bench.case import load
-from iokernels.ops import OPERATORS
+from iokernels.bench.cases import CASES
 from iokernels.runtime import device as devices
 
 
@@ -88,7 +88,7 @@ def _gpus() -> dict[str, str]:
 def _tables() -> dict[str, str]:
     """The tables of this GPU, and how many of their entries were measured with other versions."""
     spec, found = devices.current(), {}
-    tunings = [load(operator).tuning for operator in OPERATORS]
+    tunings = [load(operator).tuning for operator in CASES]
     for tunable in (one for tuning in tunings if tuning is not None for one in tuning.tunables.values()):
         for root in (tables.USER, tables.PACKAGE):
             table = tables.load(tunable, spec, root) if spec is not None else None

@@ -63,7 +63,7 @@ class Row:
             },
             "passes": {
                 which: {"floor": self.floors[which], "model": self.modelled(which), "naive": self.naive[which]}
-                for which in PASSES
+                for which in self.floors
             },
             "counted": counted
             and {

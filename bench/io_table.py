@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -68,14 +69,15 @@ def _row(
 ) -> Row:  # fmt: skip
     with assume(spec):
         configs = accounts.configs(shape, dtype)
+    whole: list[Any] = [which for which in PASSES if which in case.passes]
     on_chip = accounts.on_chip and accounts.on_chip.nbytes(shape, dtype, configs)
     return Row(
         shape=shape,
         dtype=dtype,
         configs=configs,
         kernels=accounts.model(shape, dtype, configs),
-        floors={which: case.floor_bytes(shape, dtype, which) for which in PASSES},
-        naive={which: accounts.naive_bytes(shape, dtype, which) for which in PASSES},
+        floors={which: case.floor_bytes(shape, dtype, which) for which in whole},
+        naive={which: accounts.naive_bytes(shape, dtype, which) for which in whole},
         counted=_count(case, accounts, shape, dtype, configs) if counting else None,
         on_chip=on_chip,
         bound=accounts.on_chip and accounts.on_chip.lower_bound(shape, dtype, on_chip or 0),
@@ -106,7 +108,7 @@ def _print(case: Case, rows: list[Row], spec: DeviceSpec, counting: bool, consol
                 _size(account.floor.total), _size(account.model.total),
                 _times(account.model.total, account.floor.total), _verdict(row.counted, kernel), "", "",
             )  # fmt: skip
-        for which in PASSES:
+        for which in row.floors:
             floor, model, naive = row.floors[which], row.modelled(which), row.naive[which]
             table.add_row(
                 f"[bold]whole {which}[/]", "", _size(floor), _size(model), _times(model, floor), "", _size(naive),

@@ -11,13 +11,13 @@ from rich.console import Console
 import iokernels
 from iokernels.bench import machine, render
 from iokernels.bench.case import Case, dtype_name, load
-from iokernels.ops import OPERATORS
+from iokernels.bench.cases import CASES
 from iokernels.runtime.dispatch import BACKENDS
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Print the operators that the arguments name, or all."""
-    found = [describe(load(name)) for name in arguments.operators or OPERATORS]
+    found = [describe(load(name)) for name in arguments.operators or CASES]
     columns = ("operator", "backend", "dtypes", "widths", "passes")
     here = [str(device.type) for device in machine.present()]
     table = render.table(*columns, *(f"on this {device}" for device in here))

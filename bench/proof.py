@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iokernels.bench.case import Case, Inputs, Outputs, Shape
 from iokernels.runtime.errors import UnsupportedError
-from iokernels.testing.budget import FORWARD, GRADIENT, judge
+from iokernels.testing.budget import FORWARD, GRADIENT, judge, relative_rms
 
 _FLOAT32_TO_FLOAT64 = 1e6
 """How much smaller than in float32 an error in float64 must be. Its precision is 5e8 times higher."""
@@ -53,12 +53,14 @@ def results(inputs: Inputs, run: Run) -> dict[str, Tensor]:
     outputs = run(inputs)
     used = [name for name in inputs.output_gradients if name in outputs]
     wanted = {name: x for name, x in inputs.tensors.items() if x.requires_grad}
-    gradients = torch.autograd.grad(
-        [outputs[name] for name in used],
-        list(wanted.values()),
-        [inputs.output_gradients[name] for name in used],
-        allow_unused=True,
-    )
+    gradients: tuple[Tensor | None, ...] = ()
+    if wanted:
+        gradients = torch.autograd.grad(
+            [outputs[name] for name in used],
+            list(wanted.values()),
+            [inputs.output_gradients[name] for name in used],
+            allow_unused=True,
+        )
     found = {name: output.detach() for name, output in outputs.items()}
     for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
         found[f"d{name}"] = torch.zeros_like(x) if gradient is None else gradient
@@ -78,6 +80,7 @@ class Proof:
         def reference(inputs: Inputs) -> Outputs:
             return case.run(inputs, "reference")
 
+        self._limit = case.limit
         # What eager arithmetic of this precision makes of the same formula. For float64 there is nothing more exact
         # to compare with, so a millionth of the budget of float32 is allowed.
         precision = torch.float32 if dtype == torch.float64 else dtype
@@ -101,23 +104,33 @@ class Proof:
     def _compare(self, found: dict[str, Tensor]) -> Verdict:
         worst, where = 0.0, ""
         for name, actual in found.items():
-            truth, low = self.truth[name], self.low[name]
-            dtype = torch.float64 if self.inputs.dtype == torch.float64 else low.dtype
+            truth = self.truth[name]
+            dtype = torch.float64 if self.inputs.dtype == torch.float64 else self.low[name].dtype
             for what, is_, must_be in (("shape", actual.shape, truth.shape), ("dtype", actual.dtype, dtype)):
                 if is_ != must_be:
                     reason = f"{name} has the {what} {_plain(is_)} and should have {_plain(must_be)}"
                     return Verdict("wrong", float("inf"), name, reason)
-            factor = GRADIENT if name.removeprefix("d") in self.inputs.tensors else FORWARD
-            judgement = judge(actual, truth, low, factor=factor)
-            more = factor * (self._unlucky[name] - _largest_error(low, truth))
-            ratio = replace(judgement, limit=judgement.limit + more).ratio
-            if dtype == torch.float64:
-                ratio *= _FLOAT32_TO_FLOAT64
+            ratio = self._of_budget(name, actual) if self._limit is None else self._of_limit(name, actual)
             if ratio > worst:
                 worst, where = ratio, name
         if worst <= 1.0:
             return Verdict("ok", worst, where)
         return Verdict("wrong", worst, where, f"the error of {where} is {worst:.3g} times what its precision allows")
+
+    def _of_budget(self, name: str, actual: Tensor) -> float:
+        truth, low = self.truth[name], self.low[name]
+        factor = GRADIENT if name.removeprefix("d") in self.inputs.tensors else FORWARD
+        judgement = judge(actual, truth, low, factor=factor)
+        more = factor * (self._unlucky[name] - _largest_error(low, truth))
+        ratio = replace(judgement, limit=judgement.limit + more).ratio
+        return ratio * _FLOAT32_TO_FLOAT64 if self.inputs.dtype == torch.float64 else ratio
+
+    def _of_limit(self, name: str, actual: Tensor) -> float:
+        assert self._limit is not None
+        allowed, over = self._limit(name, self.inputs.dtype)
+        dims = tuple(range(max(actual.dim() - over, 0), actual.dim())) if over else tuple(range(actual.dim()))
+        errors = relative_rms(actual, self.truth[name], dims)
+        return errors.max().item() / allowed if errors.numel() else 0.0
 
 
 def _largest_error(low: Tensor, truth: Tensor) -> float:

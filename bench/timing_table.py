@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             for dtype in dtypes:
                 status.update(f"checking {shape} {dtype_name(dtype)}")
                 checked, verdicts = contenders.prove(case, shape, dtype, device, among, arguments.seed)
-                for which in arguments.passes:
+                for which in case.passes_of(arguments.passes):
                     status.update(f"timing {shape} {dtype_name(dtype)} {which}")
                     need = _need(case, shape, dtype, which, here)
                     rows = against(_time(case, need, among, verdicts, checked, arguments, clock, device), baseline)

@@ -1,1 +1,7 @@
-"""One file an operator: its inputs, its costs, its peers."""
+"""One file a case: its inputs, its costs, its peers."""
+
+from iokernels.ops import OPERATORS
+
+CASES = (*OPERATORS,)
+"""What the commands check and time one by one: every operator, and after them the functions of a room that take
+arguments of another make. ``bench/cases/<name>.py`` holds each."""

@@ -136,7 +136,7 @@ def check(
         )
 
 
-def relative_rms(actual: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
+def relative_rms(actual: Tensor, reference: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
     """Root mean square of the error over that of the reference, along ``dim``: float64, of the shape without ``dim``.
 
     A row of zeros gives 1. A NaN gives infinity, and so does any error in a row whose reference is all zero.
@@ -147,7 +147,9 @@ def relative_rms(actual: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
     return torch.where(error == 0.0, 0.0, ratio).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
-def check_relative_rms(actual: Tensor, reference: Tensor, *, limit: float, what: str, dim: int = -1) -> None:
+def check_relative_rms(
+    actual: Tensor, reference: Tensor, *, limit: float, what: str, dim: int | tuple[int, ...] = -1
+) -> None:
     """Raise unless every row of ``actual`` along ``dim`` has a relative RMS error (a fraction) of at most ``limit``.
 
     Raises:

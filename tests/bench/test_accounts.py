@@ -8,8 +8,8 @@ import torch
 from iokernels.bench import plot_io
 from iokernels.bench.accounts import Account, Bytes, count
 from iokernels.bench.case import Case, dtype_name, load
+from iokernels.bench.cases import CASES
 from iokernels.bench.shape import Shape
-from iokernels.ops import OPERATORS
 from iokernels.ops.flash_attention.tuning import KERNELS, Config
 from iokernels.runtime import device as devices
 
@@ -17,7 +17,7 @@ interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watch
 
 COUNTED = [
     pytest.param(case, shape, dtype, id=f"{case.operator} {dtype_name(dtype)} {shape}")
-    for case in map(load, OPERATORS)
+    for case in map(load, CASES)
     if case.accounts is not None
     for shape, dtype in case.accounts.shapes
 ]
@@ -37,7 +37,7 @@ def test_as_many_bytes_as_the_model_says(case: Case, shape: Shape, dtype: torch.
 
 
 def test_every_operator_with_triton_kernels_has_accounts() -> None:
-    for case in map(load, OPERATORS):
+    for case in map(load, CASES):
         assert ("triton" in case.implementations) == (case.accounts is not None) == (case.compilation is not None)
     assert COUNTED
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from iokernels.bench import test_speed
 from iokernels.bench.case import load
-from iokernels.ops import OPERATORS
+from iokernels.bench.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def test_every_quick_shape_is_a_case() -> None:
 
     test_speed.pytest_generate_tests(Collector())
     assert len(set(asked)) == len(asked)
-    for operator in OPERATORS:
+    for operator in CASES:
         for shape in load(operator).suite("quick"):
             for which in ("fwd", "bwd"):
                 assert f"{operator}-{shape}-{which}-torch" in asked

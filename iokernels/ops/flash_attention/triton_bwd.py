@@ -24,21 +24,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_scores import (
-    LOG2E,
-    ScoreNumbers,
-    at_head,
-    at_row,
-    head_scores,
-    keep_mask,
-    key_range,
-    load_tile,
-    locate,
-    row_block,
-    store_tile,
-    tile_offsets,
-    tile_scores,
-)
+from iokernels.ops.triton_tiles import LOG2E, at_head, at_row, load_tile, locate, store_tile, tile_offsets
+
+from .triton_scores import ScoreNumbers, head_scores, keep_mask, key_range, row_block, tile_scores
 
 
 @triton.jit(do_not_specialize=["heads", "seqlen_q"])

@@ -14,18 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from iokernels.ops.triton_tiles import at_head, at_row, load_tile, locate, tile_offsets
+
 from .triton_bwd import load_statistics, weights
-from .triton_scores import (
-    ScoreNumbers,
-    at_head,
-    at_row,
-    head_scores,
-    keep_mask,
-    load_tile,
-    locate,
-    tile_offsets,
-    tile_scores,
-)
+from .triton_scores import ScoreNumbers, head_scores, keep_mask, tile_scores
 
 
 @triton.jit(

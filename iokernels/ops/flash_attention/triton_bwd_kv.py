@@ -5,20 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from iokernels.ops.triton_tiles import at_head, load_tile, locate, store_tile, tile_offsets
+
 from .triton_bwd import load_statistics, weights
-from .triton_scores import (
-    ScoreNumbers,
-    at_head,
-    head_scores,
-    keep_mask,
-    load_tile,
-    locate,
-    row_range,
-    store_tile,
-    tile_offsets,
-    tile_scores,
-    visible,
-)
+from .triton_scores import ScoreNumbers, head_scores, keep_mask, row_range, tile_scores, visible
 
 
 @triton.jit(

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.ops.triton_tiles import clamp, is_wide, padded, strides
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
@@ -19,7 +20,7 @@ from .triton_bwd import flash_attention_bwd_delta_kernel, flash_attention_bwd_dq
 from .triton_bwd_bias import flash_attention_bwd_dbias_kernel
 from .triton_bwd_kv import flash_attention_bwd_dkv_kernel
 from .triton_fwd import flash_attention_fwd_kernel
-from .triton_scores import Features, Strides
+from .triton_scores import Features
 from .tuning_space import TUNABLES
 
 
@@ -210,24 +211,3 @@ def score_tensors(options: Options) -> tuple[Any, ...]:
         options.bias, mask, options.alibi_slopes, options.dropout_seed,
         strides(options.bias), strides(mask), strides(options.alibi_slopes),
     )  # fmt: skip
-
-
-def strides(x: Tensor | None) -> Strides:
-    """Element strides of ``[B, H, N, D]`` or its first dimensions; a size of 1 gets 0, so that it broadcasts."""
-    steps = [] if x is None else [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-    return Strides(*steps, *[0] * (4 - len(steps)))
-
-
-def padded(width: int) -> int:
-    """The tile width that holds a head of ``width``: a power of two, at least the 16 of a matrix instruction."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def is_wide(rows: int, *tensors: Tensor) -> bool:
-    """Whether an offset inside a tile of ``rows`` rows can pass 2^31 elements."""
-    return any((rows - 1) * abs(x.stride(2)) + (x.shape[3] - 1) * abs(x.stride(3)) >= 2**31 for x in tensors)
-
-
-def clamp(side: int) -> int:
-    """A window side as int32 with room for sums: any longer one is as good as unbounded."""
-    return min(side, 2**30)
