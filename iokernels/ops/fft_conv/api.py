@@ -178,7 +178,9 @@ def _plan(
     if cached is not None:
         _check_spectrum(cached, u, causal, keep)
         backend = cached[4] if backend is None else backend
-    backend = dispatch.choose("fft_conv", backend, u.device.type, _refusals(u.device, u.dtype, n, taps, mode, keep, initial_state is not None))
+    backend = dispatch.choose(
+        "fft_conv", backend, u.device.type, _refusals(u.device, u.dtype, n, taps, mode, keep, initial_state is not None)
+    )
     if cached is not None:
         CONTRACT.require(
             cached[4] == backend, f"k is a spectrum of the backend {cached[4]!r}; the call runs on {backend!r}"
@@ -233,7 +235,10 @@ def _triton_refusal(
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
     mode, taps = reach(n, taps, mode, keep, state and taps > 1)
-    return devices.triton_refusal(device) or tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize)
+    reason = devices.triton_refusal(device)
+    if reason is not None:
+        return reason
+    return tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize, devices.spec_of(device).smem_block)
 
 
 def _state_after(u: Tensor, width: int, options: Options) -> Tensor:

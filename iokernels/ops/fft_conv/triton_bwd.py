@@ -55,7 +55,17 @@ class Wanted(NamedTuple):
 
 @triton.jit
 def _load_gradient(
-    dy_ptr, post_ptr, stride_dy, stride_post, batch, head, place, times, mask, FEATURES: tl.constexpr, WIDE: tl.constexpr
+    dy_ptr,
+    post_ptr,
+    stride_dy,
+    stride_post,
+    batch,
+    head,
+    place,
+    times,
+    mask,
+    FEATURES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """g at ``times``, float32."""
     g = load_times(dy_ptr, stride_dy, batch, head, place, times, mask, WIDE)
@@ -92,9 +102,7 @@ def _store_inputs(
 
 
 @triton.jit
-def _store_gate(
-    w, dy_ptr, dpost_ptr, stride_dy, stride_dpost, batch, head, place, times, mask, WIDE: tl.constexpr
-):
+def _store_gate(w, dy_ptr, dpost_ptr, stride_dy, stride_dpost, batch, head, place, times, mask, WIDE: tl.constexpr):
     """dpost of w."""
     w *= load_times(dy_ptr, stride_dy, batch, head, place, times, mask, WIDE)
     store_times(dpost_ptr, stride_dpost, batch, head, place, times, w, mask, WIDE)
@@ -165,9 +173,7 @@ def fft_conv_bwd_kernel(
         now1 = now0 & (b0 + 1 < batch)
 
         if WANTED.v or WANTED.k:
-            g0 = _load_gradient(
-                dy_ptr, post_ptr, stride_dy, stride_post, b0, head, place, times, now0, FEATURES, WIDE
-            )
+            g0 = _load_gradient(dy_ptr, post_ptr, stride_dy, stride_post, b0, head, place, times, now0, FEATURES, WIDE)
             c0 = exponent(g0)
             if REST:
                 later, mask = _later(place, offs, True, FEATURES)

@@ -47,9 +47,7 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
     return y
 
 
-def backward(
-    dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], options: Options, needs: Needs
-) -> Gradients:
+def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], options: Options, needs: Needs) -> Gradients:
     """The gradients that ``needs`` names."""
     grads = Gradients(
         *(x.new_empty(x.shape) if need and x is not None else None

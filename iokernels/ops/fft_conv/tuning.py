@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 from iokernels.autotune import RESULTS
 from iokernels.runtime.device import DeviceSpec
 
-from .options import CAUSAL, CIRCULAR, TWO_SIDED
+from .options import CIRCULAR, TWO_SIDED
 
 KERNELS = ("fft_conv_fwd", "fft_conv_bwd")
 
-SHORTEST, LONGEST = 256, {2: 8192, 4: 4096}
-"""Transforms that the kernels hold on chip, the longest by the bytes of an element."""
+SHORTEST = 256
+"""The shortest transform: two products of 16 by 16."""
 
-MODES = (CAUSAL, CIRCULAR, TWO_SIDED)
+_LONGEST = {2: ((160 * 1024, 8192), (0, 4096)), 4: ((144 * 1024, 2048), (0, 1024))}
+"""The longest transform by the bytes of an element, for thread blocks with at least so much shared memory: what the
+compiler takes for the operands of its products, as read off compiled kernels."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,23 @@ def blocks(length: int, seqlen: int, taps: int, mode: str, state: bool) -> Block
     return Blocks(n1, n2, False, taps - 1, step, max(1, -(-seqlen // step)), mode == CIRCULAR)
 
 
-def lengths(itemsize: int) -> tuple[int, ...]:
-    """The transforms that the kernels have for elements of so many bytes."""
-    return tuple(1 << bits for bits in range(8, 20) if SHORTEST <= 1 << bits <= LONGEST[itemsize])
+def longest(itemsize: int, smem_block: int) -> int:
+    """The longest transform on chip."""
+    return next(length for least, length in _LONGEST[itemsize] if smem_block >= least)
 
 
-def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int) -> str | None:
+def lengths(itemsize: int, smem_block: int) -> tuple[int, ...]:
+    """The transforms that the kernels have for elements of so many bytes, with so much shared memory."""
+    most = longest(itemsize, smem_block)
+    return tuple(1 << bits for bits in range(SHORTEST.bit_length() - 1, most.bit_length()))
+
+
+def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int, smem_block: int) -> str | None:
     """Why no transform on chip serves a call of so many effective taps, as the end of a sentence, or None."""
-    if any(blocks(length, seqlen, taps, mode, state) is not None for length in lengths(itemsize)):
+    able = lengths(itemsize, smem_block)
+    if any(blocks(length, seqlen, taps, mode, state) is not None for length in able):
         return None
-    half = LONGEST[itemsize] // 2
+    half = able[-1] // 2
     return (
         f"its transforms on chip serve sequences up to {half} with any filter that reaches no further, and filters up "
         f"to {half + 1} taps with any sequence; N is {seqlen} with {taps} taps"
@@ -161,7 +170,9 @@ def blocks_of(problem: Problem, length: int) -> Blocks | None:
 
 def best_length(problem: Problem) -> int:
     """The transform that takes the least time on paper. It is that of the forward kernel for both passes."""
-    able = [length for length in lengths(problem.itemsize) if blocks_of(problem, length) is not None]
+    able = [
+        length for length in lengths(problem.itemsize, problem.smem_block) if blocks_of(problem, length) is not None
+    ]
     return min(able, key=lambda length: work(problem, length))
 
 

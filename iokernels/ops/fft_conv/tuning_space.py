@@ -58,7 +58,7 @@ def _space(kernel: str) -> Space[Config]:
         name=kernel,
         version=1,
         axes=(
-            Axis("length", lambda problem: lengths(problem.itemsize)),
+            Axis("length", lambda problem: lengths(problem.itemsize, problem.smem_block)),
             Axis("units", choices),
             literals("num_warps", 4, 8, 16),
             literals("num_stages", 1, 2),
