@@ -165,7 +165,10 @@ def fft_conv_bwd_kernel(
         sum_r = tl.zeros([N1, COLS], tl.float32)
         sum_i = tl.zeros([N1, COLS], tl.float32)
 
-    for unit in tl.range(first, last):
+    # Not a for loop: out of that one the compiler moves the room of every product's result, and all of them together
+    # are more than Blackwell's tensor memory holds (and more shared memory than is needed elsewhere).
+    unit = first
+    while unit < last:
         b0, chunk = unit % pairs * members, unit // pairs
         place = Place(chunk * step - overlap, overlap, seqlen, N1 * N2)
         times = place.start + offs
@@ -262,6 +265,7 @@ def fft_conv_bwd_kernel(
             if FEATURES.pair:
                 w1 = wi * scale * power_of_two(e1)
                 _store_gate(w1, dy_ptr, dpost_ptr, stride_dy, stride_dpost, b0 + 1, head, place, times, now1, WIDE)
+        unit += 1
 
     if WANTED.k:
         at = dk_ptr + tl.cast(tl.program_id(0), tl.int64) * (2 * N1 * COLS)

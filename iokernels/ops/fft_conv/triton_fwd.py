@@ -79,7 +79,10 @@ def fft_conv_fwd_kernel(
     scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
     offs = positions(N1, N2, ROWS)
 
-    for unit in tl.range(first, last):
+    # Not a for loop: out of that one the compiler moves the room of every product's result, and all of them together
+    # are more than Blackwell's tensor memory holds (and more shared memory than is needed elsewhere).
+    unit = first
+    while unit < last:
         b0, chunk = unit % pairs * members, unit // pairs
         place = Place(chunk * step - overlap, overlap, seqlen, N1 * N2)
         v0 = load_inputs(
@@ -114,3 +117,4 @@ def fft_conv_fwd_kernel(
             if FEATURES.post:
                 y1 *= load_times(post_ptr, stride_post, b0 + 1, head, place, times, mask, WIDE)
             store_times(y_ptr, stride_y, b0 + 1, head, place, times, y1, mask, WIDE)
+        unit += 1

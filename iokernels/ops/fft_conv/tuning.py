@@ -18,7 +18,7 @@ KERNELS = ("fft_conv_fwd", "fft_conv_bwd")
 SHORTEST = 256
 """The shortest transform: two products of 16 by 16."""
 
-_LONGEST = {2: ((160 * 1024, 8192), (0, 4096)), 4: ((144 * 1024, 2048), (0, 1024))}
+_LONGEST = {2: ((0, 8192),), 4: ((0, 4096),)}
 """The longest transform by the bytes of an element, for thread blocks with at least so much shared memory: what the
 compiler takes for the operands of its products, as read off compiled kernels."""
 
@@ -160,7 +160,7 @@ def default(problem: Problem) -> Config:
 def warps(problem: Problem, length: int) -> int:
     """Enough threads for the accumulators: both parts of a transform, in the backward pass twice."""
     words = 2 * length * (2 if problem.kernel == "fft_conv_bwd" else 1) * (2 if problem.itemsize == 4 else 1)
-    return 4 if words <= 8192 else 8 if words <= 32768 else 16
+    return 4 if words <= 4096 else 8
 
 
 def blocks_of(problem: Problem, length: int) -> Blocks | None:
