@@ -31,7 +31,7 @@ class Problem:
 
     @property
     def compute_size(self) -> int:
-        """Bytes of a constant and of a filter's frequency."""
+        """Bytes of one part of a filter's frequency."""
         return 4 if self.itemsize == 4 else 2
 
     @property
@@ -66,17 +66,14 @@ def _positions(problem: Problem, cover: Blocks) -> tuple[int, int, int]:
 
 
 def _once_a_block(problem: Problem, config: Config, cover: Blocks) -> tuple[int, int]:
-    """Thread blocks of the grid, and the bytes of constants, spectrum and scale that one loads."""
-    n1, n2, columns = cover.n1, cover.n2, problem.columns
+    """Thread blocks of the grid, and the bytes of spectrum and scale that one loads."""
     pairs = -(-problem.batch // problem.members)
     grid = problem.heads * -(-pairs * cover.chunks // config.units)
-    rows = n1 // 2 if cover.half else n1
-    constants = 2 * (n1 * rows + n1 * n2 + n2 * columns)
-    return grid, problem.compute_size * (constants + 2 * n1 * columns) + _SUM
+    return grid, problem.compute_size * 2 * cover.n1 * problem.columns + _SUM
 
 
 def forward(problem: Problem, config: Config, cover: Blocks) -> Account:
-    """Constants and spectrum once a thread block; u, pre and the past for every position; post and y once."""
+    """The spectrum once a thread block; u, pre and the past for every position; post and y once."""
     inputs, past, _ = _positions(problem, cover)
     grid, once = _once_a_block(problem, config, cover)
     rows = problem.batch * problem.heads

@@ -15,8 +15,7 @@ there V is scaled to the same product ``2^-e`` for both parts, e from the larger
 dpost, V is transformed again with each part scaled by itself.
 
 Every thread block writes its own sum of dK, as frequencies; PyTorch adds those of a head up and brings them back to
-taps. No atomics: the bits are the same on every run. Bytes a thread block requests: constants, spectrum and its dK once;
-of each unit u and pre (and the past) once for every position, post and dy for the positions of ``now`` and of ``rest``;
+taps. No atomics: the bits are the same on every run. Bytes a thread block requests: spectrum and its dK once; of each unit u and pre (and the past) once for every position, post and dy for the positions of ``now`` and of ``rest``;
 then u, pre and dy again where a gate's gradient or pre needs them; du, dpre, dpost once. FLOPs of a pair: 8 M (N1 + N2)
 a transform, of which there are 3, one more for ``rest`` and two more for dpost.
 """
@@ -30,9 +29,9 @@ import triton.language as tl
 
 from .triton_transform import (
     Place,
+    constants,
     exponent,
     inverted,
-    load_constants,
     load_inputs,
     load_spectrum,
     load_times,
@@ -117,9 +116,6 @@ def fft_conv_bwd_kernel(
     state_ptr,  # float32 [B, H, overlap] or None
     spectrum_ptr,  # [H, 2, N1, N2], real and imaginary
     scale_ptr,  # float32 [H], what the spectrum was divided by
-    f1_ptr,  # [2, N1, N1]
-    t_ptr,  # [2, N1, N2]
-    f2_ptr,  # [2, N2, N2]
     du_ptr,  # [B, H, N] or None
     dpre_ptr,  # [B, H, N] or None
     dpost_ptr,  # [B, H, N] or None
@@ -156,7 +152,7 @@ def fft_conv_bwd_kernel(
     pairs = (batch + members - 1) // members
     last = tl.minimum(first + units, pairs * chunks)
 
-    f1r, f1i, tr, ti, f2r, f2i = load_constants(f1_ptr, t_ptr, f2_ptr, N1, N2, ROWS, COLS)
+    f1r, f1i, tr, ti, f2r, f2i = constants(N1, N2, ROWS, COLS, spectrum_ptr.dtype.element_ty)
     if WANTED.v or WANTED.post:
         kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
         scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))

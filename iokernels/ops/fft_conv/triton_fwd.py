@@ -10,8 +10,7 @@ A thread block owns a head and runs through ``units`` blocks of pairs of sequenc
     w = inverse(K * forward(z))
     y0 = post 2^e0 Re w,  y1 = post 2^e1 Im w
 
-The skip term is a tap of the filter. Bytes a thread block requests: the constants F1, T, F2 and the head's spectrum
-once; of each unit u, pre (and the past) once for every position of the block inside the sequence, post and y once.
+The skip term is a tap of the filter. Bytes a thread block requests: the head's spectrum once; of each unit u, pre (and the past) once for every position of the block inside the sequence, post and y once.
 FLOPs of a pair: 16 M (N1 + N2), of which a half block saves those of N1 / 2, and kept columns those of N2 - COLS.
 """
 
@@ -22,9 +21,9 @@ import triton.language as tl
 
 from .triton_transform import (
     Place,
+    constants,
     exponent,
     inverted,
-    load_constants,
     load_inputs,
     load_spectrum,
     load_times,
@@ -43,9 +42,6 @@ def fft_conv_fwd_kernel(
     state_ptr,  # float32 [B, H, overlap] or None
     spectrum_ptr,  # [H, 2, N1, N2], real and imaginary
     scale_ptr,  # float32 [H], what the spectrum was divided by
-    f1_ptr,  # [2, N1, N1]
-    t_ptr,  # [2, N1, N2]
-    f2_ptr,  # [2, N2, N2]
     y_ptr,  # [B, H, N]
     stride_u,
     stride_pre,
@@ -74,7 +70,7 @@ def fft_conv_fwd_kernel(
     pairs = (batch + members - 1) // members
     last = tl.minimum(first + units, pairs * chunks)
 
-    f1r, f1i, tr, ti, f2r, f2i = load_constants(f1_ptr, t_ptr, f2_ptr, N1, N2, ROWS, COLS)
+    f1r, f1i, tr, ti, f2r, f2i = constants(N1, N2, ROWS, COLS, spectrum_ptr.dtype.element_ty)
     kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
     scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
     offs = positions(N1, N2, ROWS)

@@ -30,8 +30,7 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
     total = problem.pairs * cover.chunks
     parts = -(-total // config.units)
     waves = -(-problem.heads * parts // device.sms)
-    n1, n2 = factors(config.length)
-    once = problem.itemsize * 2 * (n1 * n1 + n2 * n2 + 2 * config.length)  # constants and spectrum
+    once = problem.itemsize * 2 * config.length  # the spectrum
     unit = 2 * work(problem, config.length) / cover.chunks
     crowd = 1.0 + 0.1 * abs(config.num_warps - (4 if config.length <= 2048 else 8)) / 4
     return waves * (once + config.units * unit) * crowd * device.sms / device.dram_bandwidth
