@@ -236,10 +236,7 @@ def _triton_refusal(
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
     mode, taps = reach(n, taps, mode, keep, state and taps > 1)
-    reason = devices.triton_refusal(device)
-    if reason is not None:
-        return reason
-    return tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize, devices.spec_of(device).smem_block)
+    return devices.triton_refusal(device) or tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize)
 
 
 def _state_after(u: Tensor, width: int, options: Options) -> Tensor:

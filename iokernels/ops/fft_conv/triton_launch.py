@@ -210,6 +210,7 @@ class Launch:
             "COLS": self.columns(cover),
             "MIDDLE": 2.0 ** -((length.bit_length() - 1) // 2),
             "WIDE": any((length + self.n) * abs(x.stride(2)) >= 2**31 for x in (*tensors, *gates)),
+            "HOIST": tuning.hoists(self.problem("fft_conv_fwd"), length),
             "PRECISION": self.precision if self.compute == torch.float32 else "tf32",
         }
 
