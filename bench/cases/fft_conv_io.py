@@ -31,7 +31,7 @@ class Problem:
 
     @property
     def compute_size(self) -> int:
-        """Bytes of one part of a filter's frequency."""
+        """Bytes of one part of a filter's frequency, or of a root of unity."""
         return 4 if self.itemsize == 4 else 2
 
     @property
@@ -66,14 +66,16 @@ def _positions(problem: Problem, cover: Blocks) -> tuple[int, int, int]:
 
 
 def _once_a_block(problem: Problem, config: Config, cover: Blocks) -> tuple[int, int]:
-    """Thread blocks of the grid, and the bytes of spectrum and scale that one loads."""
+    """Thread blocks of the grid, and the bytes of F1, F2, spectrum and scale that one loads."""
+    n1, n2, columns = cover.n1, cover.n2, problem.columns
     pairs = -(-problem.batch // problem.members)
     grid = problem.heads * -(-pairs * cover.chunks // config.units)
-    return grid, problem.compute_size * 2 * cover.n1 * problem.columns + _SUM
+    rows = n1 // 2 if cover.half else n1
+    return grid, problem.compute_size * 2 * (n1 * rows + n2 * columns + n1 * columns) + _SUM
 
 
 def forward(problem: Problem, config: Config, cover: Blocks) -> Account:
-    """The spectrum once a thread block; u, pre and the past for every position; post and y once."""
+    """F1, F2 and the spectrum once a thread block; u, pre and the past for every position; post and y once."""
     inputs, past, _ = _positions(problem, cover)
     grid, once = _once_a_block(problem, config, cover)
     rows = problem.batch * problem.heads

@@ -15,7 +15,8 @@ there V is scaled to the same product ``2^-e`` for both parts, e from the larger
 dpost, V is transformed again with each part scaled by itself.
 
 Every thread block writes its own sum of dK, as frequencies; PyTorch adds those of a head up and brings them back to
-taps. No atomics: the bits are the same on every run. Bytes a thread block requests: spectrum and its dK once; of each unit u and pre (and the past) once for every position, post and dy for the positions of ``now`` and of ``rest``;
+taps. No atomics: the bits are the same on every run. Bytes a thread block requests: F1, F2,
+spectrum and its dK once; of each unit u and pre (and the past) once for every position, post and dy for the positions of ``now`` and of ``rest``;
 then u, pre and dy again where a gate's gradient or pre needs them; du, dpre, dpost once. FLOPs of a pair: 8 M (N1 + N2)
 a transform, of which there are 3, one more for ``rest`` and two more for dpost.
 """
@@ -37,6 +38,7 @@ from .triton_transform import (
     load_times,
     positions,
     power_of_two,
+    scale_back,
     store_times,
     transformed,
 )
@@ -189,12 +191,12 @@ def _one_unit(
         pi = ((gi * kr - gr * ki) * MIDDLE).to(f1r.dtype)
         wr, wi = inverted(pr, pi, f1r, f1i, tr, ti, f2r, f2i, PRECISION)
         _store_inputs(
-            wr * scale * power_of_two(c0), u_ptr, pre_ptr, du_ptr, dpre_ptr, stride_u, stride_pre, stride_du,
+            wr * scale * scale_back(c0), u_ptr, pre_ptr, du_ptr, dpre_ptr, stride_u, stride_pre, stride_du,
             stride_dpre, b0, head, place, times, now0, FEATURES, WANTED, WIDE,
         )  # fmt: skip
         if FEATURES.pair:
             _store_inputs(
-                wi * scale * power_of_two(c1), u_ptr, pre_ptr, du_ptr, dpre_ptr, stride_u, stride_pre, stride_du,
+                wi * scale * scale_back(c1), u_ptr, pre_ptr, du_ptr, dpre_ptr, stride_u, stride_pre, stride_du,
                 stride_dpre, b0 + 1, head, place, times, now1, FEATURES, WANTED, WIDE,
             )  # fmt: skip
 
@@ -208,10 +210,10 @@ def _one_unit(
         pr = ((xr * kr - xi * ki) * MIDDLE).to(f1r.dtype)
         pi = ((xr * ki + xi * kr) * MIDDLE).to(f1r.dtype)
         wr, wi = inverted(pr, pi, f1r, f1i, tr, ti, f2r, f2i, PRECISION)
-        w0 = wr * scale * power_of_two(e0)
+        w0 = wr * scale * scale_back(e0)
         _store_gate(w0, dy_ptr, dpost_ptr, stride_dy, stride_dpost, b0, head, place, times, now0, WIDE)
         if FEATURES.pair:
-            w1 = wi * scale * power_of_two(e1)
+            w1 = wi * scale * scale_back(e1)
             _store_gate(w1, dy_ptr, dpost_ptr, stride_dy, stride_dpost, b0 + 1, head, place, times, now1, WIDE)
     return sum_r, sum_i
 
@@ -225,6 +227,8 @@ def fft_conv_bwd_kernel(
     state_ptr,  # float32 [B, H, overlap] or None
     spectrum_ptr,  # [H, 2, N1, N2], real and imaginary
     scale_ptr,  # float32 [H], what the spectrum was divided by
+    f1_ptr,  # [2, N1, N1], roots of unity
+    f2_ptr,  # [2, N2, N2]
     du_ptr,  # [B, H, N] or None
     dpre_ptr,  # [B, H, N] or None
     dpost_ptr,  # [B, H, N] or None
@@ -262,7 +266,7 @@ def fft_conv_bwd_kernel(
     pairs = (batch + members - 1) // members
     last = tl.minimum(first + units, pairs * chunks)
 
-    f1r, f1i, tr, ti, f2r, f2i = constants(N1, N2, ROWS, COLS, spectrum_ptr.dtype.element_ty)
+    f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
     kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
     scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
     sum_r = tl.zeros([N1, COLS] if WANTED.k else [1, 1], tl.float32)

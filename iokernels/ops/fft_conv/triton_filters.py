@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from .options import CIRCULAR, Options, band_length, band_limited, placed, unplaced
+
+
+@cache
+def roots_of_unity(device: torch.device, dtype: torch.dtype, order: int) -> Tensor:
+    """``exp(-2 pi i j k / order)``, parts ``[2, order, order]``, rounded from float64. Made once for a device and kept."""
+    angle = (torch.arange(order)[:, None] * torch.arange(order) % order).double() * (-2.0 * torch.pi / order)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype).to(device)
 
 
 def planes_of(k: Tensor, n: int, n1: int, n2: int, dtype: torch.dtype, options: Options) -> list[Tensor]:

@@ -10,7 +10,8 @@ A thread block owns a head and runs through ``units`` blocks of pairs of sequenc
     w = inverse(K * forward(z))
     y0 = post 2^e0 Re w,  y1 = post 2^e1 Im w
 
-The skip term is a tap of the filter. Bytes a thread block requests: the head's spectrum once; of each unit u, pre (and the past) once for every position of the block inside the sequence, post and y once.
+The skip term is a tap of the filter. Bytes a thread block requests: F1, F2 and
+the head's spectrum once; of each unit u, pre (and the past) once for every position of the block inside the sequence, post and y once.
 FLOPs of a pair: 16 M (N1 + N2), of which a half block saves those of N1 / 2, and kept columns those of N2 - COLS.
 """
 
@@ -29,6 +30,7 @@ from .triton_transform import (
     load_times,
     positions,
     power_of_two,
+    scale_back,
     store_times,
     transformed,
 )
@@ -69,13 +71,13 @@ def _one_unit(
 
     times = place.start + offs
     mask = (offs >= overlap) & (times < seqlen)
-    y0 = wr * scale * power_of_two(e0)
+    y0 = wr * scale * scale_back(e0)
     if FEATURES.post:
         y0 *= load_times(post_ptr, stride_post, b0, head, place, times, mask, WIDE)
     store_times(y_ptr, stride_y, b0, head, place, times, y0, mask, WIDE)
     if FEATURES.pair:
         mask = mask & (b0 + 1 < batch)
-        y1 = wi * scale * power_of_two(e1)
+        y1 = wi * scale * scale_back(e1)
         if FEATURES.post:
             y1 *= load_times(post_ptr, stride_post, b0 + 1, head, place, times, mask, WIDE)
         store_times(y_ptr, stride_y, b0 + 1, head, place, times, y1, mask, WIDE)
@@ -89,6 +91,8 @@ def fft_conv_fwd_kernel(
     state_ptr,  # float32 [B, H, overlap] or None
     spectrum_ptr,  # [H, 2, N1, N2], real and imaginary
     scale_ptr,  # float32 [H], what the spectrum was divided by
+    f1_ptr,  # [2, N1, N1], roots of unity
+    f2_ptr,  # [2, N2, N2]
     y_ptr,  # [B, H, N]
     stride_u,
     stride_pre,
@@ -118,7 +122,7 @@ def fft_conv_fwd_kernel(
     pairs = (batch + members - 1) // members
     last = tl.minimum(first + units, pairs * chunks)
 
-    f1r, f1i, tr, ti, f2r, f2i = constants(N1, N2, ROWS, COLS, spectrum_ptr.dtype.element_ty)
+    f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
     kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
     scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
 

@@ -15,7 +15,7 @@ from iokernels.runtime.device import DeviceSpec, guard, spec_of
 from . import tuning
 from .options import Gradients, Needs, Options, band_length, kept_bins, reach, state_dtype
 from .triton_bwd import Wanted, fft_conv_bwd_kernel
-from .triton_filters import planes_of, state_gradient, taps_gradient, with_skip
+from .triton_filters import planes_of, roots_of_unity, state_gradient, taps_gradient, with_skip
 from .triton_fwd import fft_conv_fwd_kernel
 from .triton_transform import Features
 from .tuning_space import TUNABLES
@@ -39,8 +39,8 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
         config = launch.config("fft_conv_fwd")
         cover = launch.blocks(config)
         fft_conv_fwd_kernel[launch.grid(config, cover)](
-            u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover), y,
-            times(u), times(options.pre_gate), times(options.post_gate), times(y), *launch.sizes(config, cover),
+            u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover),
+            *launch.roots(cover), y, times(u), times(options.pre_gate), times(options.post_gate), times(y), *launch.sizes(config, cover),
             **launch.constexprs(cover, u, y), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y
@@ -92,7 +92,7 @@ def _launch_backward(
         sums = torch.empty(shape, dtype=torch.float32, device=u.device)
     fft_conv_bwd_kernel[grid](
         dy, u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover),
-        grads.u, grads.pre_gate, grads.post_gate, sums,
+        *launch.roots(cover), grads.u, grads.pre_gate, grads.post_gate, sums,
         times(dy), times(u), times(options.pre_gate), times(options.post_gate),
         times(grads.u), times(grads.pre_gate), times(grads.post_gate), *launch.sizes(config, cover),
         WANTED=wanted, REST=not launch.single(cover), **constexprs,
@@ -180,6 +180,11 @@ class Launch:
         if self.length is None:
             transformed = planes_of(k, self.n, cover.n1, cover.n2, self.compute, self.options)
         return transformed if self.options.skip is None else with_skip(transformed, self.options.skip)
+
+    def roots(self, cover: tuning.Blocks) -> tuple[Tensor, Tensor]:
+        """F1 and F2."""
+        device, dtype = self.u.device, self.compute
+        return roots_of_unity(device, dtype, cover.n1), roots_of_unity(device, dtype, cover.n2)
 
     def columns(self, cover: tuning.Blocks) -> int:
         """How many columns of frequencies the kernels keep. Those that are 0 in the filter are dropped in halves."""

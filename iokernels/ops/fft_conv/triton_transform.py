@@ -6,7 +6,8 @@ numbers as rows of N2, z[n1, n2] the one at ``N2 n1 + n2``,
     Z[k1, k2] = sum_n2 w_N2^(n2 k2) w_M^(n2 k1) sum_n1 w_N1^(n1 k1) z[n1, n2]  =  X[k1 + N1 k2]
     Z = ((F1 z) * T) F2,    back:    z = conj(F1) (((Z conj(F2)) * conj(T))) / M
 
-The result stays in this order; the filter was brought into it once. F1 [N1, N1], T [N1, N2], F2 [N2, N2] are made on chip, once a thread block.
+The result stays in this order; the filter was brought into it once. F1 [N1, N1] and F2 [N2, N2] are constants, T [N1, N2] is
+made on chip.
 
 Two sequences are the real and the imaginary part of one: for a real filter k, ``(v0 + i v1) * k`` has the parts
 ``v0 * k`` and ``v1 * k``. Each part is first scaled by a power of two so that its largest element is in [1, 2): then
@@ -96,14 +97,17 @@ def root_of_unity(power, ORDER: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def constants(N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DTYPE: tl.constexpr):
-    """F1 [N1, ROWS] (of the last rows of a block), T [N1, N2], F2 [N2, COLS] (of the kept frequencies)."""
+def constants(f1_ptr, f2_ptr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """F1 [N1, ROWS] (of the last rows of a block), T [N1, N2], F2 [N2, COLS] (of the kept frequencies).
+
+    Operands of products are loaded, because what is computed the compiler would keep in registers.
+    """
     offs_1, offs_2 = tl.arange(0, N1), tl.arange(0, N2)
     rows, cols = N1 - ROWS + tl.arange(0, ROWS), kept_columns(N2, COLS)
-    f1r, f1i = root_of_unity(offs_1[:, None] * rows[None, :], N1, DTYPE)
-    tr, ti = root_of_unity(offs_1[:, None] * offs_2[None, :], N1 * N2, DTYPE)
-    f2r, f2i = root_of_unity(offs_2[:, None] * cols[None, :], N2, DTYPE)
-    return f1r, f1i, tr, ti, f2r, f2i
+    f1 = f1_ptr + offs_1[:, None] * N1 + rows[None, :]
+    f2 = f2_ptr + offs_2[:, None] * N2 + cols[None, :]
+    tr, ti = root_of_unity(offs_1[:, None] * offs_2[None, :], N1 * N2, f1_ptr.dtype.element_ty)
+    return tl.load(f1), tl.load(f1 + N1 * N1), tr, ti, tl.load(f2), tl.load(f2 + N2 * N2)
 
 
 @triton.jit
@@ -169,6 +173,12 @@ def load_inputs(
         past = state_ptr + (tl.cast(batch, tl.int64) * heads + head) * place.overlap
         v += tl.load(past + (times + place.overlap), mask=(times < 0) & valid, other=0.0)
     return v
+
+
+@triton.jit
+def scale_back(e):
+    """2^e, but 0 for what was scaled as zeros: of those nothing may be left but zeros."""
+    return tl.where(e < -126, 0.0, power_of_two(e))
 
 
 @triton.jit
