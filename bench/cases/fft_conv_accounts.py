@@ -41,8 +41,8 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
 
 NAIVE = (
     "gate, cast to float32, rfft of both zero-padded to 2 n (n if circular), product, irfft, cut, gate and cast back, "
-    "each of which reads its operands and writes its result once; backward the same steps in reverse, with the spectrum "
-    "of u kept. A transform is taken to read its input and write its result once, and no zero is read"
+    "each of which reads its operands and writes its result once; backward the same steps in reverse, with the "
+    "spectrum of u kept. A transform is taken to read its input and write its result once, and no zero is read"
 )
 
 

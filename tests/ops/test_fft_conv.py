@@ -61,7 +61,14 @@ def test_the_proof_can_fail(wrong: str, device: str) -> None:
 def test_lengths(backend: str, n: int, device: str) -> None:
     """Filters of one tap, of an eighth, as long as the sequence (causal and circular), and two-sided."""
     u = draw(3, 1, n, dtype=torch.float16, device=device)
-    for taps, causal in {(1, True), (max(1, n // 8), True), (n, True), (n, False), (2 * n - 1, True), (2 * n - 1, False)}:
+    for taps, causal in {
+        (1, True),
+        (max(1, n // 8), True),
+        (n, True),
+        (n, False),
+        (2 * n - 1, True),
+        (2 * n - 1, False),
+    }:
         k = draw(1, taps, device=device) / taps**0.5
         truth = "reference" if n < 1000 else "torch"  # which is held to the reference at shorter lengths
         expected = fft_conv(u.double(), k.double(), causal=causal, backend=truth)
@@ -213,7 +220,7 @@ def test_layouts(backend: str, layout: Any, device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 50), (2, 0, 50), (2, 2, 0)], ids=str)
-@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_empty(backend: str, shape: tuple[int, int, int], device: str) -> None:
     u = torch.ones(shape, device=device, requires_grad=True)
     k = torch.ones(shape[1], 5, device=device, requires_grad=True)

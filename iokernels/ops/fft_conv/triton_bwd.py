@@ -15,10 +15,10 @@ there V is scaled to the same product ``2^-e`` for both parts, e from the larger
 dpost, V is transformed again with each part scaled by itself.
 
 Every thread block writes its own sum of dK, as frequencies; PyTorch adds those of a head up and brings them back to
-taps. No atomics: the bits are the same on every run. Bytes a thread block requests: F1, F2,
-spectrum and its dK once; of each unit u and pre (and the past) once for every position, post and dy for the positions of ``now`` and of ``rest``;
-then u, pre and dy again where a gate's gradient or pre needs them; du, dpre, dpost once. FLOPs of a pair: 8 M (N1 + N2)
-a transform, of which there are 3, one more for ``rest`` and two more for dpost.
+taps. No atomics: the bits are the same on every run. Bytes a thread block requests: F1, F2, the
+spectrum and its dK once; of each unit u and pre (and the past) once for every position, post and dy once for those of
+``now`` and of ``rest``; then u, pre and dy again where a gate's gradient or pre needs them; du, dpre, dpost once. FLOPs
+of a pair: 8 M (N1 + N2) a transform, of which there are 3, one more for ``rest`` and two more for dpost.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def _store_gate(w, dy_ptr, dpost_ptr, stride_dy, stride_dpost, batch, head, plac
 
 @triton.jit
 def _one_unit(
-    unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u, stride_pre,
-    stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
+    unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
+    stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
     sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
     FEATURES: tl.constexpr, WANTED: tl.constexpr, REST: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     ROWS: tl.constexpr, MIDDLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -275,8 +275,8 @@ def fft_conv_bwd_kernel(
     if HOIST:
         for unit in tl.range(first, last):
             sum_r, sum_i = _one_unit(
-                unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u, stride_pre,
-                stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
+                unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
+                stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
                 sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
                 FEATURES, WANTED, REST, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip
@@ -284,8 +284,8 @@ def fft_conv_bwd_kernel(
         unit = first
         while unit < last:
             sum_r, sum_i = _one_unit(
-                unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u, stride_pre,
-                stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
+                unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
+                stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
                 sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
                 FEATURES, WANTED, REST, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip

@@ -12,7 +12,7 @@ from .options import CIRCULAR, Options, band_length, band_limited, placed, unpla
 
 @cache
 def roots_of_unity(device: torch.device, dtype: torch.dtype, order: int) -> Tensor:
-    """``exp(-2 pi i j k / order)``, parts ``[2, order, order]``, rounded from float64. Made once for a device and kept."""
+    """``exp(-2 pi i j k / order)``, parts ``[2, order, order]``, rounded from float64. Made once a device."""
     angle = (torch.arange(order)[:, None] * torch.arange(order) % order).double() * (-2.0 * torch.pi / order)
     return torch.stack([angle.cos(), angle.sin()]).to(dtype).to(device)
 

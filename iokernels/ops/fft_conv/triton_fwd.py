@@ -10,9 +10,9 @@ A thread block owns a head and runs through ``units`` blocks of pairs of sequenc
     w = inverse(K * forward(z))
     y0 = post 2^e0 Re w,  y1 = post 2^e1 Im w
 
-The skip term is a tap of the filter. Bytes a thread block requests: F1, F2 and
-the head's spectrum once; of each unit u, pre (and the past) once for every position of the block inside the sequence, post and y once.
-FLOPs of a pair: 16 M (N1 + N2), of which a half block saves those of N1 / 2, and kept columns those of N2 - COLS.
+The skip term is a tap of the filter. Bytes a thread block requests: F1, F2 and the head's spectrum once; of each unit
+u and pre (and the past) once for every position of the block inside the sequence, post and y once. FLOPs of a pair:
+16 M (N1 + N2), of which a half block saves those of N1 / 2, and kept columns those of N2 - COLS.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.ops.triton_tiles import Strides, strides
+from iokernels.ops.triton_tiles import strides
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
@@ -40,7 +40,8 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
         cover = launch.blocks(config)
         fft_conv_fwd_kernel[launch.grid(config, cover)](
             u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover),
-            *launch.roots(cover), y, times(u), times(options.pre_gate), times(options.post_gate), times(y), *launch.sizes(config, cover),
+            *launch.roots(cover), y,
+            strides(u), strides(options.pre_gate), strides(options.post_gate), strides(y), *launch.sizes(config, cover),
             **launch.constexprs(cover, u, y), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y
@@ -93,8 +94,8 @@ def _launch_backward(
     fft_conv_bwd_kernel[grid](
         dy, u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover),
         *launch.roots(cover), grads.u, grads.pre_gate, grads.post_gate, sums,
-        times(dy), times(u), times(options.pre_gate), times(options.post_gate),
-        times(grads.u), times(grads.pre_gate), times(grads.post_gate), *launch.sizes(config, cover),
+        strides(dy), strides(u), strides(options.pre_gate), strides(options.post_gate),
+        strides(grads.u), strides(grads.pre_gate), strides(grads.post_gate), *launch.sizes(config, cover),
         WANTED=wanted, REST=not launch.single(cover), **constexprs,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -218,8 +219,3 @@ class Launch:
             "HOIST": tuning.hoists(self.problem("fft_conv_fwd"), length),
             "PRECISION": self.precision if self.compute == torch.float32 else "tf32",
         }
-
-
-def times(x: Tensor | None) -> Strides:
-    """The strides of ``[B, H, N]``."""
-    return strides(x)

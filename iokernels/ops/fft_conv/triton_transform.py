@@ -6,8 +6,8 @@ numbers as rows of N2, z[n1, n2] the one at ``N2 n1 + n2``,
     Z[k1, k2] = sum_n2 w_N2^(n2 k2) w_M^(n2 k1) sum_n1 w_N1^(n1 k1) z[n1, n2]  =  X[k1 + N1 k2]
     Z = ((F1 z) * T) F2,    back:    z = conj(F1) (((Z conj(F2)) * conj(T))) / M
 
-The result stays in this order; the filter was brought into it once. F1 [N1, N1] and F2 [N2, N2] are constants, T [N1, N2] is
-made on chip.
+The result stays in this order; the filter was brought into it once. F1 [N1, N1] and F2 [N2, N2] are constants that are
+loaded, T [N1, N2] is made on chip.
 
 Two sequences are the real and the imaginary part of one: for a real filter k, ``(v0 + i v1) * k`` has the parts
 ``v0 * k`` and ``v1 * k``. Each part is first scaled by a power of two so that its largest element is in [1, 2): then
