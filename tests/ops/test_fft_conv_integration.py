@@ -1,4 +1,4 @@
-"""fft_conv among PyTorch's machinery: operator checks, compilation, checkpointing, and gradients by finite differences."""
+"""fft_conv among PyTorch's machinery: operator checks, compilation, checkpointing, gradients by finite differences."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ def arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tens
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, device: str) -> None:
-    u, k, *tensors = (x.detach() for x in arguments(device).values())
+    # Two runs may differ in the last bits, because libraries look at the alignment; they must not show here.
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    u, k, *tensors = (x.detach() / 8 for x in arguments(device, dtype).values())
     options = Options(*tensors, mode=CAUSAL)
     torch.library.opcheck(forward_op, (u, k, [], backend, *options))
-    torch.library.opcheck(backward_op, (u, u, k, [], [True] * 6, backend, *options))
+    torch.library.opcheck(backward_op, (u.flip(0), u, k, [], [True] * 6, backend, *options))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_graph(backend: str, dynamic: bool, device: str) -> None:
-    given = arguments(device)
+def test_one_graph(dynamic: bool) -> None:
+    given = arguments("cpu", torch.float64)
 
     def loss(n: int) -> Tensor:
         cut = {name: x[..., :n] if x.dim() == 3 and name != "initial_state" else x for name, x in given.items()}
-        y, state = fft_conv(**cut, return_state=True, backend=backend)
+        y, state = fft_conv(**cut, return_state=True)
         return y.square().sum() + state.sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -62,12 +63,11 @@ def test_one_tensor_as_all_in_one_graph(device: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_spectrum_in_one_graph(backend: str, device: str) -> None:
-    u, k = torch.randn(2, 2, 30, device=device), torch.randn(2, 30, device=device)
-    spectrum = kernel_spectrum(k, 30, backend=backend)
+def test_spectrum_in_one_graph() -> None:
+    u, k = torch.randn(2, 2, 30), torch.randn(2, 30)
+    spectrum = kernel_spectrum(k, 30)
     compiled = torch.compile(lambda u: fft_conv(u, spectrum), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(u), fft_conv(u, k, backend=backend))
+    torch.testing.assert_close(compiled(u), fft_conv(u, k))
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"freq_keep": 0.4, "initial_state": None}], ids=str)

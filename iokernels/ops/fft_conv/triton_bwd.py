@@ -1,5 +1,7 @@
 """The backward kernel of ``fft_conv``: all gradients in one pass over the blocks of :mod:`.triton_fwd`.
 
+Of long transforms the registers hold one at a time: there the launcher asks for dv, dk and dpost in passes of their own.
+
 With g = post dy, of the positions that a block makes (``now``) and of those after them (``rest``),
 
     G = forward(g_now),  V = forward(v)
@@ -23,8 +25,6 @@ of a pair: 8 M (N1 + N2) a transform, of which there are 3, one more for ``rest`
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -42,16 +42,6 @@ from .triton_transform import (
     store_times,
     transformed,
 )
-
-
-class Wanted(NamedTuple):
-    """What the backward kernel computes."""
-
-    v: Any  # dv, and of it du and dpre as far as they are given
-    u: Any
-    pre: Any
-    post: Any
-    k: Any
 
 
 @triton.jit
@@ -267,7 +257,10 @@ def fft_conv_bwd_kernel(
     last = tl.minimum(first + units, pairs * chunks)
 
     f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
-    kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
+    if WANTED.v or WANTED.post:
+        kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
+    else:
+        kr, ki = tr, ti  # unused
     scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
     sum_r = tl.zeros([N1, COLS] if WANTED.k else [1, 1], tl.float32)
     sum_i = tl.zeros([N1, COLS] if WANTED.k else [1, 1], tl.float32)

@@ -14,7 +14,7 @@ from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
 from .options import Gradients, Needs, Options, band_length, kept_bins, reach, state_dtype
-from .triton_bwd import Wanted, fft_conv_bwd_kernel
+from .triton_bwd import fft_conv_bwd_kernel
 from .triton_filters import planes_of, roots_of_unity, state_gradient, taps_gradient, with_skip
 from .triton_fwd import fft_conv_fwd_kernel
 from .triton_transform import Features
@@ -58,7 +58,7 @@ def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], option
             if grad is not None:
                 grad.zero_()
         return grads
-    wanted = Wanted(
+    wanted = tuning.Wanted(
         v=grads.u is not None or grads.pre_gate is not None,
         u=grads.u is not None,
         pre=grads.pre_gate is not None,
@@ -79,7 +79,13 @@ def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], option
 
 
 def _launch_backward(
-    dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], options: Options, wanted: Wanted, grads: Gradients
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    transformed: list[Tensor],
+    options: Options,
+    wanted: tuning.Wanted,
+    grads: Gradients,
 ) -> None:
     launch = Launch(u, k, transformed, options, spec_of(u.device))
     config = launch.config("fft_conv_bwd")
@@ -91,14 +97,16 @@ def _launch_backward(
     if wanted.k:
         shape = (grid[0] // heads, heads, 2, cover.n1, constexprs["COLS"])
         sums = torch.empty(shape, dtype=torch.float32, device=u.device)
-    fft_conv_bwd_kernel[grid](
-        dy, u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover),
-        *launch.roots(cover), grads.u, grads.pre_gate, grads.post_gate, sums,
-        strides(dy), strides(u), strides(options.pre_gate), strides(options.post_gate),
-        strides(grads.u), strides(grads.pre_gate), strides(grads.post_gate), *launch.sizes(config, cover),
-        WANTED=wanted, REST=not launch.single(cover), **constexprs,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    spectrum, rest = launch.spectrum(k, transformed, cover), not launch.single(cover)
+    for part in tuning.passes(wanted, cover.n1 * cover.n2, u.element_size()):
+        fft_conv_bwd_kernel[grid](
+            dy, u, options.pre_gate, options.post_gate, launch.state, *spectrum, *launch.roots(cover),
+            grads.u, grads.pre_gate, grads.post_gate, sums,
+            strides(dy), strides(u), strides(options.pre_gate), strides(options.post_gate),
+            strides(grads.u), strides(grads.pre_gate), strides(grads.post_gate), *launch.sizes(config, cover),
+            WANTED=part, REST=rest and part.v, **constexprs,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     if sums is not None:
         dk, dskip = taps_gradient(sums, k.shape[1], u.shape[2], cover.n1, cover.n2, options)
         if grads.k is not None:

@@ -66,6 +66,29 @@ class Blocks(NamedTuple):
     periodic: bool
 
 
+class Wanted(NamedTuple):
+    """What a launch of the backward kernel computes."""
+
+    v: bool  # dv, and of it du and dpre as far as they are wanted
+    u: bool
+    pre: bool
+    post: bool
+    k: bool
+
+
+_ONE_PASS = {2: 2048, 4: 1024}
+"""The longest transform of which a thread holds the registers for all gradients at once, by the bytes of an element."""
+
+
+def passes(wanted: Wanted, length: int, itemsize: int) -> list[Wanted]:
+    """The launches of a backward pass: one, or dv, dk and dpost each by itself."""
+    if length <= _ONE_PASS[itemsize]:
+        return [wanted]
+    nothing = Wanted(False, False, False, False, False)
+    parts = [wanted._replace(post=False, k=False), nothing._replace(k=wanted.k), nothing._replace(post=wanted.post)]
+    return [part for part in parts if any(part)]
+
+
 def factors(length: int) -> tuple[int, int]:
     """``length`` as N1 N2, powers of two, N1 the larger where they differ."""
     bits = length.bit_length() - 1
