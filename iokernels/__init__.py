@@ -6,6 +6,7 @@ those of :mod:`torch.nn`. ``python -m iokernels`` checks and times every operato
 
 from . import nn
 from ._version import __version__
+from .ops.fft_conv import KernelSpectrum, LazyState, fft_conv, fft_conv_step, kernel_spectrum, lazy_state
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
 from .ops.linear_attention import (
@@ -23,6 +24,8 @@ from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 
 __all__ = [
+    "KernelSpectrum",
+    "LazyState",
     "UnsupportedError",
     "__version__",
     "alibi_slopes",
@@ -38,6 +41,12 @@ __all__ = [
     "linear_attention_state",
     "linear_attention_step",
     "minimax_slopes",
+    "fft_conv",
+    "fft_conv_step",
+    "flash_attention",
+    "flash_attention_varlen",
+    "kernel_spectrum",
+    "lazy_state",
     "nn",
     "retention_slopes",
     "rotary_table",

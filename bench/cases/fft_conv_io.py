@@ -1,0 +1,120 @@
+"""How many bytes the Triton kernels of fft_conv should request from global memory: the model of their tiling.
+
+Counted as a thread block requests them: each address once a load instruction, whatever the caches serve. The model is
+exact, with every option; a test holds it to what the tracer counts. Filters are transformed, and their gradient brought
+back to taps, by ``torch.fft``: that is not in here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iokernels.bench.accounts import Account, Bytes
+from iokernels.ops.fft_conv.tuning import Blocks, Config, Wanted, passes
+
+_SUM = 4  # bytes of a float32: a state, a scale, the filter's gradient
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: ``columns`` of the frequencies are kept, and ``members`` sequences share a transform."""
+
+    batch: int
+    heads: int
+    seqlen: int
+    taps: int
+    itemsize: int
+    gated: bool
+    state: bool
+    columns: int
+    members: int
+
+    @property
+    def compute_size(self) -> int:
+        """Bytes of one part of a filter's frequency, or of a root of unity."""
+        return 4 if self.itemsize == 4 else 2
+
+    @property
+    def tensor(self) -> int:
+        """Bytes of u."""
+        return self.batch * self.heads * self.seqlen * self.itemsize
+
+
+def _positions(problem: Problem, cover: Blocks) -> tuple[int, int, int]:
+    """Of the blocks of one sequence: positions loaded from u, those loaded from the past, gradients of ``rest``."""
+    length, n = cover.n1 * cover.n2, problem.seqlen
+    inputs = past = rest = 0
+    for chunk in range(cover.chunks):
+        start = chunk * cover.step - cover.overlap
+        first = start + length // 2 if cover.half else start
+        stop = min(start + length, n)
+        inputs += stop - first if cover.periodic else max(0, stop - max(first, 0))
+        past += max(0, min(0, start + length) - start) if problem.state else 0
+        if cover.periodic:
+            # Everything up to the next end of the sequence but one, apart from what the block itself makes.
+            now = max(0, min(start + length, n) - (start + cover.overlap))
+            ahead = sum(
+                1 for i in range(length)
+                if (time := start + i + (length if i < cover.overlap else 0)) < 2 * n
+                and not (i >= cover.overlap and time < n)
+            )  # fmt: skip
+            rest += ahead
+            assert now >= 0
+        elif cover.chunks > 1:
+            rest += max(0, min(start + length + cover.overlap, n) - (start + length))
+    return inputs, past, rest
+
+
+def _once_a_block(problem: Problem, config: Config, cover: Blocks) -> tuple[int, int]:
+    """Thread blocks of the grid, and the bytes of F1, F2, spectrum and scale that one loads."""
+    n1, n2, columns = cover.n1, cover.n2, problem.columns
+    pairs = -(-problem.batch // problem.members)
+    grid = problem.heads * -(-pairs * cover.chunks // config.units)
+    rows = n1 // 2 if cover.half else n1
+    return grid, problem.compute_size * 2 * (n1 * rows + n2 * columns + n1 * columns) + _SUM
+
+
+def forward(problem: Problem, config: Config, cover: Blocks) -> Account:
+    """F1, F2 and the spectrum once a thread block; u, pre and the past for every position; post and y once."""
+    inputs, past, _ = _positions(problem, cover)
+    grid, once = _once_a_block(problem, config, cover)
+    rows = problem.batch * problem.heads
+    gate = problem.tensor if problem.gated else 0
+    read = rows * (inputs * problem.itemsize * (2 if problem.gated else 1) + past * _SUM) + gate
+    floor = problem.tensor * (3 if problem.gated else 1) + problem.heads * problem.taps * _SUM
+    floor += rows * (problem.taps - 1) * _SUM if problem.state else 0
+    return Account("fwd", floor=Bytes(floor, problem.tensor), model=Bytes(read + grid * once, problem.tensor))
+
+
+def backward(problem: Problem, config: Config, cover: Blocks) -> Account:
+    """As the forward kernel, with dy and post for what a block makes and what comes after it; for the gates' gradients
+    u, pre and dy once more; du, dpre, dpost once, and a sum of the filter's frequencies a thread block.
+
+    Long transforms take a pass each for dv, dk and dpost: constants, spectrum, u, pre, dy and post more than once.
+    """
+    inputs, past, rest = _positions(problem, cover)
+    grid, once = _once_a_block(problem, config, cover)
+    rows, gated = problem.batch * problem.heads, problem.gated
+    tensors = 2 if gated else 1
+    spectrum = problem.compute_size * 2 * cover.n1 * problem.columns
+    wanted = Wanted(v=True, u=True, pre=gated, post=gated, k=True)
+    read = 0
+    for part in passes(wanted, cover.n1 * cover.n2, problem.itemsize):
+        read += grid * (once if part.v or part.post else once - spectrum)
+        if part.v or part.k:
+            read += tensors * problem.tensor  # dy, and post with it
+        if part.k or part.post:
+            read += rows * (inputs * problem.itemsize * tensors + past * _SUM)  # u, pre, the past
+        if part.v:
+            read += tensors * rows * rest * problem.itemsize + (2 * problem.tensor if gated else 0)
+        if part.post:
+            read += problem.tensor  # dy
+    written = problem.tensor * (3 if gated else 1)
+    sums = grid * 2 * cover.n1 * problem.columns * _SUM
+    floor = problem.tensor * (4 if gated else 2) + problem.heads * problem.taps * _SUM
+    floor += rows * (problem.taps - 1) * _SUM if problem.state else 0
+    return Account(
+        "bwd",
+        floor=Bytes(floor, written + problem.heads * problem.taps * _SUM),
+        model=Bytes(read, written + sums),
+    )
