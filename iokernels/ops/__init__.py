@@ -1,4 +1,4 @@
 """The operators, one room each."""
 
-OPERATORS = ("flash_attention",)
+OPERATORS = ("flash_attention", "fft_conv")
 """Every operator. Its name is the same in ``ops/``, ``nn/``, ``bench/cases/``, ``tests/ops/`` and ``docs/ops/``."""

@@ -118,6 +118,7 @@ def short_conv(
     return (out, final_state) if return_state else out
 
 
+@torch.no_grad()
 def short_conv_step(
     x: Tensor,
     weight: Tensor,
@@ -146,15 +147,14 @@ def short_conv_step(
         ``out [B, H]``, dtype of x.
 
     Raises:
-        TypeError, ValueError, UnsupportedError: as :func:`short_conv`; ValueError too where a gradient would be
-        recorded, because a state that is overwritten has none: call it under ``torch.no_grad()``.
+        TypeError, ValueError, UnsupportedError: as :func:`short_conv`.
 
-    Launches one kernel on the current stream, allocates the result only, and may be captured in a CUDA graph.
+    Without gradients. On ``triton`` it is one launch, allocates the result only, and may be captured in a CUDA graph.
     """
     plan = remembered(
         _PLANS,
         _step_plan,
-        (activation, torch.is_grad_enabled(), dispatch.requested(backend)),
+        (activation, dispatch.requested(backend)),
         (x, weight, state, bias, state_indices),
     )
     if state_indices is not None:
@@ -240,8 +240,7 @@ def _plan(
 
 
 def _step_plan(
-    activation: Any, recorded: bool, backend: str | None, x: Tensor, weight: Tensor, state: Tensor, bias: Any,
-    state_indices: Any,
+    activation: Any, backend: str | None, x: Tensor, weight: Tensor, state: Tensor, bias: Any, state_indices: Any
 ) -> ShortPlan:  # fmt: skip
     known = _known(weight)
     if state_indices is None and isinstance(x, Tensor) and x.dim() == 2:
@@ -250,11 +249,6 @@ def _step_plan(
     width = weight.shape[1]
     STEP.require(width >= 1 and weight.shape[0] >= 1, f"weight has shape {list(weight.shape)}; it has no taps")
     _same_or_single(STEP, x, weight=weight, bias=bias)
-    for name, tensor in (("x", x), ("weight", weight), ("state", state), ("bias", bias)):
-        STEP.require(
-            not (recorded and tensor is not None and tensor.requires_grad),
-            f"{name} requires a gradient, and a step has none; call it under torch.no_grad()",
-        )
     return ShortPlan(_choose(STEP, backend, x, weight), width - 1, 0, _silu(STEP, activation), True)
 
 

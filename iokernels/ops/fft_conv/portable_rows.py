@@ -1,0 +1,110 @@
+"""What the backend ``torch`` works on at a time: some rows of a call, and of them a stretch of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import Gradients, Options, state_dtype
+from .portable_lengths import Cut
+
+
+class Rows(NamedTuple):
+    """The sequences and heads that are worked on together."""
+
+    batch: slice
+    heads: slice
+    count: int
+
+    @property
+    def index(self) -> tuple[slice, slice]:
+        """Of a ``[B, H, N]`` tensor."""
+        return self.batch, self.heads
+
+
+def workspace(u: Tensor) -> int:
+    """Bytes that a step may work on: a share of a CPU's caches for every thread, and little beside a GPU's memory."""
+    return 2**20 * torch.get_num_threads() if u.device.type == "cpu" else 2**28
+
+
+def _together(u: Tensor, plan: Cut) -> int:
+    """How many transforms make up :func:`workspace`, with what comes in and goes out."""
+    return max(1, workspace(u) // (3 * state_dtype(u.dtype).itemsize * plan.length))
+
+
+def tiles(u: Tensor, plan: Cut) -> Iterator[Rows]:
+    """Heads a few at a time with the whole batch, or, where that is too much, one head with a few sequences."""
+    batch, heads, _ = u.shape
+    many = _together(u, plan)
+    if plan.blocks:
+        many = max(1, many // max(1, u.shape[2] // plan.step))
+    sequences, together = min(batch, many), max(1, many // batch)
+    for head in range(0, heads, together):
+        for first in range(0, batch, sequences):
+            last, stop = min(first + sequences, batch), min(head + together, heads)
+            yield Rows(slice(first, last), slice(head, stop), (last - first) * (stop - head))
+
+
+def pieces(u: Tensor, rows: Rows, plan: Cut, outputs: int, step: int) -> Iterator[tuple[int, int]]:
+    """Stretches of ``outputs``: (where one starts, how many blocks of ``step`` it has)."""
+    blocks = -(-outputs // step)
+    many = max(1, _together(u, plan) // rows.count)
+    for first in range(0, blocks, many):
+        yield first * step, min(many, blocks - first)
+
+
+class Part:
+    """Some rows of a call's tensors, in the dtype of the sums."""
+
+    def __init__(self, u: Tensor, options: Options, rows: Rows, dy: Tensor | None = None) -> None:
+        self.u, self.options, self.rows, self.dy = u, options, rows, dy
+        self.dtype = state_dtype(u.dtype)
+
+    def inputs(self, start: int, length: int) -> Tensor:
+        """v from ``start`` on, past and zeros included. Not to be changed: it may be u itself."""
+        return self._stretch(self.u, self.options.pre_gate, self.options.initial_state, start, length)
+
+    def gradients(self, start: int, length: int) -> Tensor:
+        """g from ``start`` on, with zeros around it. Not to be changed."""
+        assert self.dy is not None
+        return self._stretch(self.dy, self.options.post_gate, None, start, length)
+
+    def finish(self, w: Tensor, v: Tensor, start: int, stop: int, factor: Tensor | None, out: Tensor) -> None:
+        """``out = factor * (w + skip * v)`` of the outputs from start to stop; w is changed."""
+        if self.options.skip is not None:
+            w.addcmul_(self._skip(), v)
+        if factor is not None:
+            w.mul_(factor[self.rows.index][..., start:stop])
+        out[self.rows.index][..., start:stop] = w
+
+    def store_inputs(self, dv: Tensor, g: Tensor, start: int, stop: int, grads: Gradients) -> None:
+        """du and dpre from dv without its skip term, which is changed."""
+        if self.options.skip is not None:
+            dv.addcmul_(self._skip(), g)
+        if grads.pre_gate is not None:
+            grads.pre_gate[self.rows.index][..., start:stop] = dv * self.u[self.rows.index][..., start:stop]
+        if grads.u is not None:
+            if self.options.pre_gate is not None:
+                dv.mul_(self.options.pre_gate[self.rows.index][..., start:stop])
+            grads.u[self.rows.index][..., start:stop] = dv
+
+    def _skip(self) -> Tensor:
+        assert self.options.skip is not None
+        return self.options.skip[self.rows.heads, None].to(self.dtype)
+
+    def _stretch(self, x: Tensor, gate: Tensor | None, past: Tensor | None, start: int, length: int) -> Tensor:
+        n = x.shape[2]
+        first, last = min(max(start, 0), n), min(max(start + length, 0), n)
+        inside = x[self.rows.index][..., first:last].to(self.dtype)
+        if gate is not None:
+            inside = inside * gate[self.rows.index][..., first:last]
+        before = min(max(-start, 0), length)
+        if past is not None and before:
+            width = min(before, past.shape[2])
+            inside = torch.cat([past[self.rows.index][..., past.shape[2] - width :], inside], dim=2)
+            before -= width
+        after = length - before - inside.shape[2]
+        return torch.nn.functional.pad(inside, (before, after)) if before or after else inside

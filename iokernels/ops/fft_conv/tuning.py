@@ -1,0 +1,2 @@
+def tiling_refusal(n, taps, mode, itemsize):
+    return None
