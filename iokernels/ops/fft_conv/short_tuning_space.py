@@ -40,7 +40,7 @@ def shared_bytes(kernel: str, problem: ShortProblem, rows: int) -> int:
     """Shared memory of the operands of a matrix product, in bytes."""
     if kernel == "short_conv_wide":
         line = inner(problem.width)
-        return 4 * (2 * rows + 2 * line * line)
+        return 4 * (rows + line * line)
     if kernel == "short_conv_wide_dweight":
         line, lags = dweight_inner(problem.width)
         return 4 * (rows + rows // line * lags + line * lags)
