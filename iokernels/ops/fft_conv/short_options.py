@@ -73,10 +73,13 @@ def empty_rows(x: Tensor, length: Any) -> Tensor:
 
 
 def empty_state(x: Tensor, width: int, options: ShortOptions) -> Tensor:
-    """An uninitialised state ``[B, H, W - 1]`` (packed: a row for each sequence); an empty tensor where none is asked."""
+    """An uninitialised state ``[B, H, W - 1]`` (packed: a row for each sequence) in the memory order of x, or an empty
+    tensor where none is asked for."""
     if not options.return_state:
         return x.new_empty(0)
     rows = x.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((rows, width - 1, x.shape[1])).transpose(1, 2)
     return x.new_empty((rows, x.shape[1], width - 1))
 
 

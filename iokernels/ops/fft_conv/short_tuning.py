@@ -80,18 +80,16 @@ def dweight_inner(width: int) -> tuple[int, int]:
 
 def default(problem: ShortProblem) -> ShortConfig:
     """A configuration that fits, for every problem that the kernels accept."""
+    # Sixteen channels share the sectors of memory where channels are neighbours.
+    walked = 1 if problem.rows_inside else 16
     if problem.kernel == "short_conv_wide":
-        # Sixteen channels share the sectors of memory where channels are neighbours.
-        lines = 16 if problem.width > 64 else 32
-        return ShortConfig(lines * inner(problem.width), 1 if problem.rows_inside else 16, 4)
+        line = inner(problem.width)
+        return ShortConfig(max(16 * line, 1024), walked, 4 if line <= 64 else 8)
     if problem.kernel == "short_conv_wide_dweight":
-        return ShortConfig(1024, 1 if problem.rows_inside else 16, 8)
-    forward = problem.kernel == "short_conv_fwd"
-    # Backward holds 2 W - 1 tiles of x.
-    elements = 4096 if forward else (2048 if problem.width * problem.itemsize <= 16 else 1024)
-    lane = (1024 if forward else 512) if problem.rows_inside else 64
-    block_n = max(min(lane, bucket(problem.rows)), 16)
+        return ShortConfig(1024, walked, 8)
+    # A thread holds 8 elements, and 4 backward, which keeps 2 W - 1 tiles of x.
+    backward = problem.kernel == "short_conv_bwd"
+    elements, lane = (1024, 16) if backward else (2048, 32)
+    block_n = max(min(elements if problem.rows_inside else elements // lane, bucket(problem.rows)), 16)
     block_h = max(min(elements // block_n, bucket(problem.channels)), 1)
-    if problem.rows_inside and block_n == lane:
-        block_h = min(block_h, 2)
-    return ShortConfig(block_n, block_h, max(1, min(8, block_n * block_h // 256)))
+    return ShortConfig(block_n, block_h, max(1, min(8, block_n * block_h // (128 if backward else 256))))

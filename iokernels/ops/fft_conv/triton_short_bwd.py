@@ -25,6 +25,13 @@ from iokernels.ops.triton_tiles import at_head
 from .triton_short_tiles import channel_offsets, load_extended, load_rows, rows_of, silu_slope, tile_of
 
 
+@triton.constexpr_function
+def _is_read(s, rows, sums, silu, width, left):
+    """Whether the tile shifted by ``s - (width - 1)`` rows takes part: all for rows through silu, else W of them."""
+    own = -left <= s - (width - 1) < width - left
+    return (silu and rows) or (own and (silu or sums))
+
+
 @triton.jit(do_not_specialize=["channels", "seqlen", "out_len", "total", "sequences", "tiles", "channel_blocks"])
 def short_conv_bwd_kernel(
     dout_ptr,  # [B, H, M] or None
@@ -92,12 +99,11 @@ def short_conv_bwd_kernel(
     state_base = at_head(state_ptr, stride_state, sequence, first_channel, 0) if FEATURES.state else state_ptr
     shifted = ()
     for s in tl.static_range(2 * WIDTH - 1):
-        shift = s - (WIDTH - 1)
-        own = shift >= -LEFT and shift < WIDTH - LEFT
-        if DOUT and ((FEATURES.silu and (ROWS or own)) or (SUMS and own)):
+        if DOUT and _is_read(s, ROWS, SUMS, FEATURES.silu, WIDTH, LEFT):
+            # In a block of rows from 0 on, only rows further back can be of the state.
             x = load_extended(
-                x_base, stride_x, state_base, stride_state, offs_n + shift, row + shift, length, offs_h, mask_h,
-                WIDTH, FEATURES.state, WIDE,
+                x_base, stride_x, state_base, stride_state, offs_n + (s - WIDTH + 1), row + (s - WIDTH + 1), length,
+                offs_h, mask_h, WIDTH, FEATURES.state and (ROW_BASE < 0 or s < WIDTH - 1), WIDE,
             )  # fmt: skip
             shifted = shifted + (x,)
         else:

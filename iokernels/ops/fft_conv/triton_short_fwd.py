@@ -70,7 +70,7 @@ def short_conv_fwd_kernel(
             tap = tl.load(taps + w, mask=mask_h, other=0.0).to(tl.float32)
             x = load_extended(
                 base, stride_x, state_base, stride_state, offs_n + (w - LEFT), row + (w - LEFT), length,
-                offs_h, mask_h, WIDTH, FEATURES.state, WIDE,
+                offs_h, mask_h, WIDTH, FEATURES.state and w < LEFT, WIDE,
             )  # fmt: skip
             acc += tap[None, :] * x.to(tl.float32)
         if FEATURES.silu:

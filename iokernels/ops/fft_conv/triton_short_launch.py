@@ -222,7 +222,7 @@ class Launch:
             strides(self.state), strides(dout), strides(dfinal), strides(out), self.channels, rows.shape[2],
             out.shape[2] if not row_base else self.seqlen, self.seqlen, self.sequences, tiles, blocks, left,
             FEATURES=features, SLOPE=dout is not None, DFINAL=dfinal is not None, FLIP=gradient, ROW_BASE=row_base,
-            WIDTH=self.width, LINES=lines, Q=q, BLOCK_H=block_h, BLOCK_S=self.block_s,
+            WIDTH=self.width, LINES=lines, Q=q, BLOCK_V=min(32, 2 * q), BLOCK_H=block_h, BLOCK_S=self.block_s,
             WIDE=self.is_wide(config, rows, out, dout), SINGLE=single, PRECISION=self.precision(),
             num_warps=config.num_warps,
         )  # fmt: skip
@@ -253,7 +253,7 @@ class Launch:
             short_conv_wide_dweight_kernel[(slots * blocks,)](
                 dsum, self.x, self.state, self.cu_seqlens, sums, strides(dsum), strides(self.x), strides(self.state),
                 self.channels, self.seqlen, self.out_len, self.seqlen, self.sequences, tiles, blocks, self.left,
-                FEATURES=self.features, WIDTH=self.width, LINES=config.block_n // q, Q=q, LAGS=lags,
+                FEATURES=self.features, WIDTH=self.width, LINES=config.block_n // q, BLOCK_C=16, Q=q, LAGS=lags,
                 BLOCK_W=bucket(self.width), BLOCK_H=config.block_h, BLOCK_S=self.block_s,
                 WIDE=self.is_wide(config, self.x, dsum, self.state),
                 SINGLE=dsum.dtype == torch.float32 or self.x.dtype == torch.float32, PRECISION=self.precision(),

@@ -6,7 +6,7 @@ arXiv:2503.01868, section 3). With u the extended input from the first row that 
     out[c, r] = sum_v u[c Q + v] T[v, r],    T[v, r] = weight[v - r] for 0 <= v - r < W,    0 <= v < 2 Q
 
 so the lines of a tile are one product of a matrix of overlapping rows of u with a matrix that the filter fills by
-diagonals, taken in two halves of Q rows of T. The gradient of x is the same with the filter reversed; a gradient
+diagonals, taken BLOCK_V rows of T at a time. The gradient of x is the same with the filter reversed; a gradient
 through silu first runs the product as forward does and multiplies dout by the slope (float32 in memory). That of the
 filter is the sum along diagonals of E = D^T U, with D the lines of the gradient, and U the rows of u beside them.
 
@@ -75,6 +75,7 @@ def short_conv_wide_kernel(
     WIDTH: tl.constexpr,
     LINES: tl.constexpr,
     Q: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     WIDE: tl.constexpr,
@@ -95,7 +96,7 @@ def short_conv_wide_kernel(
     out_length = length if FEATURES.varlen else out_len
     if ROW_BASE < 0 or first_row < out_length:
         batch = 0 if FEATURES.varlen else sequence
-        offs_c, offs_v, offs_r = tl.arange(0, LINES), tl.arange(0, Q), tl.arange(0, Q)
+        offs_c, offs_v, offs_r = tl.arange(0, LINES), tl.arange(0, BLOCK_V), tl.arange(0, Q)
         out_local = offs_c[:, None] * Q + offs_r[None, :]
         out_row = first_row + out_local
         if ROW_BASE < 0:
@@ -105,15 +106,16 @@ def short_conv_wide_kernel(
         for channel in range(first_channel, tl.minimum(first_channel + BLOCK_H, channels)):
             base = at_head(x_ptr, stride_x, batch, channel, start + first_row)
             state_base = at_head(state_ptr, stride_state, sequence, channel, 0) if FEATURES.state else state_ptr
+            taps = weight_ptr + tl.cast(channel, tl.int64) * WIDTH
             acc = tl.zeros([LINES, Q], tl.float32)
-            for half in tl.static_range(2):
-                local = offs_c[:, None] * Q + offs_v[None, :] + (half * Q - left)
+            for first in tl.range(0, 2 * Q, BLOCK_V, num_stages=1):
+                local = offs_c[:, None] * Q + offs_v[None, :] + (first - left)
                 x = _extended(base, stride_x, state_base, stride_state, local, first_row + local, length,
                               WIDTH, FEATURES.state, WIDE)  # fmt: skip
-                tap = offs_v[:, None] + half * Q - offs_r[None, :]
+                tap = offs_v[:, None] + first - offs_r[None, :]
                 inside = (tap >= 0) & (tap < WIDTH)
                 tap = WIDTH - 1 - tap if FLIP else tap
-                weight = tl.load(weight_ptr + tl.cast(channel, tl.int64) * WIDTH + tap, mask=inside, other=0.0)
+                weight = tl.load(taps + tap, mask=inside, other=0.0)
                 if SINGLE:
                     acc = tl.dot(x.to(tl.float32), weight.to(tl.float32), acc, input_precision=PRECISION)
                 else:
@@ -162,6 +164,7 @@ def short_conv_wide_dweight_kernel(
     FEATURES: tl.constexpr,
     WIDTH: tl.constexpr,
     LINES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     Q: tl.constexpr,
     LAGS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -180,25 +183,30 @@ def short_conv_wide_dweight_kernel(
     )
     out_length = length if FEATURES.varlen else out_len
     batch = 0 if FEATURES.varlen else sequence
-    offs_c, offs_r, offs_v, offs_w = tl.arange(0, LINES), tl.arange(0, Q), tl.arange(0, LAGS), tl.arange(0, BLOCK_W)
+    offs_c, offs_r, offs_v, offs_w = tl.arange(0, BLOCK_C), tl.arange(0, Q), tl.arange(0, LAGS), tl.arange(0, BLOCK_W)
     d_local = offs_c[None, :] * Q + offs_r[:, None]
     x_local = offs_c[:, None] * Q + offs_v[None, :] - left
     # No lag from Q + W - 1 on reaches a tap.
     reached = offs_v[None, :] < Q + WIDTH - 1
-    x_row = tl.where(reached, first_row + x_local, length + 1)
     diagonal = tl.minimum(offs_r[:, None] + offs_w[None, :], LAGS - 1)
     for channel in range(first_channel, tl.minimum(first_channel + BLOCK_H, channels)):
         dsum_base = at_head(dsum_ptr, stride_dsum, batch, channel, start + first_row)
-        steps = d_local.to(tl.int64) * stride_dsum.n if WIDE else d_local * stride_dsum.n
-        d = tl.load(dsum_base + steps, mask=first_row + d_local < out_length, other=0.0)
         base = at_head(x_ptr, stride_x, batch, channel, start + first_row)
         state_base = at_head(state_ptr, stride_state, sequence, channel, 0) if FEATURES.state else state_ptr
-        x = _extended(base, stride_x, state_base, stride_state, x_local, x_row, length, WIDTH, FEATURES.state, WIDE)
-        if SINGLE:
-            products = tl.dot(d.to(tl.float32), x.to(tl.float32), input_precision=PRECISION)
-        else:
-            products = tl.dot(d, x)
+        products = tl.zeros([Q, LAGS], tl.float32)
+        total_d = tl.zeros([Q], tl.float32)
+        for first in tl.range(0, LINES * Q, BLOCK_C * Q, num_stages=1):
+            steps = (first + d_local).to(tl.int64) * stride_dsum.n if WIDE else (first + d_local) * stride_dsum.n
+            d = tl.load(dsum_base + steps, mask=first_row + first + d_local < out_length, other=0.0)
+            local = first + x_local
+            row = tl.where(reached, first_row + local, length)
+            x = _extended(base, stride_x, state_base, stride_state, local, row, length, WIDTH, FEATURES.state, WIDE)
+            if SINGLE:
+                products = tl.dot(d.to(tl.float32), x.to(tl.float32), products, input_precision=PRECISION)
+            else:
+                products = tl.dot(d, x, products)
+            total_d += tl.sum(d.to(tl.float32), 1)
         taps = tl.sum(tl.gather(products, diagonal, 1), 0)
         sums = sums_ptr + tl.cast(slot, tl.int64) * (WIDTH + 1) * channels + channel
         tl.store(sums + offs_w * channels, taps, mask=offs_w < WIDTH)
-        tl.store(sums + WIDTH * channels, tl.sum(tl.sum(d.to(tl.float32), 1), 0))
+        tl.store(sums + WIDTH * channels, tl.sum(total_d, 0))
