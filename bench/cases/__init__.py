@@ -2,6 +2,6 @@
 
 from iokernels.ops import OPERATORS
 
-CASES = (*OPERATORS,)
+CASES = (*OPERATORS, "short_conv")
 """What the commands check and time one by one: every operator, and after them the functions of a room that take
 arguments of another make. ``bench/cases/<name>.py`` holds each."""

@@ -2,7 +2,7 @@
 
 Every call becomes one valid convolution over an extended sequence: x between its left context (the state, or zeros) and
 zeros to the right. Packed sequences stand in it one behind the other with W - 1 rows between them, which hold the state
-of the next one or zeros, so that no window mixes two. Half precision is computed in float32; memory is O(N), whatever W.
+of the next one or zeros, so that no window mixes two. Half precision is computed in float32; memory is O(N).
 """
 
 from __future__ import annotations

@@ -264,7 +264,8 @@ def _same_or_single(contract: Contract, x: Tensor, **tensors: Tensor | None) -> 
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
             raise TypeError(
-                f"{contract.operator}: {name} is {short(tensor.dtype)}; it must be {short(x.dtype)}, as x is, or float32"
+                f"{contract.operator}: {name} is {short(tensor.dtype)}; "
+                f"it must be {short(x.dtype)}, as x is, or float32"
             )
 
 

@@ -21,7 +21,7 @@ class ShortOptions(NamedTuple):
         out[m] = act(bias + sum over w of weight[w] x[m + w - left]),   0 <= m < M,   0 <= left, right <= W - 1
 
     where ``act`` is silu or nothing. Causal is ``left = W - 1, right = 0``, and the only case with states: the state
-    holds the W - 1 inputs before the first, the oldest first. Packed sequences keep their lengths: left + right = W - 1.
+    holds the W - 1 inputs before the first, the oldest first. Packed: left + right = W - 1.
     """
 
     # Tensors, in the order of the operators' schemas.
@@ -35,7 +35,9 @@ class ShortOptions(NamedTuple):
     return_state: bool = False
 
 
-OPTIONS_SCHEMA = "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, int left, int right, bool silu, bool return_state"
+OPTIONS_SCHEMA = (
+    "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, int left, int right, bool silu, bool return_state"
+)
 TENSOR_OPTIONS = 3
 """How many of the fields, from the first, are tensors."""
 

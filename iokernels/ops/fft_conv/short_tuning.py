@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 from iokernels.autotune.tunable import RESULTS
 from iokernels.runtime.device import DeviceSpec
 
-KERNELS = ("short_conv_fwd", "short_conv_bwd", "short_conv_wide", "short_conv_wide_dweight")
+KERNELS = (
+    "short_conv_fwd",
+    "short_conv_bwd",
+    "short_conv_wide_fwd",
+    "short_conv_wide_bwd",
+    "short_conv_wide_dweight",
+)
+PRODUCTS = ("short_conv_wide_fwd", "short_conv_wide_bwd")
+"""Those whose tile is one product with the filter's matrices."""
 
 DIRECT_WIDTH = 8
 """Widest filter whose taps are added up one by one; wider ones are matrix products."""
@@ -82,7 +90,7 @@ def default(problem: ShortProblem) -> ShortConfig:
     """A configuration that fits, for every problem that the kernels accept."""
     # Sixteen channels share the sectors of memory where channels are neighbours.
     walked = 1 if problem.rows_inside else 16
-    if problem.kernel == "short_conv_wide":
+    if problem.kernel in PRODUCTS:
         line = inner(problem.width)
         return ShortConfig(max(16 * line, 1024), walked, 4 if line <= 64 else 8)
     if problem.kernel == "short_conv_wide_dweight":

@@ -10,6 +10,7 @@ from iokernels.runtime.device import DeviceSpec
 
 from .short_tuning import (
     KERNELS,
+    PRODUCTS,
     SIZES,
     ShortConfig,
     ShortProblem,
@@ -30,7 +31,7 @@ def words(kernel: str, problem: ShortProblem, rows: int, channels: int) -> int:
         return rows * channels * 3
     if kernel == "short_conv_bwd":
         return rows * channels * (3 + (2 * problem.width - 1) * item // 2)
-    if kernel == "short_conv_wide":
+    if kernel in PRODUCTS:
         return rows * (1 + item)
     line, lags = dweight_inner(problem.width)
     return 2 * line * lags + rows
@@ -38,7 +39,7 @@ def words(kernel: str, problem: ShortProblem, rows: int, channels: int) -> int:
 
 def shared_bytes(kernel: str, problem: ShortProblem, rows: int) -> int:
     """Shared memory of the operands of a matrix product, in bytes."""
-    if kernel == "short_conv_wide":
+    if kernel in PRODUCTS:
         line = inner(problem.width)
         return 4 * (rows + line * line)
     if kernel == "short_conv_wide_dweight":
@@ -61,7 +62,7 @@ def predicted_seconds(kernel: str, problem: ShortProblem, device: DeviceSpec, co
 
 
 def _space(kernel: str) -> Space[ShortConfig]:
-    wide = kernel in ("short_conv_wide", "short_conv_wide_dweight")
+    wide = kernel in (*PRODUCTS, "short_conv_wide_dweight")
 
     def registers(problem: ShortProblem, device: DeviceSpec, rows: int, channels: int, warps: int) -> int:
         return words(kernel, problem, rows, channels)
@@ -70,7 +71,7 @@ def _space(kernel: str) -> Space[ShortConfig]:
         return shared_bytes(kernel, problem, rows)
 
     def whole_lines(problem: ShortProblem, device: DeviceSpec, rows: int) -> bool:
-        line = inner(problem.width) if kernel == "short_conv_wide" else dweight_inner(problem.width)[0]
+        line = inner(problem.width) if kernel in PRODUCTS else dweight_inner(problem.width)[0]
         return rows >= 16 * line
 
     def an_element_a_thread(problem: ShortProblem, device: DeviceSpec, rows: int, channels: int, warps: int) -> bool:

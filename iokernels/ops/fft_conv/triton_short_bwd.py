@@ -89,7 +89,7 @@ def short_conv_bwd_kernel(
     weights = ()
     for w in tl.static_range(WIDTH):
         tap = tl.load(weight_ptr + (first_channel + offs_h) * WIDTH + w, mask=mask_h, other=0.0)
-        weights = weights + (tap.to(tl.float32)[None, :],)
+        weights += (tap.to(tl.float32)[None, :],)
     bias = tl.zeros([BLOCK_H], tl.float32)
     if FEATURES.bias and FEATURES.silu:
         bias = tl.load(bias_ptr + first_channel + offs_h, mask=mask_h, other=0.0).to(tl.float32)
@@ -105,9 +105,9 @@ def short_conv_bwd_kernel(
                 x_base, stride_x, state_base, stride_state, offs_n + (s - WIDTH + 1), row + (s - WIDTH + 1), length,
                 offs_h, mask_h, WIDTH, FEATURES.state and (ROW_BASE < 0 or s < WIDTH - 1), WIDE,
             )  # fmt: skip
-            shifted = shifted + (x,)
+            shifted += (x,)
         else:
-            shifted = shifted + (0.0,)
+            shifted += (0.0,)
 
     drows = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     dout_base = at_head(dout_ptr, stride_dout, batch, first_channel, start + first_row) if DOUT else dout_ptr

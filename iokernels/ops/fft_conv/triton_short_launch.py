@@ -19,7 +19,7 @@ from .triton_short_bwd import short_conv_bwd_kernel
 from .triton_short_fwd import short_conv_fwd_kernel, short_conv_state_kernel
 from .triton_short_step import short_conv_step_kernel
 from .triton_short_tiles import ShortFeatures, is_wide
-from .triton_short_wide import short_conv_wide_dweight_kernel, short_conv_wide_kernel
+from .triton_short_wide import short_conv_wide_bwd_kernel, short_conv_wide_dweight_kernel, short_conv_wide_fwd_kernel
 
 
 def forward(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
@@ -142,6 +142,7 @@ class Launch:
         return tiles, tiles * self.batch
 
     def run_forward(self, out: Tensor) -> None:
+        """Write the output."""
         config = self.config("short_conv_fwd")
         tiles, slots = self.tiles(self.out_len, config.block_n)
         blocks = triton.cdiv(self.channels, config.block_h)
@@ -174,6 +175,7 @@ class Launch:
     def run_backward(
         self, dout: Tensor | None, dfinal: Tensor | None, dx: Tensor | None, dstate: Tensor | None, sums: Tensor | None
     ) -> None:
+        """Write the gradients that are not None: of x, of the initial state, and the table of sums."""
         config = self.config("short_conv_bwd")
         shared = (
             dout, dfinal, self.x, self.weight, self.bias, self.state, self.cu_seqlens
@@ -207,7 +209,7 @@ class Launch:
         gradient: bool = False, row_base: int = 0,
     ) -> None:  # fmt: skip
         """One product with the filter's Toeplitz matrices: forward, through the activation (``dout``), or reversed."""
-        config = self.config("short_conv_wide")
+        config = self.config("short_conv_wide_bwd" if gradient or dout is not None else "short_conv_wide_fwd")
         q = inner(self.width)
         lines = config.block_n // q
         tiles, slots = (1, self.sequences) if row_base else self.tiles(out.shape[2], config.block_n)
@@ -217,12 +219,13 @@ class Launch:
         if gradient:
             features = features._replace(state=False, silu=False, bias=False)
         single = rows.dtype == torch.float32 or self.weight.dtype != rows.dtype
-        short_conv_wide_kernel[(slots * blocks,)](
+        kernel = short_conv_wide_bwd_kernel if gradient or dout is not None else short_conv_wide_fwd_kernel
+        kernel[(slots * blocks,)](
             rows, self.weight, self.bias, self.state, dout, dfinal, self.cu_seqlens, out, strides(rows),
             strides(self.state), strides(dout), strides(dfinal), strides(out), self.channels, rows.shape[2],
             out.shape[2] if not row_base else self.seqlen, self.seqlen, self.sequences, tiles, blocks, left,
             FEATURES=features, SLOPE=dout is not None, DFINAL=dfinal is not None, FLIP=gradient, ROW_BASE=row_base,
-            WIDTH=self.width, LINES=lines, Q=q, BLOCK_V=min(32, 2 * q), BLOCK_H=block_h, BLOCK_S=self.block_s,
+            WIDTH=self.width, LINES=lines, Q=q, BLOCK_V=min(32, q), BLOCK_H=block_h, BLOCK_S=self.block_s,
             WIDE=self.is_wide(config, rows, out, dout), SINGLE=single, PRECISION=self.precision(),
             num_warps=config.num_warps,
         )  # fmt: skip
@@ -230,6 +233,7 @@ class Launch:
     def run_wide_backward(
         self, dout: Tensor | None, dfinal: Tensor | None, dx: Tensor | None, dstate: Tensor | None, sums: Tensor | None
     ) -> None:
+        """The same for a wide filter."""
         if dout is None:  # the gradient of a final state alone: rows of x and the state, as they went there
             dout = empty_rows(self.x, self.out_len).zero_()
             dsum = dout

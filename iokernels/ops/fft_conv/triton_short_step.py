@@ -49,9 +49,9 @@ def short_conv_step_kernel(
     for w in tl.static_range(WIDTH - 1):
         row = tl.load(base + w * stride_state.n, mask=mask, other=0.0)
         acc += tl.load(taps + w, mask=mask, other=0.0).to(tl.float32) * row.to(tl.float32)
-        past = past + (row,)
+        past += (row,)
     acc += tl.load(taps + (WIDTH - 1), mask=mask, other=0.0).to(tl.float32) * x.to(tl.float32)
-    past = past + (x,)
+    past += (x,)
     # Every thread has read before any writes where another has read.
     tl.debug_barrier()
     for w in tl.static_range(WIDTH - 1):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iokernels.ops.triton_tiles import at_head, locate
+from iokernels.ops.triton_tiles import locate
 
 
 class ShortFeatures(NamedTuple):
@@ -92,6 +92,4 @@ def silu_slope(x):
 
 def is_wide(rows: int, channels: int, *tensors: Tensor | None) -> bool:
     """Whether an offset inside a tile of so many rows and channels can pass 2^31 elements."""
-    return any(
-        x is not None and rows * abs(x.stride(2)) + channels * abs(x.stride(1)) >= 2**31 for x in tensors
-    )
+    return any(x is not None and rows * abs(x.stride(2)) + channels * abs(x.stride(1)) >= 2**31 for x in tensors)

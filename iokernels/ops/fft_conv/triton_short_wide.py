@@ -42,47 +42,15 @@ def _extended(base, stride, state_base, stride_state, local, row, length, WIDTH:
         return x
 
 
-@triton.jit(
-    do_not_specialize=["channels", "in_len", "out_len", "total", "sequences", "tiles", "channel_blocks", "left"]
-)
-def short_conv_wide_kernel(
-    x_ptr,  # [B, H, N], the input; backward, a gradient
-    weight_ptr,  # [H, W], contiguous
-    bias_ptr,  # [H] or None
-    state_ptr,  # [S, H, W - 1] or None
-    dout_ptr,  # [B, H, M] or None: times the slope of the activation, instead of the activation
-    dfinal_ptr,  # [S, H, W - 1] or None: added to the last rows
-    cu_seqlens_ptr,  # int32 [S + 1] or None
-    out_ptr,  # [B, H, M], or with ROW_BASE < 0 the rows before the first, [S, H, W - 1]
-    stride_x,
-    stride_state,
-    stride_dout,
-    stride_dfinal,
-    stride_out,
-    channels,
-    in_len,
-    out_len,
-    total,
-    sequences,
-    tiles,
-    channel_blocks,
-    left,
-    FEATURES: tl.constexpr,
-    SLOPE: tl.constexpr,
-    DFINAL: tl.constexpr,
-    FLIP: tl.constexpr,
-    ROW_BASE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LINES: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    WIDE: tl.constexpr,
-    SINGLE: tl.constexpr,  # multiply in float32
-    PRECISION: tl.constexpr,
-):
-    """LINES * Q rows of BLOCK_H channels."""
+@triton.jit
+def _product_rows(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, dout_ptr, dfinal_ptr, cu_seqlens_ptr, out_ptr, stride_x, stride_state,
+    stride_dout, stride_dfinal, stride_out, channels, in_len, out_len, total, sequences, tiles, channel_blocks, left,
+    FEATURES: tl.constexpr, SLOPE: tl.constexpr, DFINAL: tl.constexpr, FLIP: tl.constexpr, ROW_BASE: tl.constexpr,
+    WIDTH: tl.constexpr, LINES: tl.constexpr, Q: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, WIDE: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """LINES * Q rows of BLOCK_H channels of one product, and what comes after it."""
     pid = tl.program_id(0)
     first_channel = (pid % channel_blocks) * BLOCK_H
     if ROW_BASE < 0:
@@ -139,6 +107,74 @@ def short_conv_wide_kernel(
                 out_base = at_head(out_ptr, stride_out, batch, channel, start + first_row)
             steps = out_local.to(tl.int64) * stride_out.n if WIDE else out_local * stride_out.n
             tl.store(out_base + steps, acc.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit(
+    do_not_specialize=["channels", "in_len", "out_len", "total", "sequences", "tiles", "channel_blocks", "left"]
+)
+def short_conv_wide_fwd_kernel(
+    x_ptr,  # [B, H, N], the input; backward, a gradient
+    weight_ptr,  # [H, W], contiguous
+    bias_ptr,  # [H] or None
+    state_ptr,  # [S, H, W - 1] or None
+    dout_ptr,  # [B, H, M] or None: times the slope of the activation, instead of the activation
+    dfinal_ptr,  # [S, H, W - 1] or None: added to the last rows
+    cu_seqlens_ptr,  # int32 [S + 1] or None
+    out_ptr,  # [B, H, M], or with ROW_BASE < 0 the rows before the first, [S, H, W - 1]
+    stride_x,
+    stride_state,
+    stride_dout,
+    stride_dfinal,
+    stride_out,
+    channels,
+    in_len,
+    out_len,
+    total,
+    sequences,
+    tiles,
+    channel_blocks,
+    left,
+    FEATURES: tl.constexpr,
+    SLOPE: tl.constexpr,
+    DFINAL: tl.constexpr,
+    FLIP: tl.constexpr,
+    ROW_BASE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LINES: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    WIDE: tl.constexpr,
+    SINGLE: tl.constexpr,  # multiply in float32
+    PRECISION: tl.constexpr,
+):
+    """LINES * Q rows of BLOCK_H channels of the output."""
+    _product_rows(
+        x_ptr, weight_ptr, bias_ptr, state_ptr, dout_ptr, dfinal_ptr, cu_seqlens_ptr, out_ptr, stride_x,
+        stride_state, stride_dout, stride_dfinal, stride_out, channels, in_len, out_len, total, sequences, tiles,
+        channel_blocks, left, FEATURES, SLOPE, DFINAL, FLIP, ROW_BASE, WIDTH, LINES, Q, BLOCK_V, BLOCK_H, BLOCK_S,
+        WIDE, SINGLE, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["channels", "in_len", "out_len", "total", "sequences", "tiles", "channel_blocks", "left"]
+)
+def short_conv_wide_bwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, dout_ptr, dfinal_ptr, cu_seqlens_ptr, out_ptr, stride_x, stride_state,
+    stride_dout, stride_dfinal, stride_out, channels, in_len, out_len, total, sequences, tiles, channel_blocks, left,
+    FEATURES: tl.constexpr, SLOPE: tl.constexpr, DFINAL: tl.constexpr, FLIP: tl.constexpr, ROW_BASE: tl.constexpr,
+    WIDTH: tl.constexpr, LINES: tl.constexpr, Q: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, WIDE: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same in the backward pass, under a name of its own: the gradient of the sums, of x or of the state."""
+    _product_rows(
+        x_ptr, weight_ptr, bias_ptr, state_ptr, dout_ptr, dfinal_ptr, cu_seqlens_ptr, out_ptr, stride_x,
+        stride_state, stride_dout, stride_dfinal, stride_out, channels, in_len, out_len, total, sequences, tiles,
+        channel_blocks, left, FEATURES, SLOPE, DFINAL, FLIP, ROW_BASE, WIDTH, LINES, Q, BLOCK_V, BLOCK_H, BLOCK_S,
+        WIDE, SINGLE, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(
