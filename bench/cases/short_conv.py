@@ -100,9 +100,10 @@ def smaller(shape: Shape) -> Shape:
 
 
 def limit(name: str, dtype: torch.dtype) -> Limit:
-    """Outputs and the gradient of x by rows; the few numbers of the other gradients together."""
+    """Outputs and the gradient of x by sequences, since a row of one or two numbers may be off by their rounding alone;
+    the few numbers of the other gradients together."""
     allowed = {torch.float16: 1.5e-3, torch.bfloat16: 3e-3, torch.float32: 2e-6, torch.float64: 1e-14}[dtype]
-    return Limit(allowed, 1 if name in ("out", "dx") else 0)
+    return Limit(allowed, 2 if name in ("out", "dx") else 0)
 
 
 def _point(name: str, *, quick: bool = False, **given: float) -> Point:
@@ -129,14 +130,14 @@ def check_points() -> tuple[Point, ...]:
         _point("fewer rows than taps of a wide filter", n=5, w=12, h=16, **everything),
         _point("no rows", n=0, state=1),
         _point("one row", n=1, h=32, silu=1),
-        _point("tensors [b, n, h]", bnh=1, h=70, silu=1, bias=1),
-        _point("tensors [b, n, h], a wide filter", bnh=1, h=20, w=10, silu=1, bias=1),
+        _point("tensors [b, n, h]", bnh=1, h=19, n=40, silu=1, bias=1),
+        _point("tensors [b, n, h], a wide filter", bnh=1, h=7, w=10, silu=1, bias=1),
         _point("packed", packed=1, b=3),
         _point("packed, same padding", packed=1, b=3, padding=1, silu=1, w=5),
         _point("packed with an empty sequence", packed=1, b=4, empty=1, **everything),
         _point("packed, a wide filter", packed=1, b=3, w=17, n=100, **everything),
         _point("all options", quick=True, bnh=1, **everything),
-        _point("all options, packed", packed=1, b=4, empty=1, w=3, h=40, quick=True, **everything),
+        _point("all options, packed", packed=1, b=4, empty=1, w=3, h=9, n=40, quick=True, **everything),
     )
 
 
