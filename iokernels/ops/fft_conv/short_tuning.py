@@ -98,6 +98,6 @@ def default(problem: ShortProblem) -> ShortConfig:
     # A thread holds 8 elements, and 4 backward, which keeps 2 W - 1 tiles of x.
     backward = problem.kernel == "short_conv_bwd"
     elements, lane = (1024, 16) if backward else (2048, 32)
-    block_n = max(min(elements if problem.rows_inside else elements // lane, bucket(problem.rows)), 16)
+    block_n = max(min(elements if problem.rows_inside else elements // lane, bucket(problem.rows)), 32)
     block_h = max(min(elements // block_n, bucket(problem.channels)), 1)
     return ShortConfig(block_n, block_h, max(1, min(8, block_n * block_h // (128 if backward else 256))))
