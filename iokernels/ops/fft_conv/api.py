@@ -15,7 +15,7 @@ from iokernels.runtime.plans import remembered
 
 from . import reference
 from .op import backend_module, convolve
-from .options import CAUSAL, CIRCULAR, TWO_SIDED, KernelSpectrum, Options, state_dtype
+from .options import CAUSAL, CIRCULAR, TWO_SIDED, KernelSpectrum, Options, reach, state_dtype
 from .tuning import tiling_refusal
 
 CONTRACT = Contract(
@@ -69,8 +69,8 @@ def fft_conv(
         backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
 
     Returns:
-        ``y [B, H, N]`` in the dtype of u, contiguous; with ``return_state`` a pair of it and the state, float32 (float64
-        for float64 inputs), ``[B, H, Nk - 1]``. Both are differentiable.
+        ``y [B, H, N]`` in the dtype of u, contiguous; with ``return_state`` a pair of it and the state, ``[B, H,
+        Nk - 1]``, float32 (float64 for float64 inputs). Both are differentiable.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -135,7 +135,7 @@ def kernel_spectrum(
     mode = _mode(SPECTRUM, causal, n, k.shape[1])
     keep = _keep(SPECTRUM, freq_keep)
     chosen = dispatch.choose("kernel_spectrum", dispatch.requested(backend), k.device.type,
-                             _refusals(k.device, dtype, n, k.shape[1], mode))  # fmt: skip
+                             _refusals(k.device, dtype, n, k.shape[1], mode, keep))  # fmt: skip
     taps = k.detach()
     options = Options(mode=mode, keep=keep)
     with torch.no_grad():
@@ -178,7 +178,9 @@ def _plan(
     if cached is not None:
         _check_spectrum(cached, u, causal, keep)
         backend = cached[4] if backend is None else backend
-    backend = dispatch.choose("fft_conv", backend, u.device.type, _refusals(u.device, u.dtype, n, taps, mode))
+    backend = dispatch.choose(
+        "fft_conv", backend, u.device.type, _refusals(u.device, u.dtype, n, taps, mode, keep, initial_state is not None)
+    )
     if cached is not None:
         CONTRACT.require(
             cached[4] == backend, f"k is a spectrum of the backend {cached[4]!r}; the call runs on {backend!r}"
@@ -217,18 +219,26 @@ def _keep(contract: Contract, freq_keep: Any) -> float:
     return keep
 
 
-def _refusals(device: torch.device, dtype: torch.dtype, n: Any, taps: Any, mode: str) -> dict[str, dispatch.Refusal]:
+def _refusals(
+    device: torch.device, dtype: torch.dtype, n: Any, taps: Any, mode: str, keep: float, state: bool = False
+) -> dict[str, dispatch.Refusal]:
     return {
-        "triton": partial(_triton_refusal, device, dtype, n, taps, mode),
+        "triton": partial(_triton_refusal, device, dtype, n, taps, mode, keep, state),
         "torch": lambda: None,
         "reference": lambda: None,
     }
 
 
-def _triton_refusal(device: torch.device, dtype: torch.dtype, n: Any, taps: Any, mode: str) -> str | None:
+def _triton_refusal(
+    device: torch.device, dtype: torch.dtype, n: Any, taps: Any, mode: str, keep: float, state: bool
+) -> str | None:
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
-    return devices.triton_refusal(device) or tiling_refusal(n, taps, mode, dtype.itemsize)
+    mode, taps = reach(n, taps, mode, keep, state and taps > 1)
+    reason = devices.triton_refusal(device)
+    if reason is not None:
+        return reason
+    return tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize, devices.spec_of(device).smem_block)
 
 
 def _state_after(u: Tensor, width: int, options: Options) -> Tensor:

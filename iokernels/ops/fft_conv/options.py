@@ -1,4 +1,4 @@
-"""What the backends of this room agree on: the function, the arguments after u and k, and what a backward pass returns."""
+"""What the backends of this room agree on: the function, its arguments, and what a backward pass returns."""
 
 from __future__ import annotations
 
@@ -88,9 +88,14 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def effective_taps(n: Any, taps: Any, options: Options) -> Any:
     """How many taps of a filter reach an output: a causal one without a past has no use for more than n."""
-    if options.mode == CAUSAL and options.initial_state is None:
-        return min(n, taps)
-    return taps
+    return min(n, taps) if options.mode == CAUSAL and options.initial_state is None else taps
+
+
+def reach(n: Any, taps: Any, mode: str, keep: float, state: bool) -> tuple[str, Any]:
+    """The mode and the effective taps of the filter that is left after ``keep``, which spreads over all lags."""
+    if keep < 1.0:
+        return (CIRCULAR, n) if mode == CIRCULAR else (TWO_SIDED, 2 * n - 1)
+    return mode, min(n, taps) if mode == CAUSAL and not state else taps
 
 
 def band_length(n: int, mode: str) -> int:

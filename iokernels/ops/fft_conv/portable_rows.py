@@ -25,14 +25,18 @@ class Rows(NamedTuple):
         return self.batch, self.heads
 
 
+_LEAST_TRANSFORMS = 32
+"""Fewer at once, and the library's preparation of a transform, which it repeats in every call, takes too much."""
+
+
 def workspace(u: Tensor) -> int:
-    """Bytes that a step may work on: a share of a CPU's caches for every thread, and little beside a GPU's memory."""
-    return 2**20 * torch.get_num_threads() if u.device.type == "cpu" else 2**28
+    """Bytes that a step works on, if that is enough transforms: what stays in a CPU's caches, or is little on a GPU."""
+    return 2**22 if u.device.type == "cpu" else 2**28
 
 
 def _together(u: Tensor, plan: Cut) -> int:
     """How many transforms make up :func:`workspace`, with what comes in and goes out."""
-    return max(1, workspace(u) // (3 * state_dtype(u.dtype).itemsize * plan.length))
+    return max(_LEAST_TRANSFORMS, workspace(u) // (3 * state_dtype(u.dtype).itemsize * plan.length))
 
 
 def tiles(u: Tensor, plan: Cut) -> Iterator[Rows]:

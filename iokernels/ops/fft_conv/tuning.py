@@ -1,2 +1,185 @@
-def tiling_refusal(n, taps, mode, itemsize):
-    return None
+"""Launch parameters of the fft_conv kernels: blocks of transforms, what a configuration is, and the analytic default.
+
+The configurations that tuning may try are in :mod:`.tuning_space`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from iokernels.autotune import RESULTS
+from iokernels.runtime.device import DeviceSpec
+
+from .options import CIRCULAR, TWO_SIDED
+
+KERNELS = ("fft_conv_fwd", "fft_conv_bwd")
+
+SHORTEST = 256
+"""The shortest transform: two products of 16 by 16."""
+
+_LONGEST = {2: ((0, 8192),), 4: ((0, 4096),)}
+"""The longest transform by the bytes of an element, for thread blocks with at least so much shared memory: what the
+compiler takes for the operands of its products, as read off compiled kernels."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to launch a kernel: transforms of ``length``, a power of two; ``units`` of them to a thread block."""
+
+    length: int = field(metadata=RESULTS)
+    units: int = field(metadata=RESULTS)
+    num_warps: int
+    num_stages: int
+
+
+class Problem(NamedTuple):
+    """What the choice depends on."""
+
+    kernel: str
+    itemsize: int  # bytes an element of u
+    tensor_cores: str  # "half", "tf32" or "tf32x3": what the products are made of
+    seqlen: int
+    taps: int  # that reach an output
+    mode: str
+    state: bool  # there is an initial state
+    gated: bool
+    sm: int
+    smem_block: int  # bytes of shared memory a thread block may use
+    sms: int = 132
+    heads: int = 768
+    pairs: int = 32  # of sequences
+
+
+class Blocks(NamedTuple):
+    """How transforms of one length cover a sequence: :mod:`.triton_fwd` has the words."""
+
+    n1: int
+    n2: int
+    half: bool
+    overlap: int
+    step: int
+    chunks: int
+    periodic: bool
+
+
+def factors(length: int) -> tuple[int, int]:
+    """``length`` as N1 N2, powers of two, N1 the larger where they differ."""
+    bits = length.bit_length() - 1
+    return 1 << (bits + 1) // 2, 1 << bits // 2
+
+
+def blocks(length: int, seqlen: int, taps: int, mode: str, state: bool) -> Blocks | None:
+    """The blocks of a call, or None where transforms of this length do not do."""
+    n1, n2 = factors(length)
+    if mode == CIRCULAR and seqlen == length:
+        return Blocks(n1, n2, False, 0, length, 1, False)
+    if mode != CIRCULAR and not state and 2 * seqlen <= length:
+        # Lags of both signs fit: no output is reached around the end.
+        return Blocks(n1, n2, n1 >= 32, length // 2, length // 2, 1, False)
+    if mode == TWO_SIDED or taps - 1 > length // 2:
+        return None
+    step = length - (taps - 1)
+    return Blocks(n1, n2, False, taps - 1, step, max(1, -(-seqlen // step)), mode == CIRCULAR)
+
+
+def longest(itemsize: int, smem_block: int) -> int:
+    """The longest transform on chip."""
+    return next(length for least, length in _LONGEST[itemsize] if smem_block >= least)
+
+
+def lengths(itemsize: int, smem_block: int) -> tuple[int, ...]:
+    """The transforms that the kernels have for elements of so many bytes, with so much shared memory."""
+    most = longest(itemsize, smem_block)
+    return tuple(1 << bits for bits in range(SHORTEST.bit_length() - 1, most.bit_length()))
+
+
+def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int, smem_block: int) -> str | None:
+    """Why no transform on chip serves a call of so many effective taps, as the end of a sentence, or None."""
+    able = lengths(itemsize, smem_block)
+    if any(blocks(length, seqlen, taps, mode, state) is not None for length in able):
+        return None
+    half = able[-1] // 2
+    return (
+        f"its transforms on chip serve sequences up to {half} with any filter that reaches no further, and filters up "
+        f"to {half + 1} taps with any sequence; N is {seqlen} with {taps} taps"
+    )
+
+
+def bucket(count: int) -> int:
+    """The least power of two that is no smaller than ``count``."""
+    return 1 << (count - 1).bit_length() if count > 1 else 1
+
+
+def table_key(problem: Problem) -> dict[str, Any]:
+    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
+    return {
+        "precision": problem.tensor_cores,
+        "mode": problem.mode,
+        "gated": problem.gated,
+        "heads": bucket(problem.heads),
+        "pairs": bucket(problem.pairs),
+        "seqlen": bucket(problem.seqlen),
+        "taps": bucket(problem.taps),
+    }
+
+
+SIZES = ("heads", "pairs", "seqlen", "taps")
+"""The sizes of :func:`table_key` of which the nearest entry serves."""
+
+
+def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
+    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
+    return Problem(
+        kernel=kernel,
+        itemsize=2 if key["precision"] == "half" else 4,
+        tensor_cores=key["precision"],
+        seqlen=key["seqlen"],
+        taps=key["taps"],
+        mode=key["mode"],
+        state=False,
+        gated=key["gated"],
+        sm=device.sm,
+        smem_block=device.smem_block,
+        sms=device.sms,
+        heads=key["heads"],
+        pairs=key["pairs"],
+    )
+
+
+def default(problem: Problem) -> Config:
+    """A configuration for every problem that the kernels accept: the least work, and enough thread blocks."""
+    length = best_length(problem)
+    cover = blocks_of(problem, length)
+    assert cover is not None
+    total = problem.pairs * cover.chunks
+    parts = min(total, max(1, -(-2 * problem.sms // max(problem.heads, 1))))
+    return Config(length, max(1, -(-total // parts)), warps(problem, length), 1)
+
+
+def warps(problem: Problem, length: int) -> int:
+    """Enough threads for the accumulators: both parts of a transform, in the backward pass twice."""
+    words = 2 * length * (2 if problem.kernel == "fft_conv_bwd" else 1) * (2 if problem.itemsize == 4 else 1)
+    return 4 if words <= 4096 else 8
+
+
+def blocks_of(problem: Problem, length: int) -> Blocks | None:
+    """:func:`blocks` of a problem."""
+    return blocks(length, problem.seqlen, problem.taps, problem.mode, problem.state)
+
+
+def best_length(problem: Problem) -> int:
+    """The transform that takes the least time on paper. It is that of the forward kernel for both passes."""
+    able = [
+        length for length in lengths(problem.itemsize, problem.smem_block) if blocks_of(problem, length) is not None
+    ]
+    return min(able, key=lambda length: work(problem, length))
+
+
+def work(problem: Problem, length: int) -> float:
+    """Arithmetic and bytes of a sequence in one measure: a byte moved is worth about 200 operations of matrix units."""
+    cover = blocks_of(problem, length)
+    assert cover is not None
+    n1 = cover.n1 * (0.5 if cover.half else 1.0)
+    touched = min(length, problem.seqlen + cover.overlap) + min(cover.step, problem.seqlen)
+    return cover.chunks * (8 * length * (n1 + cover.n2) / 200 + touched * problem.itemsize)

@@ -1,0 +1,87 @@
+"""The IO accounts of fft_conv: its model and the naive formula, by shape."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from iokernels.bench.accounts import Account, Accounts, Configs
+from iokernels.bench.cases import fft_conv_io as model
+from iokernels.bench.cases import fft_conv_kernels as kernels
+from iokernels.bench.cases.fft_conv_shapes import VOCABULARY
+from iokernels.bench.shape import Shape
+from iokernels.ops.fft_conv.options import effective_taps
+from iokernels.ops.fft_conv.tuning import Config
+
+
+def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Account]:
+    """The account of every kernel."""
+    launch = kernels.launcher(shape, dtype)
+
+    def problem(config: Config) -> model.Problem:
+        return model.Problem(
+            batch=shape.b,
+            heads=shape.h,
+            seqlen=shape.n,
+            taps=effective_taps(shape.n, shape.nk, launch.options),
+            itemsize=dtype.itemsize,
+            gated=bool(shape.gated),
+            state=bool(shape.state),
+            columns=launch.columns(launch.blocks(config)),
+            members=1 if shape.invariant or shape.b == 1 else 2,
+        )
+
+    forward, backward = configs["fft_conv_fwd"], configs["fft_conv_bwd"]
+    return {
+        "fft_conv_fwd_kernel": model.forward(problem(forward), forward, launch.blocks(forward)),
+        "fft_conv_bwd_kernel": model.backward(problem(backward), backward, launch.blocks(backward)),
+    }
+
+
+NAIVE = (
+    "gate, cast to float32, rfft of both zero-padded to 2 n (n if circular), product, irfft, cut, gate and cast back, "
+    "each of which reads its operands and writes its result once; backward the same steps in reverse, with the spectrum "
+    "of u kept. A transform is taken to read its input and write its result once, and no zero is read"
+)
+
+
+def naive_bytes(shape: Shape, dtype: torch.dtype, which: Literal["fwd", "bwd"]) -> int:
+    """The bytes of :data:`NAIVE`."""
+    rows = shape.b * shape.h
+    tensor, single = rows * shape.n * dtype.itemsize, rows * shape.n * 4
+    padded = 1 if kernels.mode(shape) == kernels.CIRCULAR else 2
+    spectrum = rows * (padded * shape.n // 2 + 1) * 8
+    filters = shape.h * (shape.nk * 4 + (padded * shape.n // 2 + 1) * 8)
+    gates = 3 * tensor if shape.gated else 0
+    # cast; rfft; product of two spectra, one of them the filter's; irfft, whose whole period is written; cut and cast.
+    forward = gates + tensor + single + single + spectrum + 2 * spectrum + filters + spectrum + padded * single
+    forward += single + tensor + gates
+    if which == "fwd":
+        return forward
+    # cast; rfft of dy; its products with both spectra; irfft of two; the filter's is summed over the batch first.
+    products = 2 * (2 * spectrum) + spectrum + filters
+    return 2 * gates + tensor + single + single + spectrum + products + spectrum + padded * single + single + tensor
+
+
+# With transforms of 1024 points: half blocks, many blocks, the past, both kinds of circular filter, two-sided, sparse.
+_SHAPES = (
+    ("b=3,h=2,n=100", torch.float16),
+    ("b=3,h=2,n=300,gated=1,skip=1", torch.bfloat16),
+    ("b=2,h=1,n=300,nk=599,causal=0", torch.float32),
+    ("b=3,h=1,n=2100,nk=40,gated=1", torch.float16),
+    ("b=2,h=1,n=1100,nk=20,state=1", torch.float16),
+    ("b=1,h=1,n=1100,nk=60,causal=0,gated=1", torch.bfloat16),
+    ("b=2,h=1,n=1024,causal=0,invariant=1", torch.float16),
+    ("b=2,h=1,n=512,nk=500,keep=0.25", torch.float16),
+)
+_TEST_CONFIG = Config(length=1024, units=2, num_warps=4, num_stages=1)
+
+ACCOUNTS = Accounts(
+    model=accounts,
+    configs=kernels.configs,
+    naive_bytes=naive_bytes,
+    naive=NAIVE,
+    shapes=tuple((VOCABULARY.parse(text), dtype) for text, dtype in _SHAPES),
+    test_configs={"fft_conv_fwd": _TEST_CONFIG, "fft_conv_bwd": _TEST_CONFIG},
+)

@@ -1,0 +1,162 @@
+"""Transforms on chip: what the forward and the backward kernel share (arXiv:2311.05908, sections 3.1 and 3.2).
+
+A transform of M = N1 N2 numbers is two products of matrices (Bailey, 1990). With ``w_M = exp(-2 pi i / M)`` and the M
+numbers as rows of N2, z[n1, n2] the one at ``N2 n1 + n2``,
+
+    Z[k1, k2] = sum_n2 w_N2^(n2 k2) w_M^(n2 k1) sum_n1 w_N1^(n1 k1) z[n1, n2]  =  X[k1 + N1 k2]
+    Z = ((F1 z) * T) F2,    back:    z = conj(F1) (((Z conj(F2)) * conj(T))) / M
+
+The result stays in this order; the filter was brought into it once. F1 [N1, N1], T [N1, N2], F2 [N2, N2] are constants.
+
+Two sequences are the real and the imaginary part of one: for a real filter k, ``(v0 + i v1) * k`` has the parts
+``v0 * k`` and ``v1 * k``. Each part is first scaled by a power of two so that its largest element is in [1, 2): then
+16-bit floats hold it whatever its amplitude, and neither part is lost in the rounding of the other. Of the factor 1 / M
+one half, 1 / sqrt(M) as a power of two, is applied between the two transforms, so nothing overflows: the first gives
+2 sqrt(2) M at most, the second, whose input has an energy bounded by Parseval's equation, sqrt(8 N2 M) in its first
+stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Features(NamedTuple):
+    """What a kernel is compiled for."""
+
+    pre: Any  # there is a gate on the input
+    post: Any  # and on the output
+    state: Any  # the past is in a tensor of its own
+    periodic: Any  # the past is the end of the sequence
+    pair: Any  # two sequences to a transform
+    half: Any  # the first half of a block is zero, and of the result nobody wants it
+
+
+class Place(NamedTuple):
+    """Where a block of a sequence lies: position i of it is at time ``start + i``; ``overlap`` positions are past."""
+
+    start: Any
+    overlap: Any
+    seqlen: Any
+    length: Any
+
+
+@triton.jit
+def complex_dot(ar, ai, br, bi, PRECISION: tl.constexpr):
+    """``(ar + i ai) @ (br + i bi)``, float32."""
+    real = tl.dot(ar, br, input_precision=PRECISION)
+    real = tl.dot(-ai, bi, real, input_precision=PRECISION)
+    imag = tl.dot(ar, bi, input_precision=PRECISION)
+    imag = tl.dot(ai, br, imag, input_precision=PRECISION)
+    return real, imag
+
+
+@triton.jit
+def transformed(zr, zi, f1r, f1i, tr, ti, f2r, f2i, PRECISION: tl.constexpr):
+    """Z [N1, COLS] float32 of z [ROWS, N2]."""
+    ar, ai = complex_dot(f1r, f1i, zr, zi, PRECISION)
+    br = (ar * tr - ai * ti).to(zr.dtype)
+    bi = (ar * ti + ai * tr).to(zr.dtype)
+    return complex_dot(br, bi, f2r, f2i, PRECISION)
+
+
+@triton.jit
+def inverted(pr, pi, f1r, f1i, tr, ti, f2r, f2i, PRECISION: tl.constexpr):
+    """M z [ROWS, N2] float32 of Z [N1, COLS]. F1 and F2 are symmetric, so the same tiles serve."""
+    ar, ai = complex_dot(pr, pi, tl.trans(f2r), tl.trans(-f2i), PRECISION)
+    br = (ar * tr + ai * ti).to(pr.dtype)
+    bi = (ai * tr - ar * ti).to(pr.dtype)
+    return complex_dot(tl.trans(f1r), tl.trans(-f1i), br, bi, PRECISION)
+
+
+@triton.jit
+def load_constants(f1_ptr, t_ptr, f2_ptr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """F1 [N1, ROWS] (of the last rows of a block), T [N1, N2], F2 [N2, COLS] (of the kept frequencies)."""
+    offs_1, offs_2 = tl.arange(0, N1), tl.arange(0, N2)
+    rows, cols = N1 - ROWS + tl.arange(0, ROWS), kept_columns(N2, COLS)
+    f1 = f1_ptr + offs_1[:, None] * N1 + rows[None, :]
+    t = t_ptr + offs_1[:, None] * N2 + offs_2[None, :]
+    f2 = f2_ptr + offs_2[:, None] * N2 + cols[None, :]
+    return (
+        tl.load(f1), tl.load(f1 + N1 * N1), tl.load(t), tl.load(t + N1 * N2), tl.load(f2), tl.load(f2 + N2 * N2)
+    )  # fmt: skip
+
+
+@triton.jit
+def load_spectrum(spectrum_ptr, head, N1: tl.constexpr, N2: tl.constexpr, COLS: tl.constexpr):
+    """The filter's planes [N1, COLS]."""
+    at = spectrum_ptr + tl.cast(head, tl.int64) * (2 * N1 * N2)
+    at = at + tl.arange(0, N1)[:, None] * N2 + kept_columns(N2, COLS)[None, :]
+    return tl.load(at), tl.load(at + N1 * N2)
+
+
+@triton.jit
+def kept_columns(N2: tl.constexpr, COLS: tl.constexpr):
+    """Which k2 are kept: the first half and the last of so many columns, that is, low frequencies of both signs."""
+    cols = tl.arange(0, COLS)
+    return tl.where(cols < COLS // 2, cols, cols + (N2 - COLS))
+
+
+@triton.jit
+def positions(N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr):
+    """The positions in a block of the tile [ROWS, N2] that is loaded and stored."""
+    return (N1 - ROWS + tl.arange(0, ROWS))[:, None] * N2 + tl.arange(0, N2)[None, :]
+
+
+@triton.jit
+def load_times(ptr, strides, batch, head, place, times, mask, WIDE: tl.constexpr):
+    """x[batch, head, times] as float32, 0 where masked."""
+    row = ptr + tl.cast(batch, tl.int64) * strides.b + tl.cast(head, tl.int64) * strides.h
+    row = row + tl.cast(place.start, tl.int64) * strides.n
+    offset = times - place.start
+    if WIDE:
+        offset = offset.to(tl.int64)
+    return tl.load(row + offset * strides.n, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_times(ptr, strides, batch, head, place, times, values, mask, WIDE: tl.constexpr):
+    """Store x[batch, head, times]."""
+    row = ptr + tl.cast(batch, tl.int64) * strides.b + tl.cast(head, tl.int64) * strides.h
+    row = row + tl.cast(place.start, tl.int64) * strides.n
+    offset = times - place.start
+    if WIDE:
+        offset = offset.to(tl.int64)
+    tl.store(row + offset * strides.n, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_inputs(
+    u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, batch, head, heads, valid, place, offs,
+    FEATURES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """v of a block, float32, with its past."""
+    times = place.start + offs
+    mask = (times < place.seqlen) & valid
+    if FEATURES.periodic:
+        times = tl.where(times < 0, times + place.seqlen, times)
+    else:
+        mask = mask & (times >= 0)
+    v = load_times(u_ptr, stride_u, batch, head, place, times, mask, WIDE)
+    if FEATURES.pre:
+        v *= load_times(pre_ptr, stride_pre, batch, head, place, times, mask, WIDE)
+    if FEATURES.state:
+        # [B, H, overlap] contiguous; the block that starts before time 0 sees it.
+        past = state_ptr + (tl.cast(batch, tl.int64) * heads + head) * place.overlap
+        v += tl.load(past + (times + place.overlap), mask=(times < 0) & valid, other=0.0)
+    return v
+
+
+@triton.jit
+def exponent(x):
+    """e such that the largest magnitude of x is in [2^e, 2^(e + 1)); -127 of zeros."""
+    return (tl.max(tl.max(tl.abs(x), 1), 0).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def power_of_two(e):
+    """2^e, exact; e is clamped to the exponents of normal float32 numbers."""
+    return ((tl.minimum(tl.maximum(e, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
