@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
+from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
-from iokernels.runtime.plans import is_concrete, remembered
+from iokernels.runtime.offsets import check_offsets, readable
+from iokernels.runtime.plans import remembered
 
 from . import short_reference
 from .short_op import convolve, step_op
@@ -97,7 +98,7 @@ def short_conv(
     No argument is modified. Under autocast all tensors are cast to the autocast dtype. Gradients can be taken once;
     ``backend="reference"`` supports higher orders.
     """
-    x, weight, bias, initial_state = _autocast(x, weight, bias, initial_state)
+    x, weight, bias, initial_state = autocast(x, weight, bias, initial_state)
     plan = remembered(
         _PLANS,
         _dense_plan if cu_seqlens is None else _packed_plan,
@@ -106,7 +107,7 @@ def short_conv(
     )
     packed = cu_seqlens is not None
     if packed:
-        _check_offsets(cu_seqlens, x.shape[0])
+        check_offsets(PACKED, "cu_seqlens", cu_seqlens, x.shape[0])
         x = x.transpose(0, 1).unsqueeze(0)
     options = ShortOptions(bias, initial_state, cu_seqlens, *plan[1:])
     if plan.backend == "reference":
@@ -309,38 +310,10 @@ def _triton_refusal(x: Tensor, weight: Tensor) -> str | None:
     return devices.triton_refusal(x.device)
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether the host can read the values of ``x`` without waiting for a device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and is_concrete(x)
-
-
-def _check_offsets(offsets: Tensor, total: int) -> None:
-    if not _readable(offsets):
-        return
-    values = offsets.tolist()
-    PACKED.require(values[0] == 0, f"cu_seqlens starts with {values[0]}; it must start with 0")
-    PACKED.require(
-        all(start <= end for start, end in pairwise(values)), f"cu_seqlens is {values}; it must not decrease"
-    )
-    PACKED.require(values[-1] <= total, f"cu_seqlens ends with {values[-1]}, past the {total} packed rows")
-
-
 def _check_indices(indices: Tensor, rows: int) -> None:
-    if not _readable(indices):
+    if not readable(indices):
         return
     used = [index for index in indices.tolist() if index >= 0]
     STEP.require(max(used, default=-1) < rows, f"state_indices names row {max(used, default=-1)} of {rows} states")
     STEP.require(len(set(used)) == len(used), f"state_indices is {indices.tolist()}; its rows must differ")
 
-
-def _autocast(x: Any, *others: Any) -> tuple[Any, ...]:
-    if not isinstance(x, Tensor):
-        return x, *others
-    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # the device's own type is a slow attribute
-    if not torch.is_autocast_enabled(kind):
-        return x, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, *others)
-    )
