@@ -59,6 +59,7 @@ MIXERS: dict[str, Mixer] = {
         iokernels.nn.FlashAttention(width, heads, bias=False, batch_first=True)
     ),
     "sdpa": lambda width, heads: SelfAttention(nn.MultiheadAttention(width, heads, bias=False, batch_first=True)),
+    "hyena": lambda width, heads: iokernels.nn.HyenaOperator(width, length=256),
 }
 """Add an entry, and ``--mixer all`` compares it with the others."""
 
