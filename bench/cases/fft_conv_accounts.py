@@ -41,8 +41,8 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
 
 NAIVE = (
     "gate, cast to float32, rfft of both zero-padded to 2 n (n if circular), product, irfft, cut, gate and cast back, "
-    "each of which reads its operands and writes its result once; backward the same steps in reverse, with the spectrum "
-    "of u kept. A transform is taken to read its input and write its result once, and no zero is read"
+    "each of which reads its operands and writes its result once; backward the same steps in reverse, with the "
+    "spectrum of u kept. A transform is taken to read its input and write its result once, and no zero is read"
 )
 
 
@@ -74,6 +74,7 @@ _SHAPES = (
     ("b=1,h=1,n=1100,nk=60,causal=0,gated=1", torch.bfloat16),
     ("b=2,h=1,n=1024,causal=0,invariant=1", torch.float16),
     ("b=2,h=1,n=512,nk=500,keep=0.25", torch.float16),
+    ("b=3,h=1,n=1100,nk=20,gated=1", torch.float32),
 )
 _TEST_CONFIG = Config(length=1024, units=2, num_warps=4, num_stages=1)
 

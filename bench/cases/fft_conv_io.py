@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iokernels.bench.accounts import Account, Bytes
-from iokernels.ops.fft_conv.tuning import Blocks, Config
+from iokernels.ops.fft_conv.tuning import Blocks, Config, Wanted, passes
 
 _SUM = 4  # bytes of a float32: a state, a scale, the filter's gradient
 
@@ -31,7 +31,7 @@ class Problem:
 
     @property
     def compute_size(self) -> int:
-        """Bytes of a constant and of a filter's frequency."""
+        """Bytes of one part of a filter's frequency, or of a root of unity."""
         return 4 if self.itemsize == 4 else 2
 
     @property
@@ -66,17 +66,16 @@ def _positions(problem: Problem, cover: Blocks) -> tuple[int, int, int]:
 
 
 def _once_a_block(problem: Problem, config: Config, cover: Blocks) -> tuple[int, int]:
-    """Thread blocks of the grid, and the bytes of constants, spectrum and scale that one loads."""
+    """Thread blocks of the grid, and the bytes of F1, F2, spectrum and scale that one loads."""
     n1, n2, columns = cover.n1, cover.n2, problem.columns
     pairs = -(-problem.batch // problem.members)
     grid = problem.heads * -(-pairs * cover.chunks // config.units)
     rows = n1 // 2 if cover.half else n1
-    constants = 2 * (n1 * rows + n1 * n2 + n2 * columns)
-    return grid, problem.compute_size * (constants + 2 * n1 * columns) + _SUM
+    return grid, problem.compute_size * 2 * (n1 * rows + n2 * columns + n1 * columns) + _SUM
 
 
 def forward(problem: Problem, config: Config, cover: Blocks) -> Account:
-    """Constants and spectrum once a thread block; u, pre and the past for every position; post and y once."""
+    """F1, F2 and the spectrum once a thread block; u, pre and the past for every position; post and y once."""
     inputs, past, _ = _positions(problem, cover)
     grid, once = _once_a_block(problem, config, cover)
     rows = problem.batch * problem.heads
@@ -89,20 +88,33 @@ def forward(problem: Problem, config: Config, cover: Blocks) -> Account:
 
 def backward(problem: Problem, config: Config, cover: Blocks) -> Account:
     """As the forward kernel, with dy and post for what a block makes and what comes after it; for the gates' gradients
-    u, pre and dy once more; du, dpre, dpost once, and a sum of the filter's frequencies a thread block."""
+    u, pre and dy once more; du, dpre, dpost once, and a sum of the filter's frequencies a thread block.
+
+    Long transforms take a pass each for dv, dk and dpost: constants, spectrum, u, pre, dy and post more than once.
+    """
     inputs, past, rest = _positions(problem, cover)
     grid, once = _once_a_block(problem, config, cover)
-    rows = problem.batch * problem.heads
-    tensors = 2 if problem.gated else 1
-    read = rows * (inputs * problem.itemsize * tensors + past * _SUM)
-    read += tensors * (problem.tensor + rows * rest * problem.itemsize)  # dy, and post with it
-    read += 3 * problem.tensor if problem.gated else 0  # u, pre, dy
-    written = problem.tensor * (3 if problem.gated else 1)
+    rows, gated = problem.batch * problem.heads, problem.gated
+    tensors = 2 if gated else 1
+    spectrum = problem.compute_size * 2 * cover.n1 * problem.columns
+    wanted = Wanted(v=True, u=True, pre=gated, post=gated, k=True)
+    read = 0
+    for part in passes(wanted, cover.n1 * cover.n2, problem.itemsize):
+        read += grid * (once if part.v or part.post else once - spectrum)
+        if part.v or part.k:
+            read += tensors * problem.tensor  # dy, and post with it
+        if part.k or part.post:
+            read += rows * (inputs * problem.itemsize * tensors + past * _SUM)  # u, pre, the past
+        if part.v:
+            read += tensors * rows * rest * problem.itemsize + (2 * problem.tensor if gated else 0)
+        if part.post:
+            read += problem.tensor  # dy
+    written = problem.tensor * (3 if gated else 1)
     sums = grid * 2 * cover.n1 * problem.columns * _SUM
-    floor = problem.tensor * (4 if problem.gated else 2) + problem.heads * problem.taps * _SUM
+    floor = problem.tensor * (4 if gated else 2) + problem.heads * problem.taps * _SUM
     floor += rows * (problem.taps - 1) * _SUM if problem.state else 0
     return Account(
         "bwd",
         floor=Bytes(floor, written + problem.heads * problem.taps * _SUM),
-        model=Bytes(read + grid * once, written + sums),
+        model=Bytes(read, written + sums),
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
+from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.plans import remembered
 
@@ -81,7 +82,7 @@ def fft_conv(
     between two steps of a transform are float16. Under autocast u and the gates are cast to the autocast dtype.
     Gradients can be taken once; ``backend="reference"`` supports higher orders. A :class:`KernelSpectrum` has none.
     """
-    u, pre_gate, post_gate = _autocast(u, pre_gate, post_gate)
+    u, pre_gate, post_gate = autocast(u, pre_gate, post_gate)
     spectrum = k if isinstance(k, KernelSpectrum) else None
     taps: Any = k if spectrum is None else spectrum.taps
     plan = remembered(
@@ -235,10 +236,7 @@ def _triton_refusal(
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
     mode, taps = reach(n, taps, mode, keep, state and taps > 1)
-    reason = devices.triton_refusal(device)
-    if reason is not None:
-        return reason
-    return tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize, devices.spec_of(device).smem_block)
+    return devices.triton_refusal(device) or tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize)
 
 
 def _state_after(u: Tensor, width: int, options: Options) -> Tensor:
@@ -253,17 +251,3 @@ def _state_after(u: Tensor, width: int, options: Options) -> Tensor:
     past = options.initial_state
     past = v.new_zeros(*u.shape[:2], width - n) if past is None else past[:, :, n:]
     return torch.cat([past, v], dim=2)
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    u = tensors[0]
-    if not isinstance(u, Tensor):
-        return tensors
-    kind = "cuda" if u.is_cuda else "cpu" if u.is_cpu else u.device.type  # the device's own type is a slow attribute
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    )

@@ -13,10 +13,10 @@ into blocks instead (overlap-save): with P = Nk - 1 and S = L - P, block c makes
     w_c = iFFT(K FFT(v[c S - P :]))[P:]     dk = iFFT(sum_c FFT(0, g_c) conj FFT(v[c S - P :]))[:Nk]
     dv_c = iFFT(conj(K) FFT(g[c S :]))[:S]    from the first step of the past on, whose part is the state's gradient
 
-Memory: rows, or blocks of a row, are taken a few at a time, so that a step works on a bounded number of bytes, which is
-allocated once and stays in a CPU's caches: about :func:`portable_rows.workspace`, or 32 transforms if that is more. FLOPs: about ``2.5 L log2 L`` a transform; 2 a row forward, 4
-backward, 1 more for the gradient of a post gate (in blocks, 2), and one for each filter. Sums are float32, float64 for
-float64.
+Memory: rows, or blocks of a row, are taken a few at a time, so that a step works on a bounded number of bytes, which
+stays in a CPU's caches: about :func:`portable_rows.workspace`, or 32 transforms if that is more.
+FLOPs: about ``2.5 L log2 L`` a transform; 2 a row forward, 5 backward, 1 more for the gradient of a post gate, and 1 for
+each filter, 2 backward. Sums are float32, float64 for float64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the backend ``torch`` cuts a convolution: one transform a row, or overlapping blocks where the filter is short."""
+"""How the backend ``torch`` cuts calls: one transform a row, or overlapping blocks of it if the filter is short."""
 
 from __future__ import annotations
 

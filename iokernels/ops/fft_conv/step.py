@@ -4,7 +4,7 @@ Two ways, exact both. A window ``[B, H, Nk - 1]`` of past inputs, as ``fft_conv(
 costs a sum over Nk products and moves the window on. And :class:`LazyState`, which knows the filter and the most tokens
 that will come: a relaxed (online) convolution (Fischer & Stockmeyer, 1974; van der Hoeven, 2002; for language models
 Oncescu et al., 2024, arXiv:2410.12982). After token i (counted from 1), let U be the largest power of two that divides
-i. The last U inputs are convolved with the lags 1 to 2 U - 1 and added to the next U outputs, by one transform of length
+i. The last U inputs are convolved with the lags 1 to 2 U - 1 and added to the next U outputs, by transforms of length
 2 U. Every pair of an input and a later output falls into exactly one such square, so L tokens cost O(L log^2 L) a
 channel instead of O(L Nk), and a token costs O(log^2 L) on average; one in L waits for the transform of length L.
 """
@@ -88,7 +88,7 @@ def lazy_state(
         batch: sequences, at least 1.
         length: the most tokens that will be made, at least 1. Memory: ``4 B H length`` numbers.
         dtype: of the tokens; that of k if None. Sums are float32, float64 for float64.
-        initial_state: ``[B, H, Nk - 1]``, the gated inputs before the first, as ``fft_conv(return_state=True)`` returns.
+        initial_state: ``[B, H, Nk - 1]``, the gated inputs before the first, as ``fft_conv(return_state=True)`` gives.
 
     Raises:
         TypeError, ValueError: the message names the argument.

@@ -10,9 +10,9 @@ A thread block owns a head and runs through ``units`` blocks of pairs of sequenc
     w = inverse(K * forward(z))
     y0 = post 2^e0 Re w,  y1 = post 2^e1 Im w
 
-The skip term is a tap of the filter. Bytes a thread block requests: the constants F1, T, F2 and the head's spectrum
-once; of each unit u, pre (and the past) once for every position of the block inside the sequence, post and y once.
-FLOPs of a pair: 16 M (N1 + N2), of which a half block saves those of N1 / 2, and kept columns those of N2 - COLS.
+The skip term is a tap of the filter. Bytes a thread block requests: F1, F2 and the head's spectrum once; of each unit
+u and pre (and the past) once for every position of the block inside the sequence, post and y once. FLOPs of a pair:
+16 M (N1 + N2), of which a half block saves those of N1 / 2, and kept columns those of N2 - COLS.
 """
 
 from __future__ import annotations
@@ -22,17 +22,65 @@ import triton.language as tl
 
 from .triton_transform import (
     Place,
+    constants,
     exponent,
     inverted,
-    load_constants,
     load_inputs,
     load_spectrum,
     load_times,
     positions,
     power_of_two,
+    scale_back,
     store_times,
     transformed,
 )
+
+
+@triton.jit
+def _one_unit(
+    unit, u_ptr, pre_ptr, post_ptr, state_ptr, y_ptr, stride_u, stride_pre, stride_post, stride_y,
+    head, batch, heads, seqlen, overlap, step, scale, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
+    FEATURES: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, MIDDLE: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y of one block of a pair of sequences."""
+    members: tl.constexpr = 2 if FEATURES.pair else 1
+    pairs = (batch + members - 1) // members
+    offs = positions(N1, N2, ROWS)
+    b0, chunk = unit % pairs * members, unit // pairs
+    place = Place(chunk * step - overlap, overlap, seqlen, N1 * N2)
+    v0 = load_inputs(
+        u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0, head, heads, True, place, offs, FEATURES, WIDE
+    )
+    e0 = exponent(v0)
+    zr = (v0 * power_of_two(-e0)).to(f1r.dtype)
+    if FEATURES.pair:
+        v1 = load_inputs(
+            u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0 + 1, head, heads, b0 + 1 < batch, place, offs,
+            FEATURES, WIDE,
+        )  # fmt: skip
+        e1 = exponent(v1)
+        zi = (v1 * power_of_two(-e1)).to(f1r.dtype)
+    else:
+        e1 = e0
+        zi = tl.zeros_like(zr)
+    xr, xi = transformed(zr, zi, f1r, f1i, tr, ti, f2r, f2i, PRECISION)
+    pr = ((xr * kr - xi * ki) * MIDDLE).to(f1r.dtype)
+    pi = ((xr * ki + xi * kr) * MIDDLE).to(f1r.dtype)
+    wr, wi = inverted(pr, pi, f1r, f1i, tr, ti, f2r, f2i, PRECISION)
+
+    times = place.start + offs
+    mask = (offs >= overlap) & (times < seqlen)
+    y0 = wr * scale * scale_back(e0)
+    if FEATURES.post:
+        y0 *= load_times(post_ptr, stride_post, b0, head, place, times, mask, WIDE)
+    store_times(y_ptr, stride_y, b0, head, place, times, y0, mask, WIDE)
+    if FEATURES.pair:
+        mask = mask & (b0 + 1 < batch)
+        y1 = wi * scale * scale_back(e1)
+        if FEATURES.post:
+            y1 *= load_times(post_ptr, stride_post, b0 + 1, head, place, times, mask, WIDE)
+        store_times(y_ptr, stride_y, b0 + 1, head, place, times, y1, mask, WIDE)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "seqlen", "overlap", "step", "chunks", "units"])
@@ -43,8 +91,7 @@ def fft_conv_fwd_kernel(
     state_ptr,  # float32 [B, H, overlap] or None
     spectrum_ptr,  # [H, 2, N1, N2], real and imaginary
     scale_ptr,  # float32 [H], what the spectrum was divided by
-    f1_ptr,  # [2, N1, N1]
-    t_ptr,  # [2, N1, N2]
+    f1_ptr,  # [2, N1, N1], roots of unity
     f2_ptr,  # [2, N2, N2]
     y_ptr,  # [B, H, N]
     stride_u,
@@ -66,6 +113,7 @@ def fft_conv_fwd_kernel(
     MIDDLE: tl.constexpr,  # the power of two nearest 1 / sqrt(M), from above
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """y of ``units`` blocks of one head."""
     head = tl.program_id(0) % heads
@@ -74,47 +122,25 @@ def fft_conv_fwd_kernel(
     pairs = (batch + members - 1) // members
     last = tl.minimum(first + units, pairs * chunks)
 
-    f1r, f1i, tr, ti, f2r, f2i = load_constants(f1_ptr, t_ptr, f2_ptr, N1, N2, ROWS, COLS)
+    f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
     kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
     scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
-    offs = positions(N1, N2, ROWS)
 
-    # Not a for loop: out of that one the compiler moves the room of every product's result, and all of them together
-    # are more than Blackwell's tensor memory holds (and more shared memory than is needed elsewhere).
-    unit = first
-    while unit < last:
-        b0, chunk = unit % pairs * members, unit // pairs
-        place = Place(chunk * step - overlap, overlap, seqlen, N1 * N2)
-        v0 = load_inputs(
-            u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0, head, heads, True, place, offs, FEATURES, WIDE
-        )
-        e0 = exponent(v0)
-        zr = (v0 * power_of_two(-e0)).to(f1r.dtype)
-        if FEATURES.pair:
-            v1 = load_inputs(
-                u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0 + 1, head, heads, b0 + 1 < batch, place, offs,
-                FEATURES, WIDE,
+    # What does not change is moved out of a for loop: operands into shared memory, and the room of every product's
+    # result, of which all together are more than Blackwell's tensor memory. Out of a while loop they are not.
+    if HOIST:
+        for unit in tl.range(first, last):
+            _one_unit(
+                unit, u_ptr, pre_ptr, post_ptr, state_ptr, y_ptr, stride_u, stride_pre, stride_post, stride_y,
+                head, batch, heads, seqlen, overlap, step, scale, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
+                FEATURES, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip
-            e1 = exponent(v1)
-            zi = (v1 * power_of_two(-e1)).to(f1r.dtype)
-        else:
-            e1 = e0
-            zi = tl.zeros_like(zr)
-        xr, xi = transformed(zr, zi, f1r, f1i, tr, ti, f2r, f2i, PRECISION)
-        pr = ((xr * kr - xi * ki) * MIDDLE).to(f1r.dtype)
-        pi = ((xr * ki + xi * kr) * MIDDLE).to(f1r.dtype)
-        wr, wi = inverted(pr, pi, f1r, f1i, tr, ti, f2r, f2i, PRECISION)
-
-        times = place.start + offs
-        mask = (offs >= overlap) & (times < seqlen)
-        y0 = wr * scale * power_of_two(e0)
-        if FEATURES.post:
-            y0 *= load_times(post_ptr, stride_post, b0, head, place, times, mask, WIDE)
-        store_times(y_ptr, stride_y, b0, head, place, times, y0, mask, WIDE)
-        if FEATURES.pair:
-            mask = mask & (b0 + 1 < batch)
-            y1 = wi * scale * power_of_two(e1)
-            if FEATURES.post:
-                y1 *= load_times(post_ptr, stride_post, b0 + 1, head, place, times, mask, WIDE)
-            store_times(y_ptr, stride_y, b0 + 1, head, place, times, y1, mask, WIDE)
-        unit += 1
+    else:
+        unit = first
+        while unit < last:
+            _one_unit(
+                unit, u_ptr, pre_ptr, post_ptr, state_ptr, y_ptr, stride_u, stride_pre, stride_post, stride_y,
+                head, batch, heads, seqlen, overlap, step, scale, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
+                FEATURES, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
+            )  # fmt: skip
+            unit += 1

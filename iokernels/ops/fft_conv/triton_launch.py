@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.ops.triton_tiles import Strides, strides
+from iokernels.ops.triton_tiles import strides
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
 from .options import Gradients, Needs, Options, band_length, kept_bins, reach, state_dtype
-from .triton_bwd import Wanted, fft_conv_bwd_kernel
-from .triton_constants import constants, planes_of, state_gradient, taps_gradient, with_skip
+from .triton_bwd import fft_conv_bwd_kernel
+from .triton_filters import planes_of, roots_of_unity, state_gradient, taps_gradient, with_skip
 from .triton_fwd import fft_conv_fwd_kernel
 from .triton_transform import Features
 from .tuning_space import TUNABLES
@@ -40,8 +40,8 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
         cover = launch.blocks(config)
         fft_conv_fwd_kernel[launch.grid(config, cover)](
             u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover),
-            *launch.constants(cover), y,
-            times(u), times(options.pre_gate), times(options.post_gate), times(y), *launch.sizes(config, cover),
+            *launch.roots(cover), y,
+            strides(u), strides(options.pre_gate), strides(options.post_gate), strides(y), *launch.sizes(config, cover),
             **launch.constexprs(cover, u, y), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y
@@ -58,7 +58,7 @@ def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], option
             if grad is not None:
                 grad.zero_()
         return grads
-    wanted = Wanted(
+    wanted = tuning.Wanted(
         v=grads.u is not None or grads.pre_gate is not None,
         u=grads.u is not None,
         pre=grads.pre_gate is not None,
@@ -79,7 +79,13 @@ def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], option
 
 
 def _launch_backward(
-    dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], options: Options, wanted: Wanted, grads: Gradients
+    dy: Tensor,
+    u: Tensor,
+    k: Tensor,
+    transformed: list[Tensor],
+    options: Options,
+    wanted: tuning.Wanted,
+    grads: Gradients,
 ) -> None:
     launch = Launch(u, k, transformed, options, spec_of(u.device))
     config = launch.config("fft_conv_bwd")
@@ -91,14 +97,16 @@ def _launch_backward(
     if wanted.k:
         shape = (grid[0] // heads, heads, 2, cover.n1, constexprs["COLS"])
         sums = torch.empty(shape, dtype=torch.float32, device=u.device)
-    fft_conv_bwd_kernel[grid](
-        dy, u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover),
-        *launch.constants(cover), grads.u, grads.pre_gate, grads.post_gate, sums,
-        times(dy), times(u), times(options.pre_gate), times(options.post_gate),
-        times(grads.u), times(grads.pre_gate), times(grads.post_gate), *launch.sizes(config, cover),
-        WANTED=wanted, REST=not launch.single(cover), **constexprs,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    spectrum, rest = launch.spectrum(k, transformed, cover), not launch.single(cover)
+    for part in tuning.passes(wanted, cover.n1 * cover.n2, u.element_size()):
+        fft_conv_bwd_kernel[grid](
+            dy, u, options.pre_gate, options.post_gate, launch.state, *spectrum, *launch.roots(cover),
+            grads.u, grads.pre_gate, grads.post_gate, sums,
+            strides(dy), strides(u), strides(options.pre_gate), strides(options.post_gate),
+            strides(grads.u), strides(grads.pre_gate), strides(grads.post_gate), *launch.sizes(config, cover),
+            WANTED=part, REST=rest and part.v, **constexprs,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     if sums is not None:
         dk, dskip = taps_gradient(sums, k.shape[1], u.shape[2], cover.n1, cover.n2, options)
         if grads.k is not None:
@@ -182,9 +190,10 @@ class Launch:
             transformed = planes_of(k, self.n, cover.n1, cover.n2, self.compute, self.options)
         return transformed if self.options.skip is None else with_skip(transformed, self.options.skip)
 
-    def constants(self, cover: tuning.Blocks) -> tuple[Tensor, ...]:
-        """F1, T, F2."""
-        return constants(self.u.device, self.compute, cover.n1, cover.n2)
+    def roots(self, cover: tuning.Blocks) -> tuple[Tensor, Tensor]:
+        """F1 and F2."""
+        device, dtype = self.u.device, self.compute
+        return roots_of_unity(device, dtype, cover.n1), roots_of_unity(device, dtype, cover.n2)
 
     def columns(self, cover: tuning.Blocks) -> int:
         """How many columns of frequencies the kernels keep. Those that are 0 in the filter are dropped in halves."""
@@ -215,10 +224,6 @@ class Launch:
             "COLS": self.columns(cover),
             "MIDDLE": 2.0 ** -((length.bit_length() - 1) // 2),
             "WIDE": any((length + self.n) * abs(x.stride(2)) >= 2**31 for x in (*tensors, *gates)),
+            "HOIST": tuning.hoists(self.problem("fft_conv_fwd"), length),
             "PRECISION": self.precision if self.compute == torch.float32 else "tf32",
         }
-
-
-def times(x: Tensor | None) -> Strides:
-    """The strides of ``[B, H, N]``."""
-    return strides(x)

@@ -6,7 +6,8 @@ numbers as rows of N2, z[n1, n2] the one at ``N2 n1 + n2``,
     Z[k1, k2] = sum_n2 w_N2^(n2 k2) w_M^(n2 k1) sum_n1 w_N1^(n1 k1) z[n1, n2]  =  X[k1 + N1 k2]
     Z = ((F1 z) * T) F2,    back:    z = conj(F1) (((Z conj(F2)) * conj(T))) / M
 
-The result stays in this order; the filter was brought into it once. F1 [N1, N1], T [N1, N2], F2 [N2, N2] are constants.
+The result stays in this order; the filter was brought into it once. F1 [N1, N1] and F2 [N2, N2] are constants that are
+loaded, T [N1, N2] is made on chip.
 
 Two sequences are the real and the imaginary part of one: for a real filter k, ``(v0 + i v1) * k`` has the parts
 ``v0 * k`` and ``v1 * k``. Each part is first scaled by a power of two so that its largest element is in [1, 2): then
@@ -73,16 +74,40 @@ def inverted(pr, pi, f1r, f1i, tr, ti, f2r, f2i, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_constants(f1_ptr, t_ptr, f2_ptr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """F1 [N1, ROWS] (of the last rows of a block), T [N1, N2], F2 [N2, COLS] (of the kept frequencies)."""
+def root_of_unity(power, ORDER: tl.constexpr, DTYPE: tl.constexpr):
+    """exp(-2 pi i power / ORDER), both parts, to float32 accuracy before they are rounded.
+
+    The angle is brought to within pi / 4 of a multiple of pi / 2 as a whole number, exactly; there a few terms of the
+    series do. No table is loaded, and the general functions, which reduce any angle, would need local memory.
+    """
+    quarter: tl.constexpr = ORDER // 4
+    power = power % ORDER
+    turns = (power + quarter // 2) // quarter
+    x = (power - turns * quarter).to(tl.float32) * (6.283185307179586 / ORDER)
+    y = x * x
+    sine = x * (1.0 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880)))))
+    cosine = 1.0 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 - y * (1 / 3628800)))))
+    swap = turns % 2 == 1
+    real = tl.where(swap, sine, cosine)
+    imag = tl.where(swap, cosine, sine)
+    # cos(x + j pi / 2) is cos, -sin, -cos, sin; sin(x + j pi / 2) is sin, cos, -sin, -cos.
+    real = tl.where((turns % 4 == 1) | (turns % 4 == 2), -real, real)
+    imag = tl.where(turns % 4 >= 2, imag, -imag)
+    return real.to(DTYPE), imag.to(DTYPE)
+
+
+@triton.jit
+def constants(f1_ptr, f2_ptr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """F1 [N1, ROWS] (of the last rows of a block), T [N1, N2], F2 [N2, COLS] (of the kept frequencies).
+
+    Operands of products are loaded, because what is computed the compiler would keep in registers.
+    """
     offs_1, offs_2 = tl.arange(0, N1), tl.arange(0, N2)
     rows, cols = N1 - ROWS + tl.arange(0, ROWS), kept_columns(N2, COLS)
     f1 = f1_ptr + offs_1[:, None] * N1 + rows[None, :]
-    t = t_ptr + offs_1[:, None] * N2 + offs_2[None, :]
     f2 = f2_ptr + offs_2[:, None] * N2 + cols[None, :]
-    return (
-        tl.load(f1), tl.load(f1 + N1 * N1), tl.load(t), tl.load(t + N1 * N2), tl.load(f2), tl.load(f2 + N2 * N2)
-    )  # fmt: skip
+    tr, ti = root_of_unity(offs_1[:, None] * offs_2[None, :], N1 * N2, f1_ptr.dtype.element_ty)
+    return tl.load(f1), tl.load(f1 + N1 * N1), tr, ti, tl.load(f2), tl.load(f2 + N2 * N2)
 
 
 @triton.jit
@@ -148,6 +173,12 @@ def load_inputs(
         past = state_ptr + (tl.cast(batch, tl.int64) * heads + head) * place.overlap
         v += tl.load(past + (times + place.overlap), mask=(times < 0) & valid, other=0.0)
     return v
+
+
+@triton.jit
+def scale_back(e):
+    """2^e, but 0 for what was scaled as zeros: of those nothing may be left but zeros."""
+    return tl.where(e < -126, 0.0, power_of_two(e))
 
 
 @triton.jit

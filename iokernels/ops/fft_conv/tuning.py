@@ -18,9 +18,12 @@ KERNELS = ("fft_conv_fwd", "fft_conv_bwd")
 SHORTEST = 256
 """The shortest transform: two products of 16 by 16."""
 
-_LONGEST = {2: ((0, 8192),), 4: ((0, 4096),)}
-"""The longest transform by the bytes of an element, for thread blocks with at least so much shared memory: what the
-compiler takes for the operands of its products, as read off compiled kernels."""
+LONGEST = {2: 8192, 4: 4096}
+"""The longest transform on chip, by the bytes of an element."""
+
+_HOISTED = {2: 20, 4: 72}
+"""Bytes of shared memory for a point of a transform when the operands that do not change stay there, by the bytes of an
+element: the most that was read off kernels compiled for several GPUs."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,29 @@ class Blocks(NamedTuple):
     periodic: bool
 
 
+class Wanted(NamedTuple):
+    """What a launch of the backward kernel computes."""
+
+    v: bool  # dv, and of it du and dpre as far as they are wanted
+    u: bool
+    pre: bool
+    post: bool
+    k: bool
+
+
+_ONE_PASS = {2: 2048, 4: 1024}
+"""The longest transform of which a thread holds the registers for all gradients at once, by the bytes of an element."""
+
+
+def passes(wanted: Wanted, length: int, itemsize: int) -> list[Wanted]:
+    """The launches of a backward pass: one, or dv, dk and dpost each by itself."""
+    if length <= _ONE_PASS[itemsize]:
+        return [wanted]
+    nothing = Wanted(False, False, False, False, False)
+    parts = [wanted._replace(post=False, k=False), nothing._replace(k=wanted.k), nothing._replace(post=wanted.post)]
+    return [part for part in parts if any(part)]
+
+
 def factors(length: int) -> tuple[int, int]:
     """``length`` as N1 N2, powers of two, N1 the larger where they differ."""
     bits = length.bit_length() - 1
@@ -83,23 +109,25 @@ def blocks(length: int, seqlen: int, taps: int, mode: str, state: bool) -> Block
     return Blocks(n1, n2, False, taps - 1, step, max(1, -(-seqlen // step)), mode == CIRCULAR)
 
 
-def longest(itemsize: int, smem_block: int) -> int:
-    """The longest transform on chip."""
-    return next(length for least, length in _LONGEST[itemsize] if smem_block >= least)
+def lengths(itemsize: int) -> tuple[int, ...]:
+    """The transforms that the kernels have for elements of so many bytes."""
+    return tuple(1 << bits for bits in range(SHORTEST.bit_length() - 1, LONGEST[itemsize].bit_length()))
 
 
-def lengths(itemsize: int, smem_block: int) -> tuple[int, ...]:
-    """The transforms that the kernels have for elements of so many bytes, with so much shared memory."""
-    most = longest(itemsize, smem_block)
-    return tuple(1 << bits for bits in range(SHORTEST.bit_length() - 1, most.bit_length()))
+def hoists(problem: Problem, length: int) -> bool:
+    """Whether a kernel keeps the operands that do not change in shared memory, rather than in registers.
+
+    Where they fit, and not on Blackwell's data-centre parts, whose tensor memory the results of all products, which the
+    compiler then keeps apart, would overflow.
+    """
+    return problem.sm // 10 != 10 and _HOISTED[problem.itemsize] * length <= problem.smem_block
 
 
-def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int, smem_block: int) -> str | None:
+def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int) -> str | None:
     """Why no transform on chip serves a call of so many effective taps, as the end of a sentence, or None."""
-    able = lengths(itemsize, smem_block)
-    if any(blocks(length, seqlen, taps, mode, state) is not None for length in able):
+    if any(blocks(length, seqlen, taps, mode, state) is not None for length in lengths(itemsize)):
         return None
-    half = able[-1] // 2
+    half = LONGEST[itemsize] // 2
     return (
         f"its transforms on chip serve sequences up to {half} with any filter that reaches no further, and filters up "
         f"to {half + 1} taps with any sequence; N is {seqlen} with {taps} taps"
@@ -170,9 +198,7 @@ def blocks_of(problem: Problem, length: int) -> Blocks | None:
 
 def best_length(problem: Problem) -> int:
     """The transform that takes the least time on paper. It is that of the forward kernel for both passes."""
-    able = [
-        length for length in lengths(problem.itemsize, problem.smem_block) if blocks_of(problem, length) is not None
-    ]
+    able = [length for length in lengths(problem.itemsize) if blocks_of(problem, length) is not None]
     return min(able, key=lambda length: work(problem, length))
 
 

@@ -8,7 +8,7 @@ from iokernels.autotune.space import Axis, Constraint, Space, fits_registers, fi
 from iokernels.autotune.tunable import Tunable
 from iokernels.runtime.device import DeviceSpec
 
-from .tuning import KERNELS, SIZES, Config, Problem, blocks_of, default, factors, lengths, table_key, work
+from .tuning import KERNELS, SIZES, Config, Problem, blocks_of, default, lengths, table_key, work
 
 
 def accumulators(kernel: str, problem: Problem, length: int) -> int:
@@ -17,10 +17,8 @@ def accumulators(kernel: str, problem: Problem, length: int) -> int:
 
 
 def shared_bytes(problem: Problem, length: int) -> int:
-    """An estimate of the shared memory that the compiler takes: operands of the two products of a stage, in bytes."""
-    n1, n2 = factors(length)
-    half = 1 if 2 * problem.seqlen <= length and n1 >= 32 and not problem.state else 0
-    return problem.itemsize * 2 * max((n1 * n1 >> half) + (length >> half), n2 * n2 + length)
+    """The shared memory of operands on their way between two products, in bytes; more is used where it is there."""
+    return problem.itemsize * 2 * length
 
 
 def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
@@ -30,8 +28,7 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
     total = problem.pairs * cover.chunks
     parts = -(-total // config.units)
     waves = -(-problem.heads * parts // device.sms)
-    n1, n2 = factors(config.length)
-    once = problem.itemsize * 2 * (n1 * n1 + n2 * n2 + 2 * config.length)  # constants and spectrum
+    once = problem.itemsize * 2 * config.length  # the spectrum
     unit = 2 * work(problem, config.length) / cover.chunks
     crowd = 1.0 + 0.1 * abs(config.num_warps - (4 if config.length <= 2048 else 8)) / 4
     return waves * (once + config.units * unit) * crowd * device.sms / device.dram_bandwidth
@@ -58,7 +55,7 @@ def _space(kernel: str) -> Space[Config]:
         name=kernel,
         version=1,
         axes=(
-            Axis("length", lambda problem: lengths(problem.itemsize, problem.smem_block)),
+            Axis("length", lambda problem: lengths(problem.itemsize)),
             Axis("units", choices),
             literals("num_warps", 4, 8, 16),
             literals("num_stages", 1, 2),

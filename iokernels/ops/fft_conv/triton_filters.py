@@ -1,4 +1,4 @@
-"""What the Triton kernels of this room are given beside the inputs: constants, and filters as frequencies."""
+"""Filters as the Triton kernels want them, frequencies in their order, and the way back, by ``torch.fft``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,15 @@ from .options import CIRCULAR, Options, band_length, band_limited, placed, unpla
 
 
 @cache
-def constants(device: torch.device, dtype: torch.dtype, n1: int, n2: int) -> tuple[Tensor, Tensor, Tensor]:
-    """F1 ``[2, N1, N1]``, T ``[2, N1, N2]``, F2 ``[2, N2, N2]``: parts of the roots of unity, rounded from float64.
-
-    Made once for a device and kept.
-    """
-
-    def roots(rows: int, columns: int, order: int) -> Tensor:
-        power = torch.arange(rows)[:, None] * torch.arange(columns) % order
-        angle = power.double() * (-2.0 * torch.pi / order)
-        return torch.stack([angle.cos(), angle.sin()]).to(dtype).to(device)
-
-    return roots(n1, n1, n1), roots(n1, n2, n1 * n2), roots(n2, n2, n2)
+def roots_of_unity(device: torch.device, dtype: torch.dtype, order: int) -> Tensor:
+    """``exp(-2 pi i j k / order)``, parts ``[2, order, order]``, rounded from float64. Made once a device."""
+    angle = (torch.arange(order)[:, None] * torch.arange(order) % order).double() * (-2.0 * torch.pi / order)
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype).to(device)
 
 
 def planes_of(k: Tensor, n: int, n1: int, n2: int, dtype: torch.dtype, options: Options) -> list[Tensor]:
-    """The filter's frequencies in the kernels' order: planes ``[H, 2, N1, N2]`` of ``dtype``, and what they were divided
-    by, float32 ``[H]``, a power of two."""
+    """The filter's frequencies in the kernels' order, that of ``[N2, N1]`` transposed: planes ``[H, 2, N1, N2]`` of
+    ``dtype``, and what they were divided by, float32 ``[H]``, a power of two."""
     period = _one_period(k.float(), n, n1 * n2, options)
     natural = torch.view_as_real(torch.fft.fft(period)).view(-1, n2, n1, 2)
     return normalized(natural.permute(0, 3, 2, 1), dtype)
