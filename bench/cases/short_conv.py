@@ -112,7 +112,7 @@ def _point(name: str, *, quick: bool = False, **given: float) -> Point:
 
 def check_points() -> tuple[Point, ...]:
     """Every option alone, its edges, and all together. Lengths straddle the kernels' tiles."""
-    everything = {"silu": 1, "bias": 1, "state": 1}
+    everything: dict[str, Any] = {"silu": 1, "bias": 1, "state": 1}
     return (
         _point("plain", quick=True),
         _point("silu and bias", silu=1, bias=1, quick=True),

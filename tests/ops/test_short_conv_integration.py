@@ -152,7 +152,7 @@ X, WEIGHT = torch.randn(2, 3, 8), torch.randn(3, 4)
         ({"bias": torch.randn(4)}, ValueError, "bias has shape"),
         ({"activation": "relu"}, ValueError, "activation is 'relu'"),
         ({"padding": "full"}, TypeError, "padding is 'full'"),
-        ({"padding": 4}, ValueError, r"padding is \(4, 4\); each side must be from 0 to 3"),
+        ({"padding": 4}, ValueError, r"padding is 4; each side must be from 0 to 3"),
         ({"x": X[:, :, :2], "padding": "valid"}, ValueError, "too few for the 4 taps"),
         ({"padding": "same", "return_state": True}, ValueError, "need causal padding"),
         ({"return_state": 1}, TypeError, "return_state is int"),
@@ -169,8 +169,9 @@ X, WEIGHT = torch.randn(2, 3, 8), torch.randn(3, 4)
     ],
 )  # fmt: skip
 def test_refusals(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    given: dict[str, Any] = {"x": X, "weight": WEIGHT} | changes
     with pytest.raises(error, match=message):
-        short_conv(**{"x": X, "weight": WEIGHT} | changes)
+        short_conv(**given)
 
 
 def test_refusals_of_the_step() -> None:
@@ -181,8 +182,9 @@ def test_refusals_of_the_step() -> None:
         ({"state_indices": torch.tensor([0, 2], dtype=torch.int32)}, "names row 2 of 2 states"),
         ({"state_indices": torch.tensor([1, 1], dtype=torch.int32)}, "must differ"),
     ):
+        given: dict[str, Any] = {"x": X[:, :, 0], "weight": WEIGHT, "state": state} | changes
         with pytest.raises(ValueError, match=message):
-            short_conv_step(**{"x": X[:, :, 0], "weight": WEIGHT, "state": state} | changes)
+            short_conv_step(**given)
 
 
 @st.composite

@@ -274,17 +274,16 @@ def _padding(contract: Contract, padding: Any, width: int) -> tuple[int, int]:
     words = {"causal": (width - 1, 0), "same": ((width - 1) // 2, width - 1 - (width - 1) // 2), "valid": (0, 0)}
     if isinstance(padding, str) and padding in words:
         return words[padding]
-    if isinstance(padding, int) and not isinstance(padding, bool):
-        padding = (padding, padding)
-    pair = isinstance(padding, (tuple, list)) and len(padding) == 2
-    if not pair or not all(isinstance(side, int) and not isinstance(side, bool) for side in padding):
+    sides = (padding, padding) if isinstance(padding, int) else padding
+    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if not pair or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
         raise TypeError(
             f"{contract.operator}: padding is {padding!r}; it must be 'causal', 'same', 'valid', an int or two ints"
         )
-    left, right = padding
+    left, right = sides
     contract.require(
         0 <= left < width and 0 <= right < width,
-        f"padding is {(left, right)}; each side must be from 0 to {width - 1}, one less than the taps",
+        f"padding is {padding!r}; each side must be from 0 to {width - 1}, one less than the taps",
     )
     return left, right
 
