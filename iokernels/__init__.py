@@ -6,7 +6,16 @@ those of :mod:`torch.nn`. ``python -m iokernels`` checks and times every operato
 
 from . import nn
 from ._version import __version__
-from .ops.fft_conv import KernelSpectrum, LazyState, fft_conv, fft_conv_step, kernel_spectrum, lazy_state
+from .ops.fft_conv import (
+    KernelSpectrum,
+    LazyState,
+    fft_conv,
+    fft_conv_step,
+    kernel_spectrum,
+    lazy_state,
+    short_conv,
+    short_conv_step,
+)
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
 from .ops.linear_attention import (
@@ -31,25 +40,25 @@ __all__ = [
     "alibi_slopes",
     "append_kv",
     "apply_rotary",
+    "fft_conv",
+    "fft_conv_step",
     "flash_attention",
     "flash_attention_varlen",
     "gated_delta_rule",
     "gated_delta_rule_step",
+    "kernel_spectrum",
+    "lazy_state",
     "lean_attention",
     "lightning_attention",
     "linear_attention",
     "linear_attention_state",
     "linear_attention_step",
     "minimax_slopes",
-    "fft_conv",
-    "fft_conv_step",
-    "flash_attention",
-    "flash_attention_varlen",
-    "kernel_spectrum",
-    "lazy_state",
     "nn",
     "retention_slopes",
     "rotary_table",
     "scaled_dot_product_attention",
+    "short_conv",
+    "short_conv_step",
     "use_backend",
 ]

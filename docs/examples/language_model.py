@@ -97,6 +97,7 @@ MIXERS: dict[str, Mixer] = {
     "lightning": lambda width, heads: Recurrent(iokernels.nn.LightningAttention(width, heads)),
     "based": lambda width, heads: Recurrent(iokernels.nn.BasedAttention(width, heads, window=32)),
     "delta": lambda width, heads: Recurrent(iokernels.nn.GatedDeltaNet(width, heads, allow_neg_eigval=True)),
+    "hyena": lambda width, heads: iokernels.nn.HyenaOperator(width, length=256),
 }
 """Add an entry, and ``--mixer all`` compares it with the others."""
 

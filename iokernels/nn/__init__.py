@@ -1,9 +1,23 @@
 """Drop-in ``torch.nn`` modules."""
 
+from .fft_conv import FFTConv, LongConv, ShortConv1d
 from .flash_attention import FlashAttention
+from .hyena import HyenaOperator, HyenaState, ImplicitFilter
 from .lean_attention import DecodeAttention, KVCache
-
-__all__ = ["DecodeAttention", "FlashAttention", "KVCache"]
 from .linear_attention import BasedAttention, GatedDeltaNet, LightningAttention, Retention
 
-__all__ = ["BasedAttention", "FlashAttention", "GatedDeltaNet", "LightningAttention", "Retention"]
+__all__ = [
+    "BasedAttention",
+    "DecodeAttention",
+    "FFTConv",
+    "FlashAttention",
+    "GatedDeltaNet",
+    "HyenaOperator",
+    "HyenaState",
+    "ImplicitFilter",
+    "KVCache",
+    "LightningAttention",
+    "LongConv",
+    "Retention",
+    "ShortConv1d",
+]

@@ -139,11 +139,14 @@ def check(
 def relative_rms(actual: Tensor, reference: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
     """Root mean square of the error over that of the reference, along ``dim``: float64, of the shape without ``dim``.
 
-    A row of zeros gives 1. A NaN gives infinity, and so does any error in a row whose reference is all zero.
+    A row of zeros gives 1, one without elements 0. A NaN gives infinity, and so does any error in a row whose reference
+    is all zero.
     """
     actual, reference = actual.detach().double(), reference.detach().double().to(actual.device)
     error = (actual - reference).square().mean(dim).sqrt()
     ratio = error / reference.square().mean(dim).sqrt()
+    if not actual.numel():
+        return torch.zeros_like(ratio)  # the mean of nothing is a NaN
     return torch.where(error == 0.0, 0.0, ratio).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 

@@ -90,7 +90,7 @@ def test_it_learns(lm: Any, text: Any, tiny: Any):
     assert result.parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["flash", "sdpa", "lightning", "based", "delta"])
+@pytest.mark.parametrize("name", ["flash", "sdpa", "lightning", "based", "delta", "hyena"])
 def test_a_mixer_sees_no_later_byte(lm: Any, tiny: Any, name: str):
     torch.manual_seed(0)
     model = lm.LanguageModel(lm.MIXERS[name], tiny).eval()

@@ -1,0 +1,62 @@
+"""The oracle of ``short_conv``: every window of the extended sequence times the filter, one sequence after the other.
+
+Plain differentiable PyTorch, in the dtype of its arguments; float64 inputs give the truth of tests.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .short_options import ShortOptions, out_length
+
+
+def convolve(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
+    """(out, final state), as :class:`ShortOptions` says; the state is empty where it is not asked for."""
+    if options.cu_seqlens is None:
+        return _dense(x, weight, options)
+    packed = options._replace(cu_seqlens=None)
+    outs, states = [], []
+    bounds = options.cu_seqlens.tolist()
+    for sequence, (start, stop) in enumerate(pairwise(bounds)):
+        state = options.initial_state
+        state = None if state is None else state[sequence : sequence + 1]
+        out, final = _dense(x[:, :, start:stop], weight, packed._replace(initial_state=state))
+        outs.append(out)
+        states.append(final)
+    outs.append(torch.zeros_like(x[:, :, bounds[-1] :]))
+    return torch.cat(outs, dim=2), torch.cat(states) if states else x.new_empty(0)
+
+
+def _dense(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
+    width = weight.shape[1]
+    before = x.new_zeros((*x.shape[:2], options.left)) if options.initial_state is None else options.initial_state
+    extended = torch.cat([before, x, x.new_zeros((*x.shape[:2], options.right))], dim=2)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if out_length(x.shape[2], width, options) > 0:
+        out = torch.einsum("bhnw,hw->bhn", extended.unfold(2, width, 1).to(dtype), weight.to(dtype))
+    else:
+        out = (x[:, :, :0] * weight[:, :1]).to(dtype)
+    if options.bias is not None:
+        out = out + options.bias[:, None].to(dtype)
+    if options.silu:
+        out = out * torch.sigmoid(out)
+    final = extended[:, :, extended.shape[2] - (width - 1) :] if options.return_state else x.new_empty(0)
+    return out.to(x.dtype), final.clone()
+
+
+def step(
+    x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, state_indices: Tensor | None, silu: bool
+) -> Tensor:
+    """One more row: returns the output and writes the new state over the old one."""
+    out = torch.zeros_like(x)
+    rows = range(x.shape[0]) if state_indices is None else state_indices.tolist()
+    for i, row in enumerate(rows):
+        if row >= 0:
+            options = ShortOptions(bias, state[row : row + 1], None, weight.shape[1] - 1, 0, silu, True)
+            result, final = _dense(x[i : i + 1, :, None], weight, options)
+            out[i] = result[0, :, 0]
+            state[row] = final[0]
+    return out
