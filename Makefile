@@ -6,6 +6,7 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CASES = $(shell $(BIN)/python -c 'from iokernels.bench.cases import CASES; print(*CASES)')
 
 .PHONY: help setup demo test lint format type bench dist clean
 .DELETE_ON_ERROR:
@@ -27,9 +28,9 @@ $(READY): pyproject.toml constraints/ci.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints/ci.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## prove every operator on this machine, time one, train a small language model
+demo: $(READY) ## prove every operator on this machine, time each, train a small language model
 	$(BIN)/iokernels check
-	$(BIN)/iokernels bench flash_attention --suite quick
+	for case in $(CASES); do $(BIN)/iokernels bench $$case --suite quick --seconds 0.2 || exit 1; done
 	$(BIN)/python docs/examples/language_model.py --mixer flash --short
 
 test: export OMP_NUM_THREADS ?= 1
@@ -48,7 +49,7 @@ type: $(READY) ## static types
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: $(READY) ## time every operator against what else is installed
-	$(BIN)/iokernels bench flash_attention
+	for case in $(CASES); do $(BIN)/iokernels bench $$case || exit 1; done
 
 dist: $(READY) ## wheel and sdist in dist/
 	rm -rf build dist
