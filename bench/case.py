@@ -174,13 +174,22 @@ class Case:
         return self.suites[name]
 
     def passes_of(self, asked: tuple[Pass, ...] | None) -> tuple[Pass, ...]:
-        """``asked``, or all that the operator can do at once if nothing was. Raises :class:`UsageError`."""
+        """Those of ``asked`` that the operator has; all that it can do at once if nothing was asked for.
+
+        Raises:
+            UsageError: it has none of them.
+        """
         if asked is None:
             return self.passes[-1:]
-        for which in asked:
-            if which not in self.passes:
-                raise UsageError(f"--pass is {which}, and {self.operator} takes no gradients: it has fwd only")
-        return asked
+        found = tuple(which for which in asked if which in self.passes)
+        if not found:
+            raise UsageError(f"--pass is {','.join(asked)}, and {self.operator} takes no gradients: it has fwd only")
+        return found
+
+    @property
+    def usual_suite(self) -> str:
+        """The suite for a GPU: ``train``, or the first that is not ``quick`` where nothing is trained."""
+        return "train" if "train" in self.suites else next((name for name in self.suites if name != "quick"), "quick")
 
     def within(self, shape: Shape, limit: int) -> Shape:
         """``shape``, or the first of its :attr:`smaller` ones whose reference fits into ``limit`` bytes."""

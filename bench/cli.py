@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "--sweep", action="append", metavar="n=1k:64k:x2",
         help="vary a dimension: start:stop:x2, start:stop:+step or a,b,c; goes with --shape",
     )  # fmt: skip
-    bench.add_argument("--suite", help="a named list of shapes (default: quick on a CPU, train on a GPU)")
+    bench.add_argument("--suite", help="a named list of shapes (default: quick on a CPU, train or the like on a GPU)")
     bench.add_argument("--dtype", type=_dtypes, metavar="A,B", help="default: fp32 on a CPU, bf16 on a GPU")
     bench.add_argument(
         "--pass", dest="passes", type=_passes, default=("fwd",), metavar="A,B",
@@ -162,7 +162,7 @@ def _describe_tune(commands: Any) -> None:
     )
     tune.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
     tune.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
-    tune.add_argument("--suite", help="a named list of shapes (default: train; in a dry run one shape)")
+    tune.add_argument("--suite", help="a named list of shapes (default: train or the like; in a dry run one shape)")
     tune.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
     tune.add_argument("--kernel", metavar="NAME", help="only this kernel")
     tune.add_argument("--gpu", choices=tuple(KNOWN), metavar="NAME", help=f"of {', '.join(KNOWN)} (default: this one)")

@@ -58,7 +58,7 @@ step() {
 }
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>>"$out/log.txt"; then
-    quick='' bench='--suite train --pass fwd,bwd --seconds 0.3' tests=${TESTS:-tests}
+    quick='' bench='--pass fwd,bwd --seconds 0.3' tests=${TESTS:-tests}
 else
     echo "no GPU that PyTorch can use: the quick forms run, on the CPU" | tee -a "$out/log.txt" "$out/summary.txt"
     quick='--quick' bench='--suite quick --seconds 0.05' tests=${TESTS:-tests/bench/test_shape.py}
@@ -73,7 +73,7 @@ step tests 240 "$python" -m pytest -q $workers $tests
 # shellcheck disable=SC2086
 step check 120 "$python" -m iokernels check $quick --json "$out/check.json"
 
-operators=$("$python" -c 'from iokernels.ops import OPERATORS; print(*OPERATORS)' 2>>"$out/log.txt") || operators=''
+operators=$("$python" -c 'from iokernels.bench.cases import CASES; print(*CASES)' 2>>"$out/log.txt") || operators=''
 if [ -z "$operators" ]; then
     failures=$((failures + 1))
     echo "failed   list of operators" >>"$out/summary.txt"

@@ -88,7 +88,7 @@ def _shapes(
         return sweep.shapes(case.vocabulary, arguments.shape or ("",), sweeps)
     if arguments.shape:
         return tuple(case.vocabulary.parse(text) for text in arguments.shape)
-    return case.suite(arguments.suite or ("train" if device.type == "cuda" else "quick"))
+    return case.suite(arguments.suite or (case.usual_suite if device.type == "cuda" else "quick"))
 
 
 def _other_version(arguments: argparse.Namespace, here: Machine, opened: ExitStack) -> Compare | None:

@@ -108,7 +108,7 @@ def _items(case: Case, tuning: Tuning, arguments: argparse.Namespace, spec: Devi
     if arguments.shape or (arguments.dry_run and not arguments.suite):
         shapes = tuple(case.vocabulary.parse(text) for text in arguments.shape or ("",))
     else:
-        shapes = case.suite(arguments.suite or "train")
+        shapes = case.suite(arguments.suite or case.usual_suite)
     if arguments.kernel is not None and arguments.kernel not in tuning.tunables:
         raise UsageError(f"--kernel: {case.operator} has {', '.join(tuning.tunables)}, not {arguments.kernel!r}")
     found: dict[Any, Item] = {}

@@ -42,5 +42,6 @@ def test_passes() -> None:
     assert CASE.passes_of(None) == ("both",)
     assert inference.passes_of(None) == ("fwd",)
     assert CASE.passes_of(("fwd", "bwd")) == ("fwd", "bwd")
+    assert inference.passes_of(("fwd", "bwd")) == ("fwd",)
     with pytest.raises(UsageError, match="flash_attention takes no gradients"):
         inference.passes_of(("bwd",))

@@ -44,7 +44,7 @@ def script(out: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", str(SCRIPT), str(out)], capture_output=True, text=True, env=env, timeout=60)
 
 
-OPERATORS = """case "$*" in *OPERATORS*) echo one two; exit 0;; *is_available*) exit 1;; esac"""
+OPERATORS = """case "$*" in *CASES*) echo one two; exit 0;; *is_available*) exit 1;; esac"""
 
 
 def test_the_script_runs_every_step(tmp_path: Path) -> None:
