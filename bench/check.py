@@ -90,6 +90,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
         interpreter.install()
     cases = [load(name) for name in arguments.operators or CASES]
+    if not arguments.operators:
+        cases = [case for case in cases if _points(case, arguments)]
+        if not cases:
+            raise UsageError(f"no operator has a point named like {arguments.option!r}")
     here = machine.describe(device)
     console.print(escape(here.header()), highlight=False)
     console.print(_where(device), style="dim", highlight=False)
@@ -134,7 +138,7 @@ def _points(case: Case, arguments: argparse.Namespace) -> list[Point]:
     found = [point for point in points if point.name.lower() == wanted] or [
         point for point in points if wanted in point.name.lower()
     ]
-    if not found:
+    if not found and arguments.operators:
         names = ", ".join(point.name for point in case.check_points())
         raise UsageError(f"{case.operator} has no point named like {arguments.option!r}; it has: {names}")
     return found

@@ -170,12 +170,8 @@ def interpret_triton() -> bool:
     return INTERPRET
 
 
-@torch.compiler.assume_constant_result
 def triton_refusal(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on ``device``, as the end of a sentence, or None when they can.
-
-    Dynamo asks and does not trace it: it has no cache that Dynamo would warn of, and the answer does not change.
-    """
+    """Why Triton kernels cannot run on ``device``, as the end of a sentence, or None when they can."""
     if not has_triton():
         return "Triton is not installed"
     if INTERPRET:
@@ -189,6 +185,11 @@ def triton_refusal(device: torch.device) -> str | None:
         if major * 10 + minor < OLDEST_SM:
             return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0 or newer"
     return None
+
+
+# Dynamo asks instead of tracing it. This is all that torch.compiler.assume_constant_result does, which would import
+# Dynamo, and with it Triton, whenever this library is imported.
+triton_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def guard(device: torch.device) -> Any:
