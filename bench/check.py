@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.operators:
         cases = [case for case in cases if _points(case, arguments)]
         if not cases:
-            raise UsageError(f"no operator has a point named like {arguments.option!r}")
+            raise UsageError(f"no operator has it: there is no point named like {arguments.option!r}")
     here = machine.describe(device)
     console.print(escape(here.header()), highlight=False)
     console.print(_where(device), style="dim", highlight=False)
