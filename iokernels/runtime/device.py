@@ -171,7 +171,10 @@ def interpret_triton() -> bool:
 
 
 def triton_refusal(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on ``device``, as the end of a sentence, or None when they can."""
+    """Why Triton kernels cannot run on ``device``, as the end of a sentence, or None when they can.
+
+    Dynamo asks and does not trace it: it has no cache that Dynamo would warn of, and the answer does not change.
+    """
     if not has_triton():
         return "Triton is not installed"
     if INTERPRET:
@@ -187,9 +190,8 @@ def triton_refusal(device: torch.device) -> str | None:
     return None
 
 
-# Dynamo asks instead of tracing it. This is all that torch.compiler.assume_constant_result does, which would import
-# Dynamo, and with it Triton, whenever this library is imported.
-triton_refusal._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+# What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this library.
+triton_refusal.__dict__["_dynamo_marked_constant"] = True
 
 
 def guard(device: torch.device) -> Any:
