@@ -57,6 +57,7 @@ class KVCache:
         seqlens: int32 ``[B]``, how many keys each sequence has, those of the last ``extend`` included.
         starts: int32 ``[B]``, seqlens before the last ``extend``: the position of the first new key.
         block_table: int32 ``[B, most pages]``, or None. Entries that no key needs are -1.
+        in_prompt: whether the last ``extend`` began every sequence: the new keys are all that there are.
 
     Raises:
         TypeError: a dtype that no cache has.
@@ -112,7 +113,6 @@ class KVCache:
         self._rows = 0
         self._ragged = False
         self.in_prompt = False
-        """Whether the last ``extend`` began every sequence: the new keys are all that there are."""
 
     def _scale(self, name: str, scale: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         if scale is None:
@@ -149,7 +149,6 @@ class KVCache:
             ValueError: a count is negative, a sequence would pass the capacity, or there are not enough free pages.
                 Nothing has changed then.
         """
-        ragged = not isinstance(count, int)
         counts = list(count) if not isinstance(count, int) else [count] * len(self._lengths)
         _CONTRACT.require(
             len(counts) == len(self._lengths) and min(counts) >= 0,
@@ -170,9 +169,9 @@ class KVCache:
                 self._copy_pages(self.pages.grow(self._lengths, after))
                 self._write_table()
         self.in_prompt = not any(self._lengths)
-        self._rows, self._ragged, self._lengths = max(counts), ragged, after
+        self._rows, self._ragged, self._lengths = max(counts), len(set(counts)) > 1, after
         self.starts.copy_(self.seqlens)
-        if ragged:
+        if self._ragged:
             self._counts.copy_(torch.tensor(counts, dtype=torch.int32))
             self.seqlens.add_(self._counts)
         else:

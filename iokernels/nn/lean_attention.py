@@ -132,8 +132,14 @@ class DecodeAttention(nn.Module):
         return text + "".join(f", {n}={getattr(self, n)!r}" for n, usual in said.items() if getattr(self, n) != usual)
 
     def new_cache(self, batch: int, capacity: int, *, layers: int = 1, **options: Any) -> KVCache:
-        """A :class:`KVCache` that fits this module; ``options`` are its others (``page``, ``dtype``, ...)."""
-        options = {"dtype": self.in_proj_weight.dtype, "device": self.in_proj_weight.device, **options}
+        """A :class:`KVCache` that fits this module; ``options`` are its others (``page``, ``dtype``, ...).
+
+        Its dtype is that of the parameters, or under autocast the one that projections have there.
+        """
+        weight = self.in_proj_weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        options = {"dtype": dtype, "device": weight.device, **options}
         return KVCache(batch, capacity, self.num_kv_heads, self.head_dim, layers=layers, **options)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, *, layer: int = 0) -> Tensor:

@@ -123,6 +123,21 @@ def test_a_quantised_cache_is_close(dtype: torch.dtype, page: int | None) -> Non
     assert 1e-4 < error < (0.03 if dtype == torch.int8 else 0.1)
 
 
+def test_under_autocast_a_cache_has_the_dtype_of_the_projections() -> None:
+    module = DecodeAttention(24, 4, rotary=6, max_positions=80)
+    x = torch.randn(2, 12, 24)
+    exact = module(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = module.new_cache(2, 12)
+        assert cache.k.dtype == torch.bfloat16
+        pieces = []
+        for piece in x.split([5, 1, 6], dim=1):
+            cache.extend(piece.shape[1])
+            pieces.append(module(piece, cache))
+    error = (torch.cat(pieces, 1).float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 1e-5 < error < 0.02
+
+
 @pytest.mark.parametrize("page", [None, 4])
 def test_a_prompt_in_pieces_is_a_prompt(page: int | None) -> None:
     """Pieces of 1, of a few, and of more rows than one call of lean_attention takes."""
@@ -171,7 +186,7 @@ def test_a_step_compiles_once() -> None:
     torch._dynamo.reset()
     model = TinyGPT(num_kv_heads=2)
     expected = decoded(model, model.new_cache(3, 40, page=4), PROMPTS, 12)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     cache = model.new_cache(3, 40, page=4)
 
     def run(tokens: Tensor, cache: KVCache) -> Tensor:

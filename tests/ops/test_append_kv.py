@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iokernels import UnsupportedError, append_kv, apply_rotary, rotary_table
 from iokernels.bench.cases import append_kv_io
@@ -150,7 +151,7 @@ def test_one_after_the_other_is_all_at_once(page: int | None, backend: str, devi
     first = (2, 2, 40) if page is None else (2 * each, 2, page)
     table = None if page is None else torch.randperm(2 * each).view(2, each).int().to(device)
     caches = [[torch.zeros(*first, w, device=device) for w in (8, 6)] for _ in range(2)]
-    angles = tuple(x.to(device) for x in rotary_table(64, 8))
+    angles = rotary_table(64, 8, device=device)
     start = torch.tensor([0, 3], dtype=torch.int32, device=device)
     append_kv(k, v, *caches[0], cache_seqlens=start, block_table=table, rotary=angles, backend=backend)
     done = 0
@@ -228,26 +229,51 @@ def test_rows_that_have_no_place_are_not_written(paged: bool, backend: str, devi
     expected = [x.clone() for x in caches]
     seqlens = torch.tensor([6, 2, 3, 100], dtype=torch.int32, device=device)
     options = Append(seqlens, table, new_seqlens=torch.tensor([9, 5, 5, 5], dtype=torch.int32, device=device))
-    append_reference.append(new, new, *expected, options)
-    append(new, new, *caches, backend, *options)
+    append_reference.append(new, new, expected[0], expected[1], options)
+    append(new, new, caches[0], caches[1], backend, *options)
     for a, e in zip(caches, expected, strict=True):
         assert torch.equal(a.nan_to_num(7.0), e.nan_to_num(7.0))
         written = 2 + 2 + 1 if paged else 2 + 5 + 5
         assert (~a.isnan()).sum() == 8 * written
     nothing = Append(torch.full_like(seqlens, 100), table)
-    append(new, new, *caches, backend, *nothing)
+    append(new, new, caches[0], caches[1], backend, *nothing)
     for a, e in zip(caches, expected, strict=True):
         assert torch.equal(a.nan_to_num(7.0), e.nan_to_num(7.0))
+
+
+class NoAsking(TorchDispatchMode):
+    """Refuses what would read a value on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func)
+        assert "nonzero" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_lengths_on_the_host_nothing_waits_for_them(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable_append, "host_reads", lambda x: False)
+    call = random_call(300 + seed, torch.float32, torch.int8, "cpu")
+    tensors = [call.pop(name) for name in ("k_new", "v_new", "k_cache", "v_cache")]
+    cos, sin = call.pop("rotary", (None, None))
+    scales = [name for name in ("k_scale", "v_scale") if name in call and call[name].dim() == 3]
+    each = {name: name.replace("_", "_key_") for name in scales}
+    options = Append(**{each.get(name, name): x for name, x in call.items()}, cos=cos, sin=sin)
+    with NoAsking():
+        portable_append.append(tensors[0], tensors[1], tensors[2], tensors[3], options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_empty_calls(backend: str, device: str) -> None:
     cache = torch.zeros(2, 1, 4, 8, device=device)
     none = torch.zeros(2, dtype=torch.int32, device=device)
-    append_kv(*torch.ones(2, 2, 1, 0, 8, device=device), cache, cache.clone(), cache_seqlens=none, backend=backend)
-    append_kv(*torch.ones(2, 0, 1, 2, 8, device=device), cache[:0], cache[:0], cache_seqlens=none[:0], backend=backend)
-    counts = {"cache_seqlens": none, "new_seqlens": none, "backend": backend}
-    append_kv(*torch.ones(2, 2, 1, 2, 8, device=device), cache[:, :, :0], cache[:, :, :0], **counts)
+    new = torch.ones(2, 1, 2, 8, device=device)
+    for rows, held, lengths, counts in (
+        (new[:, :, :0], cache, none, None),
+        (new[:0], cache[:0], none[:0], None),
+        (new, cache[:, :, :0], none, none),
+    ):
+        append_kv(rows, rows, held, held.clone(), cache_seqlens=lengths, new_seqlens=counts, backend=backend)
     assert not cache.any()
 
 

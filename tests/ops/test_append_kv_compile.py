@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -65,7 +64,7 @@ def test_append_and_attend_compile_to_one_graph_once(paged: bool, backend: str, 
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled: Callable[..., Tensor] = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-    rotary = tuple(x.to(device) for x in rotary_table(64, 8))
+    rotary = rotary_table(64, 8, device=device)
     results: list[list[Tensor]] = []
     for run in (step, compiled):
         torch.manual_seed(0)
@@ -75,7 +74,7 @@ def test_append_and_attend_compile_to_one_graph_once(paged: bool, backend: str, 
             both = torch.randn(2, 2 * pages if paged else 2, 2, 4 if paged else 4 * pages, 8, device=device)
             q, k, v = (torch.randn(2, heads, 3, 8, device=device) for heads in (4, 2, 2))
             starts = torch.tensor(lengths, dtype=torch.int32, device=device)
-            results[-1] += [run(q, k, v, *both.unbind(0), starts, table, rotary, backend), both]
+            results[-1] += [run(q, k, v, both[0], both[1], starts, table, rotary, backend), both]
     assert counter.frame_count == 1
     for eager, traced in zip(*results, strict=True):
         assert torch.equal(eager, traced)
@@ -87,8 +86,10 @@ def test_aot_keeps_the_mutation_of_the_caches(device: str) -> None:
     q, k, v = (torch.randn(1, 2, 1, 8, device=device) for _ in range(3))
     caches = [torch.zeros(1, 2, 16, 8, device=device) for _ in range(4)]
     starts = torch.tensor([5], dtype=torch.int32, device=device)
-    rotary: Any = tuple(x.to(device) for x in rotary_table(16, 8))
-    outs = [run(q, k, v, *caches[at : at + 2], starts, None, rotary, "torch") for run, at in ((step, 0), (compiled, 2))]
+    rotary = rotary_table(16, 8, device=device)
+    outs = []
+    for run, (k_cache, v_cache) in ((step, caches[:2]), (compiled, caches[2:])):
+        outs.append(run(q, k, v, k_cache, v_cache, starts, None, rotary, "torch"))
     torch.testing.assert_close(*outs)
     assert caches[0].any()
     assert torch.equal(caches[0], caches[2])

@@ -44,7 +44,8 @@ def poisoned(cache: Tensor, seqlens: Tensor, table: Tensor | None) -> Tensor:
     for sequence, length in enumerate(seqlens.tolist()):
         if table is None:
             held[sequence, :length] = True
-        for i in range(length if table is not None else 0):
+            continue
+        for i in range(length):
             held[table[sequence, i // cache.shape[2]], i % cache.shape[2]] = True
     garbage = poison_(torch.zeros_like(cache))
     shape = (held.shape[0], 1, held.shape[1], *[1] * (cache.dim() - 3))
@@ -102,33 +103,40 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]
 def test_equals_the_oracle_in_float64(seed: int, chunks: None) -> None:
     call = random_call(seed)
     expected = lean_attention(**call, return_lse=True, backend="reference")
-    for schedule in ({}, {"batch_invariant": True}):
+    schedules: tuple[dict[str, Any], ...] = ({}, {"batch_invariant": True})
+    for schedule in schedules:
         actual = lean_attention(**call, **schedule, return_lse=True, backend="torch")
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(100, 140))
-def test_equals_the_oracle_without_lengths_on_the_host(seed: int, chunks: None, on_device: None) -> None:
-    call = random_call(seed)
+def test_equals_the_oracle_without_lengths_on_the_host(seed: int, chunks: None, on_device: None, device: str) -> None:
+    """On a GPU where there is one."""
+    call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in random_call(seed).items()}
     expected = lean_attention(**call, return_lse=True, backend="reference")
-    for schedule in ({}, {"batch_invariant": True}):
+    schedules: tuple[dict[str, Any], ...] = ({}, {"batch_invariant": True})
+    for schedule in schedules:
         actual = lean_attention(**call, **schedule, return_lse=True, backend="torch")
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
 
 
+class NoAsking(TorchDispatchMode):
+    """Refuses what would read a value on the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func)
+        assert "nonzero" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_walk_without_lengths_never_asks_for_them(on_device: None) -> None:
     call = random_call(3)
 
-    class NoAsking(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert "_local_scalar_dense" not in str(func)
-            assert "nonzero" not in str(func)
-            return func(*args, **(kwargs or {}))
-
     names = ("cache_seqlens", "block_table", "sinks", "k_scale", "v_scale", "k_prefix", "v_prefix")
-    options = Options(*(call.get(name) for name in names), scale=0.3, window_left=4, window_right=0)
+    tensors: list[Any] = [call.get(name) for name in names]
+    options = Options(*tensors, scale=0.3, window_left=4, window_right=0)
     with NoAsking():
         portable.forward(call["q"], call["k_cache"], call["v_cache"], options)
 
@@ -219,11 +227,25 @@ def test_which_calls_run_in_the_kernel_of_torch(monkeypatch: pytest.MonkeyPatch)
     assert run(q=torch.randn(2, 6, 3, 8)) == 0  # causal: its rows do not see the same keys
     assert run(v=torch.randn(2, 2, 20, 4)) == 0
     assert run(k=k.transpose(2, 3).contiguous().transpose(2, 3)) == 0
-    for options in (
+    others: list[dict[str, Any]] = [
         {"window": (3, 0)}, {"softcap": 2.0}, {"sinks": torch.zeros(6)}, {"k_scale": torch.ones(2)},
         {"batch_invariant": True}, {"k_prefix": k[0], "v_prefix": v[0]},
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for options in others:
         assert run(**options) == 0, options
+
+
+@pytest.mark.parametrize(("invariant", "walks"), [(False, 1), (True, 3)])
+def test_a_prefix_is_read_once_for_all(invariant: bool, walks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once for each sequence where none may matter to another."""
+    read: list[int] = []
+    after_prefix = portable._after_prefix
+    monkeypatch.setattr(portable, "_after_prefix", lambda q, *rest: read.append(q.shape[0]) or after_prefix(q, *rest))
+    q, k, v = (torch.randn(3, 2, n, 8) for n in (1, 12, 12))
+    lengths = torch.tensor([3, 0, 12], dtype=torch.int32)
+    prefix: dict[str, Any] = {"k_prefix": torch.randn(2, 30, 8), "v_prefix": torch.randn(2, 30, 8)}
+    lean_attention(q, k, v, cache_seqlens=lengths, **prefix, batch_invariant=invariant, backend="torch")
+    assert read == [3 // walks] * walks
 
 
 def test_lengths_out_of_range_are_clamped_below_the_checks() -> None:

@@ -99,7 +99,8 @@ def _scatter(writes: list[tuple[Tensor, Tensor]], cache: Tensor, options: Append
 
     written = written.flatten()
     # The row that the others repeat: the first one that is written. If there is none, all write what is there already.
-    model = written.long().argmax()
+    # One dimension, because an index of none would be read on the host.
+    model = written.long().argmax(0, keepdim=True)
     places, slots = (
         torch.where(written, x.flatten(), x.flatten()[model]).clamp(0, size - 1)
         for x, size in ((places, cache.shape[0]), (slots, page))
