@@ -113,7 +113,7 @@ def test_equals_the_oracle_in_float64(seed: int, chunks: None) -> None:
 @pytest.mark.parametrize("seed", range(100, 140))
 def test_equals_the_oracle_without_lengths_on_the_host(seed: int, chunks: None, on_device: None, device: str) -> None:
     """On a GPU where there is one."""
-    call = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in random_call(seed).items()}
+    call: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in random_call(seed).items()}
     expected = lean_attention(**call, return_lse=True, backend="reference")
     schedules: tuple[dict[str, Any], ...] = ({}, {"batch_invariant": True})
     for schedule in schedules:
