@@ -70,10 +70,8 @@ COMPILATION = Compilation(
         (VOCABULARY.parse(text), dtype)
         for text, dtype in (
             (f"{_LLAMA},schedule=1", torch.bfloat16),
-            (f"{_LLAMA},schedule=2", torch.bfloat16),
-            ("b=4,h=16,hkv=4,nk=4k,d=64,schedule=1", torch.float16),
             ("b=4,h=64,hkv=1,nk=4k,d=256,n=2,schedule=1", torch.bfloat16),
-            (f"{_LLAMA},page=16,schedule=1", torch.bfloat16),
+            (f"{_LLAMA},page=16,schedule=2", torch.bfloat16),
             (f"{_LLAMA},cache=1,scales=1,schedule=1", torch.bfloat16),
             (f"{_LLAMA},cache=2,scales=2,page=16,schedule=1", torch.float16),
             (f"{_LLAMA},prefix=1k,schedule=1", torch.bfloat16),

@@ -178,7 +178,7 @@ def test_why_triton_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(machine, "backend_refusal", lambda backend, device: reason if backend == "triton" else None)
     assert main(["list"]) == 0
     assert reason in capsys.readouterr().out
-    assert main(["check", "--device", "cpu", "-k", "one query, one key", "--dtype", "fp16"]) == 0
+    assert main(["check", "flash_attention", "--device", "cpu", "-k", "one query, one key", "--dtype", "fp16"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "not here" in printed
     assert reason in printed

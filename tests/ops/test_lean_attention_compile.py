@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,15 +28,11 @@ def run(folder: Path, *command: str, given: str = "") -> str:
     return found.stdout
 
 
-@pytest.mark.parametrize("gpu", ["h100-sxm", "rtx-5090"])
-def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
-    text = run(tmp_path, "-m", "iokernels", "inspect", "lean_attention", "--gpu", gpu, "--points", "--json", "-")
-    kernels = json.loads(text)["rows"]
-    assert {kernel["kernel"] for kernel in kernels} == {
-        "lean_attention_kernel", "lean_attention_split_kernel", "lean_attention_combine_kernel"
-    }  # fmt: skip
+def inspected(gpu: str, folder: Path, *which: str) -> list[dict[str, Any]]:
+    """What each kernel takes of ``gpu``, in its default configuration."""
+    rows = json.loads(run(folder, "-m", "iokernels", "inspect", "lean_attention", "--gpu", gpu, *which, "--json", "-"))
     vocabulary = load("lean_attention").vocabulary
-    for kernel in kernels:
+    for kernel in rows["rows"]:
         shape = vocabulary.parse(kernel["shape"])
         assert kernel["shared_bytes"] <= named(gpu).smem_block, kernel
         assert kernel["blocks_per_sm"] >= 1, kernel
@@ -44,6 +41,20 @@ def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
             # At the usual widths nothing goes to memory; the command that inspects kernels says what else does.
             usual = max(shape.d, shape.dv) <= 128 and not shape.softcap and not shape.prefix
             assert kernel["spill_bytes"] == 0 or not usual, kernel
+    return rows["rows"]
+
+
+def test_every_branch_of_every_kernel(tmp_path: Path) -> None:
+    assert {kernel["kernel"] for kernel in inspected("h100-sxm", tmp_path, "--points")} == {
+        "lean_attention_kernel", "lean_attention_split_kernel", "lean_attention_combine_kernel"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", ["a100-sxm", "b200", "rtx-5090"])
+def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+    shapes = ("b=4,h=32,hkv=4,nk=4k,d=128", "b=4,h=32,hkv=4,nk=4k,d=128,cache=1,scales=1,page=16")
+    words = [word for shape in shapes for word in ("--shape", shape)]
+    assert len(inspected(gpu, tmp_path, *words, "--dtype", "bf16")) == len(shapes)
 
 
 VARIANTS = """
