@@ -130,8 +130,8 @@ def learning_rate(settings: Settings, step: int) -> float:
 def train(name: str, settings: Settings, progress: Callable[[int, float], None] = lambda step, loss: None) -> Result:
     """Train one of :data:`MODELS`. ``progress`` hears the step and its loss.
 
-    The loss is the squared distance to -1 or 1. A cross-entropy is content once all answers are sure; this one goes on to
-    ask for the same number after every bit, and that is a state which does not fade.
+    The loss is the squared distance to -1 or 1. A cross-entropy is content once all answers are sure; this one goes on
+    to ask for the same number after every bit, and that is a state which does not fade.
     """
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
