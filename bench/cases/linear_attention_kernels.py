@@ -49,7 +49,7 @@ def crossing(shape: Shape, kernel: str) -> bool:
 
 def learns(shape: Shape) -> bool:
     """Whether there are decays that want a gradient."""
-    return bool(shape.decay and shape.learn)
+    return bool(shape.decay and shape.get("learn"))
 
 
 def configs(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:

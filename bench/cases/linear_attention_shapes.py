@@ -12,7 +12,6 @@ DIMENSIONS = (
     Dimension("d", 128, "width of q and k", least=1, always=True),
     Dimension("dv", "d", "width of v", least=1),
     Dimension("decay", 2, "0: none; 1: a decay for every token; 2: one for every head", most=2),
-    Dimension("learn", 1, "0: the decays want no gradient", most=1),
     Dimension("gate", 0.1, "log decays lie between 0 and minus this"),
     Dimension("taylor", 0, "1: the Taylor polynomial of exp as feature map", most=1),
     Dimension("normalize", 0, "1: divided by the sum of the weights", most=1),
@@ -22,6 +21,7 @@ VOCABULARY = Vocabulary(
     "linear_attention",
     (
         *DIMENSIONS,
+        Dimension("learn", 1, "0: the decays want no gradient", most=1),
         Dimension("state", 0, "1: an initial state, and a gradient into the final one", most=1),
         Dimension("packed", 0, "1: sequences of different lengths, n at most, one after the other", most=1),
         Dimension("empty", 0, "1: with packed, the second sequence has no tokens and the third has one", most=1),

@@ -49,7 +49,7 @@ def check_points() -> tuple[Point, ...]:
     """Every option."""
     return (
         _point("one token", quick=True),
-        _point("a few tokens", n=3),
+        _point("a few tokens", b=1, h=3, n=3),
         _point("no decay", decay=0),
         _point("a decay for each token", decay=1, n=2),
         _point("shared keys, v wider, strong decay", hk=2, d=20, dv=40, n=2, gate=20.0, decay=1, quick=True),
