@@ -35,7 +35,7 @@ def test_blocks_are_the_whole(n: int, taps: int, state: bool, monkeypatch: pytes
     monkeypatch.setattr(portable_rows, "_LEAST_TRANSFORMS", 2)
     monkeypatch.setattr(portable_rows, "workspace", lambda u: 0)
     shape = (2, 2, n)
-    tensors = {name: torch.randn(shape, dtype=torch.float64) for name in ("u", "pre_gate", "post_gate")}
+    tensors: dict[str, Any] = {name: torch.randn(shape, dtype=torch.float64) for name in ("u", "pre_gate", "post_gate")}
     tensors |= {"k": torch.randn(2, taps, dtype=torch.float64), "skip": torch.randn(2, dtype=torch.float64)}
     if state:
         tensors["initial_state"] = torch.randn(2, 2, taps - 1, dtype=torch.float64)
@@ -67,7 +67,8 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_a_short_filter_on_a_million_steps_needs_blocks_only() -> None:
+def test_a_short_filter_on_a_million_steps_needs_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable_rows, "workspace", lambda u: 2**20)  # it follows the number of threads
     u, k = torch.randn(1, 2, 2**20), torch.randn(2, 2048)
     options = Options(pre_gate=torch.randn_like(u))
     with Largest({u.nbytes}) as largest:
@@ -78,7 +79,8 @@ def test_a_short_filter_on_a_million_steps_needs_blocks_only() -> None:
     assert largest.nbytes < u.nbytes // 2, "less than a row"
 
 
-def test_long_rows_are_taken_a_few_at_a_time() -> None:
+def test_long_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable_rows, "workspace", lambda u: 2**20)
     u, k = torch.randn(64, 4, 4096), torch.randn(4, 4096)
     with Largest({u.nbytes}) as largest:
         portable.forward(u, k, [], Options())

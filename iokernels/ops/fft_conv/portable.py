@@ -15,8 +15,8 @@ into blocks instead (overlap-save): with P = Nk - 1 and S = L - P, block c makes
 
 Memory: rows, or blocks of a row, are taken a few at a time, so that a step works on a bounded number of bytes that
 stay in a CPU's caches: about :func:`portable_rows.workspace`, or 32 transforms if that is more. FLOPs:
-``2.5 L log2 L`` a transform; 2 a row forward, 5 backward, 1 more for the gradient of a post gate, and 1 for each filter,
-2 backward. Sums are float32, float64 for float64.
+``2.5 L log2 L`` a transform; 2 a row forward, 5 backward, 1 more for the gradient of a post gate, and 1 for each
+filter, 2 backward. Sums are float32, float64 for float64.
 
 Conjugates are written out: a lazy one is not seen inside an operator that a compiled graph calls.
 """
