@@ -73,16 +73,14 @@ def launch(shape: Shape, dtype: torch.dtype, which: Pass) -> None:
 COMPILATION = Compilation(
     launch=launch,
     points=tuple(
-        (VOCABULARY.parse(text), dtype)
+        (VOCABULARY.parse(f"b=64,h=64,{text}"), dtype)
         for text, dtype in (
-            ("b=8,h=64,n=1k", torch.bfloat16),
-            ("b=8,h=64,n=1k,gated=1,skip=1", torch.bfloat16),
-            ("b=8,h=64,n=4k", torch.bfloat16),
-            ("b=8,h=64,n=100,gated=1,bnh=1", torch.float16),
-            ("b=8,h=64,n=64k,nk=128,gated=1,state=1", torch.float16),
-            ("b=8,h=64,n=1000,nk=200,causal=0,invariant=1", torch.float16),
-            ("b=8,h=64,n=2k,keep=0.25", torch.float16),
-            ("b=8,h=64,n=512", torch.float32),
+            ("n=1k", torch.bfloat16),
+            ("n=512,keep=0.25,gated=1,bnh=1", torch.float16),
+            ("n=2k,nk=60,gated=1,state=1", torch.float16),
+            ("n=600,nk=60,causal=0,invariant=1", torch.float16),
+            ("n=4k", torch.bfloat16),
+            ("n=256", torch.float32),
         )
     ),
 )

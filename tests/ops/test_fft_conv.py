@@ -161,7 +161,10 @@ def test_streaming_is_the_whole(backend: str, cuts: tuple[int, ...], device: str
 def test_spectrum_is_the_filter(backend: str, n: int, taps: int, options: dict[str, Any], device: str) -> None:
     u, k = draw(3, 2, n, dtype=torch.float16, device=device), draw(2, taps, device=device)
     spectrum = kernel_spectrum(k, n, dtype=u.dtype, backend=backend, **options)
-    gates = {"skip": draw(2, device=device), "pre_gate": draw(3, 2, n, seed=1, dtype=u.dtype, device=device)}
+    gates: dict[str, Any] = {
+        "skip": draw(2, device=device),
+        "pre_gate": draw(3, 2, n, seed=1, dtype=u.dtype, device=device),
+    }
     assert torch.equal(fft_conv(u, spectrum, **options), fft_conv(u, k, backend=backend, **options))
     check(fft_conv(u, spectrum, **gates, **options),
           fft_conv(u.double(), k.double(), backend="reference", **options,

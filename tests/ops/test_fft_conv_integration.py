@@ -16,7 +16,7 @@ from iokernels.ops.fft_conv.options import CAUSAL, Options
 BACKENDS = ("torch", "triton")
 
 
-def arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The tensors of a call, all of which want gradients."""
     made = {
         "u": torch.randn(2, 2, 60), "k": torch.randn(2, 20), "pre_gate": torch.randn(2, 2, 60),

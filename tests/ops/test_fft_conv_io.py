@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
+from iokernels.bench.accounts import count
 from iokernels.bench.cases.fft_conv import CASE
 from iokernels.ops.fft_conv import triton_launch
 from iokernels.ops.fft_conv.options import CAUSAL, CIRCULAR, TWO_SIDED, Needs, Options
@@ -75,3 +76,13 @@ def test_the_sizes_on_chip_move_little_more_than_they_must() -> None:
             account = CASE.accounts.model(shape, torch.bfloat16, CASE.accounts.configs(shape, torch.bfloat16))
             forward = account["fft_conv_fwd_kernel"]
             assert 1.0 <= forward.model.total / forward.floor.total <= most
+
+
+def test_passes_of_their_own_move_what_the_model_says() -> None:
+    """Long transforms, whose gradients do not fit the registers together: one launch for each of dv, dk and dpost."""
+    assert CASE.accounts is not None
+    shape, dtype = CASE.vocabulary.shape(b=2, h=1, n=1500, gated=1), torch.float32
+    configs = CASE.accounts.configs(shape, dtype)
+    model = CASE.accounts.model(shape, dtype, configs)
+    assert configs["fft_conv_bwd"].length == 4096
+    assert count(CASE, shape, dtype, configs) == {name: account.model for name, account in model.items()}

@@ -35,7 +35,7 @@ def test_blocks_are_the_whole(n: int, taps: int, state: bool, monkeypatch: pytes
     monkeypatch.setattr(portable_rows, "_LEAST_TRANSFORMS", 2)
     monkeypatch.setattr(portable_rows, "workspace", lambda u: 0)
     shape = (2, 2, n)
-    tensors = {name: torch.randn(shape, dtype=torch.float64) for name in ("u", "pre_gate", "post_gate")}
+    tensors: dict[str, Any] = {name: torch.randn(shape, dtype=torch.float64) for name in ("u", "pre_gate", "post_gate")}
     tensors |= {"k": torch.randn(2, taps, dtype=torch.float64), "skip": torch.randn(2, dtype=torch.float64)}
     if state:
         tensors["initial_state"] = torch.randn(2, 2, taps - 1, dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def test_tokens_are_the_sequence(taps: int, dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # Both at lag 0 and of one sign, so that a filter of one tap is not cancelled.
     k, skip = torch.rand(3, taps, dtype=wide) / taps**0.5, torch.rand(3, dtype=wide)
-    gates = {"pre_gate": pre, "post_gate": post}
+    gates: dict[str, Any] = {"pre_gate": pre, "post_gate": post}
     whole, last = fft_conv(u, k, skip=skip, return_state=True, **gates)
     prompt = 30
     _, window = fft_conv(

@@ -13,10 +13,12 @@ into blocks instead (overlap-save): with P = Nk - 1 and S = L - P, block c makes
     w_c = iFFT(K FFT(v[c S - P :]))[P:]     dk = iFFT(sum_c FFT(0, g_c) conj FFT(v[c S - P :]))[:Nk]
     dv_c = iFFT(conj(K) FFT(g[c S :]))[:S]    from the first step of the past on, whose part is the state's gradient
 
-Memory: rows, or blocks of a row, are taken a few at a time, so that a step works on a bounded number of bytes, which
-stays in a CPU's caches: about :func:`portable_rows.workspace`, or 32 transforms if that is more.
-FLOPs: about ``2.5 L log2 L`` a transform; 2 a row forward, 5 backward, 1 more for the gradient of a post gate, and 1 for
-each filter, 2 backward. Sums are float32, float64 for float64.
+Memory: rows, or blocks of a row, are taken a few at a time, so that a step works on a bounded number of bytes that
+stay in a CPU's caches: about :func:`portable_rows.workspace`, or 32 transforms if that is more. FLOPs:
+``2.5 L log2 L`` a transform; 2 a row forward, 5 backward, 1 more for the gradient of a post gate, and 1 for each
+filter, 2 backward. Sums are float32, float64 for float64.
+
+Conjugates are written out: a lazy one is not seen inside an operator that a compiled graph calls.
 """
 
 from __future__ import annotations
@@ -88,10 +90,11 @@ def _inputs_gradients(part: Part, rows: Rows, spectrum: Tensor, plan: Cut, grads
         return
     n, past = part.u.shape[2], 0 if part.options.initial_state is None else part.options.initial_state.shape[2]
     step = plan.step if plan.blocks else past + n
+    conjugate = spectrum[rows.heads, None].conj_physical()
     for first, count in pieces(part.u, rows, plan, past + n, step):
         start, stop = first - past, min(first + count * step, past + n) - past
         g = part.gradients(start, (count - 1) * step + plan.width)
-        dv = _blocks(g, plan, spectrum).mul_(spectrum[rows.heads, None].conj())
+        dv = _blocks(g, plan, spectrum).mul_(conjugate)
         dv = _inverse(dv, plan, 0, step)[..., : stop - start]
         ahead = min(max(-start, 0), stop - start)
         if grads.initial_state is not None and ahead:
@@ -119,7 +122,7 @@ def _other_gradients(
             dw = g.unflatten(2, (count, plan.step))
             dw = torch.nn.functional.pad(dw, (plan.overlap, 0)) if plan.overlap else dw
             dw = torch.fft.rfft(dw, n=plan.length)[..., : spectrum.shape[1]]
-            filters[rows.heads] += torch.mul(inputs.conj(), dw).sum((0, 2))
+            filters[rows.heads] += dw.mul_(inputs.conj_physical()).sum((0, 2))
         if grads.post_gate is not None:
             w = _inverse(inputs.mul_(spectrum[rows.heads, None]), plan, plan.overlap)[..., : stop - start]
             part.finish(w, v, start, stop, part.dy, grads.post_gate)

@@ -1,6 +1,6 @@
 """The backward kernel of ``fft_conv``: all gradients in one pass over the blocks of :mod:`.triton_fwd`.
 
-Of long transforms the registers hold one at a time: there the launcher asks for dv, dk and dpost in passes of their own.
+Of long transforms the registers hold one at a time: there the launcher asks for dv, dk and dpost one after the other.
 
 With g = post dy, of the positions that a block makes (``now``) and of those after them (``rest``),
 
@@ -102,7 +102,8 @@ def _store_gate(w, dy_ptr, dpost_ptr, stride_dy, stride_dpost, batch, head, plac
 @triton.jit
 def _one_unit(
     unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
-    stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
+    stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step,
+    scale,
     sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
     FEATURES: tl.constexpr, WANTED: tl.constexpr, REST: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     ROWS: tl.constexpr, MIDDLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -269,8 +270,8 @@ def fft_conv_bwd_kernel(
         for unit in tl.range(first, last):
             sum_r, sum_i = _one_unit(
                 unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
-                stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
-                sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
+                stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,
+                step, scale, sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
                 FEATURES, WANTED, REST, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip
     else:
@@ -278,8 +279,8 @@ def fft_conv_bwd_kernel(
         while unit < last:
             sum_r, sum_i = _one_unit(
                 unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
-                stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step, scale,
-                sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
+                stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,
+                step, scale, sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
                 FEATURES, WANTED, REST, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip
             unit += 1

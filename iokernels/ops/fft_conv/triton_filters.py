@@ -84,5 +84,5 @@ def state_gradient(g: Tensor, k: Tensor) -> Tensor:
     """``sum_s k_(s+m) g_s``, at m = Nk - 1, ..., 1: ``[B, H, Nk - 1]`` of g ``[B, H, up to Nk - 1]``."""
     width = k.shape[1] - 1
     length = 1 << max(g.shape[2] + k.shape[1] - 1, 1).bit_length()
-    product = torch.fft.rfft(k, n=length) * torch.fft.rfft(g, n=length).conj()
+    product = torch.fft.rfft(k, n=length) * torch.fft.rfft(g, n=length).conj_physical()
     return torch.fft.irfft(product, n=length)[..., 1 : width + 1].flip(-1)

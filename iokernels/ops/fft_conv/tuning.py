@@ -120,7 +120,8 @@ def hoists(problem: Problem, length: int) -> bool:
     Where they fit, and not on Blackwell's data-centre parts, whose tensor memory the results of all products, which the
     compiler then keeps apart, would overflow.
     """
-    return problem.sm // 10 != 10 and _HOISTED[problem.itemsize] * length <= problem.smem_block
+    small = factors(length)[0] < 64  # rows, too few for the products that use it
+    return (problem.sm // 10 != 10 or small) and _HOISTED[problem.itemsize] * length <= problem.smem_block
 
 
 def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int) -> str | None:
