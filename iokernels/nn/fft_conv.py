@@ -34,6 +34,8 @@ class ShortConv1d(nn.Module):
         ValueError: sizes below 1.
     """
 
+    bias: Tensor | None
+
     def __init__(
         self,
         channels: int,
@@ -59,7 +61,7 @@ class ShortConv1d(nn.Module):
         # torch's module draws its parameters from the same generator in the same order.
         drawn = nn.Conv1d(channels, channels, kernel_size, groups=channels, bias=bias, device=device, dtype=dtype)
         self.weight = drawn.weight
-        self.bias: nn.Parameter | None = drawn.bias
+        self.register_parameter("bias", drawn.bias)  # pyright: ignore[reportArgumentType]
 
     def extra_repr(self) -> str:
         """The options that shape the result."""

@@ -26,11 +26,11 @@ def forward(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, T
     """Returns (out, final state). See :class:`ShortOptions`."""
     width = weight.shape[1]
     extended = _Extended(x, weight, options)
-    out, final_state = empty_rows(x, out_length(x.shape[2], width, options)), empty_state(x, width, options)
+    final_state = empty_state(x, width, options)
     result = extended.before_activation(weight, options)
     if options.silu:
-        result = F.silu(result)
-    out.copy_(extended.only_in_sequences(result))
+        result = F.silu(result, inplace=True)
+    out = _like(x, extended.only_in_sequences(result))
     if options.return_state:
         final_state.copy_(extended.finals(extended.rows))
     return out, final_state
@@ -47,25 +47,20 @@ def backward(
     else:
         dpre = extended.only_in_sequences(dout.to(dtype))
         if options.silu:
-            pre = extended.before_activation(weight, options)
-            share = torch.sigmoid(pre)
-            dpre = dpre * share * (1.0 + pre * (1.0 - share))
+            dpre = torch.ops.aten.silu_backward(dpre, extended.before_activation(weight, options))
     spread = extended.spread(dpre)
     dx = dweight = dbias = dstate = None
-    if needs.x or needs.initial_state:
-        padded = F.pad(spread, (width - 1, width - 1))
-        drows = correlate(padded, weight.to(dtype).flip(1))
+    rows = needs.x or needs.initial_state
+    drows, dtaps = correlate_backward(spread, extended.rows, weight.to(dtype), rows, needs.weight)
+    if drows is not None:
         if dfinal is not None:
             extended.add_finals(drows, dfinal.to(dtype))
         if needs.x:
-            dx = empty_rows(x, x.shape[2])
-            dx.copy_(extended.only_in_sequences(extended.inputs(drows)))
-        if needs.initial_state:
-            dstate = extended.states(drows).to(x.dtype).contiguous()
-    if needs.weight:
-        length = spread.shape[2]
-        taps = [(spread * extended.rows[:, :, w : w + length]).sum((0, 2)) for w in range(width)]
-        dweight = torch.stack(taps, dim=1).to(weight.dtype)
+            dx = _like(x, extended.only_in_sequences(extended.inputs(drows)))
+        if needs.initial_state and options.initial_state is not None:
+            dstate = torch.empty_like(options.initial_state).copy_(extended.states(drows))
+    if dtaps is not None:
+        dweight = dtaps.to(weight.dtype)
     if needs.bias and options.bias is not None:
         dbias = dpre.sum((0, 2)).to(options.bias.dtype)
     return ShortGradients(dx, dweight, dbias, dstate)
@@ -94,17 +89,54 @@ def step(
     return out.to(x.dtype)
 
 
-def correlate(rows: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise valid correlation, ``[B, H, N] x [H, W] -> [B, H, N - W + 1]``, in the dtype of both."""
+def correlate(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Depthwise valid correlation, ``[B, H, N] x [H, W] -> [B, H, N - W + 1]``, in the dtype of all, a new tensor."""
     channels, width = weight.shape
     length = rows.shape[2] - width + 1
-    if rows.device.type == "cpu" and rows.numel() and length > 0:
-        return F.conv1d(rows, weight[:, None], groups=channels)
-    # Elsewhere taps are added one by one: cuDNN would round float32 to tf32.
+    few = width <= 16 and rows.stride(1) < rows.stride(2)
+    if rows.device.type == "cpu" and rows.numel() and length > 0 and not few:
+        return F.conv1d(rows, weight[:, None], bias, groups=channels)
+    # Taps one by one keep channels inside where PyTorch's convolution would reorder them. On a GPU they are also more
+    # exact: cuDNN would round float32 to tf32.
     out = rows[:, :, :length] * weight[:, :1]
     for w in range(1, width):
         out.addcmul_(rows[:, :, w : w + length], weight[:, w : w + 1])
-    return out
+    return out if bias is None else out.add_(bias[:, None])
+
+
+def correlate_backward(
+    dsum: Tensor, rows: Tensor, weight: Tensor, needs_rows: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of :func:`correlate` in its rows and filter, None where not needed."""
+    channels, width = weight.shape
+    length = dsum.shape[2]
+    if rows.device.type == "cpu" and dsum.numel() and (needs_rows or needs_weight):
+        drows, dweight, _ = torch.ops.aten.convolution_backward(
+            dsum, rows, weight[:, None], None, [1], [0], [1], False, [0], channels, [needs_rows, needs_weight, False]
+        )
+        return drows, None if dweight is None else dweight.squeeze(1)
+    drows = dweight = None
+    if needs_rows:
+        padded = _zeros(dsum, length + 2 * (width - 1), dsum.dtype)
+        padded[:, :, width - 1 : width - 1 + length] = dsum
+        drows = correlate(padded, weight.flip(1))
+    if needs_weight:
+        taps = [(dsum * rows[:, :, w : w + length]).sum((0, 2)) for w in range(width)]
+        dweight = torch.stack(taps, dim=1)
+    return drows, dweight
+
+
+def _like(x: Tensor, rows: Tensor) -> Tensor:
+    """``rows`` in the dtype and memory order of x, as the operators' fakes promise; itself where it has them."""
+    out = empty_rows(x, rows.shape[2])
+    if rows.dtype == x.dtype and rows.stride() == out.stride() and rows.storage_offset() == 0:
+        return rows
+    return out.copy_(rows)
+
+
+def _zeros(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Zeros ``[B, H, length]`` in the memory order of x."""
+    return torch.zeros_like(empty_rows(x, length), dtype=dtype)
 
 
 class _Extended:
@@ -115,15 +147,16 @@ class _Extended:
     """
 
     def __init__(self, x: Tensor, weight: Tensor, options: ShortOptions) -> None:
-        batch, channels, length = x.shape
+        length = x.shape[2]
         self.width, self.left, self.length = weight.shape[1], options.left, length
         self.packed = options.cu_seqlens is not None
         dtype = compute_dtype(x, weight)
         state = options.initial_state
         if options.cu_seqlens is None:
-            before = x.new_zeros((batch, channels, options.left), dtype=dtype) if state is None else state.to(dtype)
-            after = x.new_zeros((batch, channels, options.right), dtype=dtype)
-            self.rows = torch.cat([before, x.to(dtype), after], dim=2)
+            self.rows = _zeros(x, options.left + length + options.right, dtype)
+            self.rows[:, :, options.left : options.left + length] = x
+            if state is not None:
+                self.rows[:, :, : options.left] = state
             return
         ends = options.cu_seqlens.long().clamp(0, length)
         sequences, gap = ends.shape[0] - 1, self.width - 1
@@ -135,25 +168,22 @@ class _Extended:
         context = torch.arange(gap, device=x.device)
         self.state_at = (ends[:-1] + shift)[:, None] + context
         self.final_at = (ends[1:] + shift)[:, None] + context
-        self.rows = x.new_zeros((batch, channels, length + (sequences + 1) * gap), dtype=dtype)
+        self.rows = _zeros(x, length + (sequences + 1) * gap, dtype)
         self.rows.index_copy_(2, self.window_at + self.left, x.to(dtype))
         if state is not None:
             self.rows[0].index_copy_(1, self.state_at.flatten(), state.to(dtype).transpose(0, 1).flatten(1))
 
     def before_activation(self, weight: Tensor, options: ShortOptions) -> Tensor:
         """The sums before the activation, ``[B, H, M]``."""
-        result = correlate(self.rows, weight.to(self.rows.dtype))
-        if self.packed:
-            result = result.index_select(2, self.window_at)
-        if options.bias is not None:
-            result = result + options.bias.to(result.dtype)[:, None]
-        return result
+        bias = None if options.bias is None else options.bias.to(self.rows.dtype)
+        result = correlate(self.rows, weight.to(self.rows.dtype), bias)
+        return result.index_select(2, self.window_at) if self.packed else result
 
     def spread(self, dpre: Tensor) -> Tensor:
         """Gradients of the sums, at the places of their windows."""
         if not self.packed:
             return dpre
-        spread = dpre.new_zeros((*dpre.shape[:2], self.rows.shape[2] - self.width + 1))
+        spread = _zeros(dpre, self.rows.shape[2] - self.width + 1, dpre.dtype)
         return spread.index_copy_(2, self.window_at, dpre)
 
     def only_in_sequences(self, rows: Tensor) -> Tensor:

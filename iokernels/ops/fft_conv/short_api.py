@@ -274,7 +274,7 @@ def _padding(contract: Contract, padding: Any, width: int) -> tuple[int, int]:
     words = {"causal": (width - 1, 0), "same": ((width - 1) // 2, width - 1 - (width - 1) // 2), "valid": (0, 0)}
     if isinstance(padding, str) and padding in words:
         return words[padding]
-    sides = (padding, padding) if isinstance(padding, int) else padding
+    sides: Any = (padding, padding) if isinstance(padding, int) else padding
     pair = isinstance(sides, (tuple, list)) and len(sides) == 2
     if not pair or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
         raise TypeError(

@@ -62,7 +62,7 @@ def _backward_fake(
         empty_rows(x, x.shape[2]) if need.x else x.new_empty(0),
         weight.new_empty(weight.shape) if need.weight else x.new_empty(0),
         bias.new_empty(bias.shape) if need.bias and bias is not None else x.new_empty(0),
-        state.new_empty(state.shape) if need.initial_state and state is not None else x.new_empty(0),
+        torch.empty_like(state) if need.initial_state and state is not None else x.new_empty(0),
     )
 
 
