@@ -56,7 +56,7 @@ def test_check_proves_the_backends(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_check_condemns_a_wrong_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "check.json"
     choice = ["--device", "cpu", "-k", "plain", "--dtype", "bf16", "--backend", "torch", "--json", str(target)]
-    assert main(["check", *choice]) == 1
+    assert main(["check", "flash_attention", *choice]) == 1
     report = json.loads(target.read_text())
     assert not report["ok"]
     (wrong,) = report["rows"][0]["wrong"]
@@ -178,7 +178,7 @@ def test_why_triton_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(machine, "backend_refusal", lambda backend, device: reason if backend == "triton" else None)
     assert main(["list"]) == 0
     assert reason in capsys.readouterr().out
-    assert main(["check", "--device", "cpu", "-k", "one query, one key", "--dtype", "fp16"]) == 0
+    assert main(["check", "flash_attention", "--device", "cpu", "-k", "one query, one key", "--dtype", "fp16"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "not here" in printed
     assert reason in printed

@@ -67,7 +67,8 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_a_short_filter_on_a_million_steps_needs_blocks_only() -> None:
+def test_a_short_filter_on_a_million_steps_needs_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable_rows, "workspace", lambda u: 2**20)  # it follows the number of threads
     u, k = torch.randn(1, 2, 2**20), torch.randn(2, 2048)
     options = Options(pre_gate=torch.randn_like(u))
     with Largest({u.nbytes}) as largest:
@@ -78,7 +79,8 @@ def test_a_short_filter_on_a_million_steps_needs_blocks_only() -> None:
     assert largest.nbytes < u.nbytes // 2, "less than a row"
 
 
-def test_long_rows_are_taken_a_few_at_a_time() -> None:
+def test_long_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable_rows, "workspace", lambda u: 2**20)
     u, k = torch.randn(64, 4, 4096), torch.randn(4, 4096)
     with Largest({u.nbytes}) as largest:
         portable.forward(u, k, [], Options())

@@ -30,8 +30,14 @@ _LEAST_TRANSFORMS = 32
 
 
 def workspace(u: Tensor) -> int:
-    """Bytes that a step works on, if that is enough transforms: what stays in a CPU's caches, or is little on a GPU."""
-    return 2**22 if u.device.type == "cpu" else 2**28
+    """Bytes that a step works on, if that is enough transforms: what stays in a CPU's caches, or is little on a GPU.
+
+    Several threads take larger steps, because each step wakes them up a few times.
+    """
+    threads = torch.get_num_threads()
+    if u.device.type != "cpu":
+        return 2**28
+    return 2**22 if threads == 1 else 2**24 * threads
 
 
 def _together(u: Tensor, plan: Cut) -> int:
