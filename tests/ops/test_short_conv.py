@@ -262,3 +262,19 @@ def test_nothing_at_all(backend: str, width: int, device: str) -> None:
         assert not out.any()
         assert final.shape == (0, 3, width - 1)
         assert all(not g.any() for g in torch.autograd.grad(out.sum(), [leaf, weight]))
+
+
+@pytest.mark.parametrize("width", [4, 10])
+def test_offsets_of_64_bits_change_nothing(width: int, device: str, monkeypatch: Any) -> None:
+    """As where a tile spans more than 2^31 elements, which no test can allocate."""
+    from iokernels.ops.fft_conv import triton_short_launch
+
+    leaves = [torch.randn(s, device=device, requires_grad=True) for s in ((2, 3, 20), (3, width), (2, 3, width - 1))]
+    results = []
+    for wide in (False, True):
+        monkeypatch.setattr(triton_short_launch, "is_wide", lambda *_, wide=wide: wide)
+        found = short_conv(
+            leaves[0], leaves[1], initial_state=leaves[2], activation="silu", return_state=True, backend="triton"
+        )
+        results.append([*found, *torch.autograd.grad(found, leaves, [torch.ones_like(part) for part in found])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
