@@ -7,11 +7,11 @@ exact, with every option; a test holds it to what the tracer counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from iokernels.bench.accounts import Account, Bytes
-from iokernels.ops.fft_conv.short_tuning import DIRECT_WIDTH, ShortConfig, bucket, dweight_inner, inner
+from iokernels.ops.fft_conv.short_tuning import DIRECT_WIDTH, ShortConfig, bucket, dweight_inner, inner, product_rows
 
 _OFFSET = 4  # bytes of an entry of cu_seqlens
 _SUM = 4  # of an entry of the table of sums, and of a gradient through silu
@@ -191,6 +191,7 @@ def _product(
     ``itemsize`` is that of the rows that it reads, ``epilogue`` of what it reads for each row that it writes.
     """
     line = inner(problem.width)
+    config = replace(config, block_n=product_rows(problem.width, config))
     taps = _diagonals(problem.width, line, min(32, line)) * problem.itemsize
     read = slots = 0
     for length, first in _tiles(problem, config.block_n, (lambda n: n) if flip else problem.outputs):

@@ -80,6 +80,11 @@ def inner(width: int) -> int:
     return max(16, bucket(width - 1))
 
 
+def product_rows(width: int, config: ShortConfig) -> int:
+    """Rows of a wide filter's tile: ``block_n``, and at least the sixteen lines of a matrix instruction."""
+    return max(config.block_n, 16 * inner(width))
+
+
 def dweight_inner(width: int) -> tuple[int, int]:
     """(rows, lags) of the product that gives a wide filter's gradient: its diagonals, of which there are W, are the
     taps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from iokernels.ops.triton_tiles import strides
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from .short_options import ShortGradients, ShortNeeds, ShortOptions, empty_rows, empty_state, out_length
-from .short_tuning import DIRECT_WIDTH, ShortConfig, ShortProblem, bucket, dweight_inner, inner
+from .short_tuning import DIRECT_WIDTH, ShortConfig, ShortProblem, bucket, dweight_inner, inner, product_rows
 from .short_tuning_space import SHORT_TUNABLES
 from .triton_short_bwd import short_conv_bwd_kernel
 from .triton_short_fwd import short_conv_fwd_kernel, short_conv_state_kernel
@@ -177,9 +178,7 @@ class Launch:
     ) -> None:
         """Write the gradients that are not None: of x, of the initial state, and the table of sums."""
         config = self.config("short_conv_bwd")
-        shared = (
-            dout, dfinal, self.x, self.weight, self.bias, self.state, self.cu_seqlens
-        )  # fmt: skip
+        shared = (dout, dfinal, self.x, self.weight, self.bias, self.state, self.cu_seqlens)
         steps = (strides(dout), strides(dfinal), strides(self.x), strides(self.state))
         options: dict[str, Any] = {
             "FEATURES": self.features, "DOUT": dout is not None, "DFINAL": dfinal is not None, "WIDTH": self.width,
@@ -211,6 +210,7 @@ class Launch:
         """One product with the filter's Toeplitz matrices: forward, through the activation (``dout``), or reversed."""
         config = self.config("short_conv_wide_bwd" if gradient or dout is not None else "short_conv_wide_fwd")
         q = inner(self.width)
+        config = replace(config, block_n=product_rows(self.width, config))
         lines = config.block_n // q
         tiles, slots = (1, self.sequences) if row_base else self.tiles(out.shape[2], config.block_n)
         block_h = config.block_h
