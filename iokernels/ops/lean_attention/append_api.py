@@ -11,7 +11,8 @@ from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 from iokernels.runtime.errors import UnsupportedError
-from iokernels.runtime.plans import is_concrete, remembered
+from iokernels.runtime.offsets import readable
+from iokernels.runtime.plans import remembered
 
 from . import append_reference
 from .append_op import append
@@ -191,7 +192,7 @@ def _triton_refusal(k_new: Tensor, k_cache: Tensor, sizes: dict[str, Any]) -> st
 def _check_values(k_new: Tensor, k_cache: Tensor, options: Append) -> None:
     """Check lengths, page numbers and positions, where reading them costs no synchronisation."""
     seqlens, table = options.cache_seqlens, options.block_table
-    if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or not is_concrete(seqlens):
+    if not readable(seqlens):
         return
     most, page, rows = room(k_cache, table), k_cache.shape[2], k_new.shape[2]
     lengths = seqlens.tolist()
