@@ -33,7 +33,6 @@ class Features(NamedTuple):
     state: Any  # the past is in a tensor of its own
     periodic: Any  # the past is the end of the sequence
     pair: Any  # two sequences to a transform
-    half: Any  # the first half of a block is zero, and of the result nobody wants it
 
 
 class Place(NamedTuple):
