@@ -39,6 +39,7 @@ from .triton_transform import (
     positions,
     power_of_two,
     scale_back,
+    stop_of,
     store_times,
     transformed,
 )
@@ -66,15 +67,15 @@ def _load_gradient(
 
 
 @triton.jit
-def _later(place, offs, valid, FEATURES: tl.constexpr):
+def _later(place, offs, stop, FEATURES: tl.constexpr):
     """Times and mask of the gradient that is not ``now``: after the block, or, circular, after the sequence's end."""
     times = place.start + offs + tl.where(offs < place.overlap, place.length, 0)
     if FEATURES.periodic:
         wrapped = tl.where(times >= place.seqlen, times - place.seqlen, times)
-        now = (offs >= place.overlap) & (times < place.seqlen)
-        return wrapped, (wrapped < place.seqlen) & valid & (now == 0)
+        other = (offs < place.overlap) | (times >= place.seqlen)  # than the block makes
+        return wrapped, (wrapped < stop) & other
     else:
-        return times, (offs < place.overlap) & (times < place.seqlen) & valid
+        return times, (offs < place.overlap) & (times < stop)
 
 
 @triton.jit
@@ -116,13 +117,14 @@ def _one_unit(
     place = Place(chunk * step - overlap, overlap, seqlen, N1 * N2)
     times = place.start + offs
     now0 = (offs >= overlap) & (times < seqlen)
-    now1 = now0 & (b0 + 1 < batch)
+    stop = stop_of(b0 + 1, batch, seqlen)
+    now1 = (offs >= overlap) & (times < stop)
 
     if WANTED.v or WANTED.k:
         g0 = _load_gradient(dy_ptr, post_ptr, stride_dy, stride_post, b0, head, place, times, now0, FEATURES, WIDE)
         c0 = exponent(g0)
         if REST:
-            later, mask = _later(place, offs, True, FEATURES)
+            later, mask = _later(place, offs, seqlen, FEATURES)
             h0 = _load_gradient(dy_ptr, post_ptr, stride_dy, stride_post, b0, head, place, later, mask, FEATURES, WIDE)
             c0 = tl.maximum(c0, exponent(h0))
         zr = (g0 * power_of_two(-c0)).to(f1r.dtype)
@@ -132,7 +134,7 @@ def _one_unit(
             )
             c1 = exponent(g1)
             if REST:
-                later, mask = _later(place, offs, b0 + 1 < batch, FEATURES)
+                later, mask = _later(place, offs, stop, FEATURES)
                 h1 = _load_gradient(
                     dy_ptr, post_ptr, stride_dy, stride_post, b0 + 1, head, place, later, mask, FEATURES, WIDE
                 )
@@ -145,12 +147,12 @@ def _one_unit(
 
     if WANTED.k or WANTED.post:
         v0 = load_inputs(
-            u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0, head, heads, True, place, offs, FEATURES, WIDE
+            u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0, head, heads, seqlen, place, offs, FEATURES, WIDE
         )
         e0 = exponent(v0)
         if FEATURES.pair:
             v1 = load_inputs(
-                u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0 + 1, head, heads, b0 + 1 < batch, place, offs,
+                u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0 + 1, head, heads, stop, place, offs,
                 FEATURES, WIDE,
             )  # fmt: skip
             e1 = exponent(v1)

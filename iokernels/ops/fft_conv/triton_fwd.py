@@ -31,6 +31,7 @@ from .triton_transform import (
     positions,
     power_of_two,
     scale_back,
+    stop_of,
     store_times,
     transformed,
 )
@@ -50,13 +51,14 @@ def _one_unit(
     b0, chunk = unit % pairs * members, unit // pairs
     place = Place(chunk * step - overlap, overlap, seqlen, N1 * N2)
     v0 = load_inputs(
-        u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0, head, heads, True, place, offs, FEATURES, WIDE
+        u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0, head, heads, seqlen, place, offs, FEATURES, WIDE
     )
     e0 = exponent(v0)
     zr = (v0 * power_of_two(-e0)).to(f1r.dtype)
     if FEATURES.pair:
+        stop = stop_of(b0 + 1, batch, seqlen)
         v1 = load_inputs(
-            u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0 + 1, head, heads, b0 + 1 < batch, place, offs,
+            u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, b0 + 1, head, heads, stop, place, offs,
             FEATURES, WIDE,
         )  # fmt: skip
         e1 = exponent(v1)
@@ -76,7 +78,7 @@ def _one_unit(
         y0 *= load_times(post_ptr, stride_post, b0, head, place, times, mask, WIDE)
     store_times(y_ptr, stride_y, b0, head, place, times, y0, mask, WIDE)
     if FEATURES.pair:
-        mask = mask & (b0 + 1 < batch)
+        mask = (offs >= overlap) & (times < stop)
         y1 = wi * scale * scale_back(e1)
         if FEATURES.post:
             y1 *= load_times(post_ptr, stride_post, b0 + 1, head, place, times, mask, WIDE)

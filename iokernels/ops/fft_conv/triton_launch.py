@@ -216,7 +216,6 @@ class Launch:
                 state=self.state is not None,
                 periodic=cover.periodic,
                 pair=not options.batch_invariant and self.batch > 1,
-                half=cover.half,
             ),
             "N1": cover.n1,
             "N2": cover.n2,

@@ -33,7 +33,6 @@ class Features(NamedTuple):
     state: Any  # the past is in a tensor of its own
     periodic: Any  # the past is the end of the sequence
     pair: Any  # two sequences to a transform
-    half: Any  # the first half of a block is zero, and of the result nobody wants it
 
 
 class Place(NamedTuple):
@@ -154,13 +153,19 @@ def store_times(ptr, strides, batch, head, place, times, values, mask, WIDE: tl.
 
 
 @triton.jit
+def stop_of(member, batch, seqlen):
+    """Where sequence ``member`` ends; before all times if there is none, for the partner of the last one."""
+    return tl.where(member < batch, seqlen, -(2**30))
+
+
+@triton.jit
 def load_inputs(
-    u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, batch, head, heads, valid, place, offs,
+    u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, batch, head, heads, stop, place, offs,
     FEATURES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """v of a block, float32, with its past."""
+    """v of a block before the time ``stop``, float32, with its past."""
     times = place.start + offs
-    mask = (times < place.seqlen) & valid
+    mask = times < stop
     if FEATURES.periodic:
         times = tl.where(times < 0, times + place.seqlen, times)
     else:
@@ -171,7 +176,7 @@ def load_inputs(
     if FEATURES.state:
         # [B, H, overlap] contiguous; the block that starts before time 0 sees it.
         past = state_ptr + (tl.cast(batch, tl.int64) * heads + head) * place.overlap
-        v += tl.load(past + (times + place.overlap), mask=(times < 0) & valid, other=0.0)
+        v += tl.load(past + (times + place.overlap), mask=(times < 0) & (times < stop), other=0.0)
     return v
 
 
