@@ -92,14 +92,17 @@ def measure(
     found: dict[str, Curve] = {}
     for tokens in lengths:
         for name, call in calls(tokens, device).items():
-            curve, seconds = found.setdefault(name, Curve(name)), []
-            for turn in range(repeats + 1):
+            if device.type == "cuda" or tokens == lengths[0]:
+                call()  # fills caches, and compiles kernels
+            curve, seconds, remembered = found.setdefault(name, Curve(name)), [], 0
+            for _ in range(repeats):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 begun = time.perf_counter()
                 _, remembered = call()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                if turn > 0:  # the first call fills caches and compiles kernels
-                    seconds.append(time.perf_counter() - begun)
+                seconds.append(time.perf_counter() - begun)
             curve.tokens.append(tokens)
             curve.seconds.append(min(seconds))
             curve.remembered.append(remembered)
