@@ -166,6 +166,20 @@ def _smaller(problem: Problem, config: Config) -> Config:
     raise AssertionError(f"no configuration of {problem.kernel} fits in {problem.smem_block} bytes")
 
 
+def segment_rows(total: int, sharing: int, segments: int, chunk: int, most_rows: int | None = None) -> int | None:
+    """The rows of a segment, or None where sequences stay whole.
+
+    ``sharing`` packed sequences have ``total`` rows together. A segment holds whole chunks, and at most ``most_rows``.
+    """
+    mean = -(-total // max(sharing, 1))
+    rows = max(-(-mean // (segments * chunk)), 1) * chunk
+    if segments == 1:
+        rows = total
+    if most_rows is not None:
+        rows = min(rows, most_rows)
+    return rows if rows < total else None
+
+
 def fits(problem: Problem, config: Config) -> bool:
     """Whether the tiles that a block holds in shared memory fit."""
     return shared_bytes(problem, config) <= problem.smem_block

@@ -1,0 +1,46 @@
+"""Every kernel, in its default configuration, compiled for real GPUs: shared memory, registers and spills. No GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iokernels.runtime.device import named
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COMPILE = """
+import json, sys
+from iokernels.autotune.resources import compiling_for
+from iokernels.bench.cases.linear_attention_kernels import POINTS, launch
+from iokernels.runtime.device import named
+found = []
+for index, (call, dtype) in enumerate(POINTS):
+    with compiling_for(named(sys.argv[1])) as compiled:
+        launch(call, dtype, "both")
+        launch(call, dtype, "step") if not call.packed else None
+    found += [[index, x.kernel, x.registers, x.spill_bytes, x.shared_bytes] for x in compiled]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("gpu", ["a100-sxm", "h100-sxm"])
+def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+    # A process of its own, because the tests' process interprets its kernels.
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILE, gpu]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    kernels = json.loads(run.stdout)
+    assert len({kernel for _, kernel, *_ in kernels}) == 10
+    for index, kernel, _, spills, shared in kernels:
+        assert shared <= named(gpu).smem_block, (index, kernel)
+        # The points that models are trained with keep everything in registers.
+        if index in (0, 1):
+            assert spills == 0, (index, kernel, spills)
