@@ -115,6 +115,7 @@ class Tuning:
     ``problem(shape, dtype, kernel, device)`` is what the choice for one of them depends on, and
     ``launch(shape, dtype, kernel)`` launches it with meta tensors. ``leaves`` names the arguments whose gradients make
     a backward pass launch it, those of them that a call has: none for a kernel of the forward pass.
+    ``functions`` has the names of kernel functions that do not begin as the tunable does.
     """
 
     tunables: Mapping[str, Tunable[Any]]
@@ -122,6 +123,7 @@ class Tuning:
     problem: Callable[[Shape, torch.dtype, str, DeviceSpec], Any]
     launch: Callable[[Shape, torch.dtype, str], None]
     leaves: Mapping[str, tuple[str, ...]]
+    functions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
