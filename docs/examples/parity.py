@@ -40,7 +40,7 @@ from iokernels.nn.gated_delta_net import GatedDeltaNet
 class Settings:
     """One run."""
 
-    steps: int = 200
+    steps: int = 300
     batch: int = 64  # strings in a step
     length: int = 64  # bits of a training string, at most
     growing: int = 100  # steps over which strings grow to that length
@@ -67,13 +67,13 @@ class Layer(nn.Module):
 
 
 def parity_model(settings: Settings, negative: bool) -> nn.Module:
-    """Bits ``[B, N]`` (int64) to the logits of "even" and "odd" after each, ``[B, N, 2]``.
+    """Bits ``[B, N]`` (int64) to a number after each, ``[B, N, 1]``: above 0 says "odd", below 0 "even".
 
     Nothing but the mixers reaches along the string. ``negative`` admits negative eigenvalues.
     """
     layers = (Layer(settings, negative) for _ in range(settings.layers))
     width = settings.width
-    return nn.Sequential(nn.Embedding(2, width), *layers, nn.RMSNorm(width), nn.Linear(width, 2)).to(settings.device)
+    return nn.Sequential(nn.Embedding(2, width), *layers, nn.RMSNorm(width), nn.Linear(width, 1)).to(settings.device)
 
 
 # ---- 2. The task ----------------------------------------------------------------------------------------------------
@@ -89,8 +89,8 @@ def accuracy(model: nn.Module, settings: Settings, length: int) -> Tensor:
     """The share of right answers after each bit of fresh strings, ``[length]``; a coin has 0.5."""
     bits, parity = strings(settings.tried, length, torch.Generator().manual_seed(10_000 + settings.seed))
     with torch.no_grad():
-        answers = model(bits.to(settings.device)).argmax(-1).cpu()
-    return (answers == parity).float().mean(0)
+        odd = model(bits.to(settings.device)).squeeze(-1).cpu() > 0
+    return (odd == (parity == 1)).float().mean(0)
 
 
 # ---- 3. Training ----------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class Result:
     """What a run leaves."""
 
     name: str
-    losses: list[float] = field(default_factory=list)  # bits an answer, of each step's batch; 1 is a coin
+    losses: list[float] = field(default_factory=list)  # squared error of each step's batch; 1 is a guess
     by_bit: dict[int, list[float]] = field(default_factory=dict)  # length of the strings to accuracy after each bit
     seconds: float = 0.0
 
@@ -128,7 +128,11 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def train(name: str, settings: Settings, progress: Callable[[int, float], None] = lambda step, loss: None) -> Result:
-    """Train one of :data:`MODELS`. ``progress`` hears the step and its loss."""
+    """Train one of :data:`MODELS`. ``progress`` hears the step and its loss.
+
+    The loss is the squared distance to -1 or 1. A cross-entropy is content once all answers are sure; this one goes on
+    to ask for the same number after every bit, and that is a state which does not fade.
+    """
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     model = parity_model(settings, MODELS[name])
@@ -138,13 +142,13 @@ def train(name: str, settings: Settings, progress: Callable[[int, float], None] 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         bits, parity = strings(settings.batch, string_length(settings, step), generator)
-        logits = model(bits.to(settings.device))
-        loss = F.cross_entropy(logits.flatten(0, 1), parity.to(settings.device).flatten())
+        target = 2.0 * parity[..., None] - 1.0
+        loss = F.mse_loss(model(bits.to(settings.device)), target.to(settings.device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        result.losses.append(loss.item() / math.log(2))
+        result.losses.append(loss.item())
         progress(step + 1, result.losses[-1])
     result.by_bit = {length: accuracy(model, settings, length).tolist() for length in settings.lengths}
     result.seconds = time.perf_counter() - begun
@@ -182,7 +186,7 @@ def plot(results: Sequence[Result], settings: Settings, path: Path) -> bool:
     for result in results:
         training.plot(range(1, len(result.losses) + 1), result.losses, label=result.name)
         test.plot(range(1, longest + 1), result.by_bit[longest], label=result.name)
-    training.set(xlabel="step", ylabel="bits an answer", title="Training: 1 is a coin, 0 is certainty")
+    training.set(xlabel="step", ylabel="squared error", title="Training: 1 knows nothing, 0 everything")
     test.axvline(settings.length, color="grey", linestyle=":")
     test.text(settings.length, 0.75, " longest string in training", color="grey")
     test.axhline(0.5, color="grey", linestyle=":")
@@ -222,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bar = bars.add_task(name, total=settings.steps, said="")
 
             def said(step: int, loss: float, bar=bar) -> None:
-                bars.update(bar, completed=step, said=f"{loss:.3f} bits an answer")
+                bars.update(bar, completed=step, said=f"error {loss:.4f}")
 
             results.append(train(name, settings, said))
     console.print(table(results, settings))

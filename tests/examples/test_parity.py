@@ -29,18 +29,17 @@ def parity() -> Any:
 
 @pytest.fixture
 def small(parity: Any) -> Any:
-    return parity.Settings(steps=60, batch=32, length=12, growing=30, lengths=(12, 24), tried=128, width=16)
+    return parity.Settings(steps=100, batch=32, length=12, growing=40, lengths=(12, 24), tried=128, width=16)
 
 
 def test_only_negative_eigenvalues_learn_it(parity: Any, small: Any) -> None:
     heard = []
     able = parity.train("beta in (0, 2)", small, lambda *said: heard.append(said))
     unable = parity.train("beta in (0, 1)", small)
-    assert able.losses[0] == pytest.approx(1.0, abs=0.5)
     assert able.losses[-1] < 0.3 < unable.losses[-1]
     assert able.last(12) > 0.95
     assert unable.last(12) < 0.8
-    assert heard[-1] == (60, able.losses[-1])
+    assert heard[-1] == (100, able.losses[-1])
 
 
 def test_answers_are_parities(parity: Any) -> None:
@@ -52,10 +51,10 @@ def test_answers_are_parities(parity: Any) -> None:
 
 def test_accuracy_of_a_model_that_knows_and_one_that_does_not(parity: Any, small: Any) -> None:
     def knows(bits: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(bits.cumsum(1) % 2, 2)
+        return 2.0 * (bits.cumsum(1) % 2)[..., None] - 1.0
 
     def says_even(bits: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.zeros_like(bits), 2)
+        return -torch.ones(*bits.shape, 1)
 
     assert (parity.accuracy(knows, small, 30) == 1).all()
     assert parity.accuracy(says_even, small, 30).mean().item() == pytest.approx(0.5, abs=0.05)

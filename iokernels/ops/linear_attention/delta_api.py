@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
+from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
-from iokernels.runtime.plans import is_concrete, remembered
+from iokernels.runtime.offsets import check_offsets, readable
+from iokernels.runtime.plans import remembered
 
 from . import delta_reference
 from .delta_op import gated_delta_rule as run
@@ -105,7 +106,7 @@ def gated_delta_rule(
     No argument is modified. Under autocast q, k and v are cast to the autocast dtype. Gradients can be taken once;
     ``backend="reference"`` supports higher orders.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     packed = cu_seqlens is not None
     if packed and not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"gated_delta_rule: cu_seqlens is {type(cu_seqlens).__name__}; it must be a torch.Tensor")
@@ -118,7 +119,7 @@ def gated_delta_rule(
     )
     _check_decay("gated_delta_rule", log_decay)
     if cu_seqlens is not None:
-        _check_offsets(cu_seqlens, q.shape[0])
+        check_offsets(PACKED, "cu_seqlens", cu_seqlens, q.shape[0])
         q, k, v, beta = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v, beta))
         decay = None if decay is None else decay.transpose(0, 1).unsqueeze(0)
     options = DeltaOptions(decay, initial_state, cu_seqlens, plan.scale)
@@ -159,7 +160,7 @@ def gated_delta_rule_step(
         TypeError, ValueError, UnsupportedError: as :func:`gated_delta_rule`; ValueError also where an argument requires
             a gradient and gradients are enabled.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     decay = _per_token(log_decay, beta)
     plan = remembered(
         _PLANS,
@@ -273,30 +274,5 @@ def _per_token(log_decay: Any, beta: Any) -> Any:
 
 def _check_decay(operator: str, log_decay: Tensor | None) -> None:
     """Check the values, where reading them costs no synchronisation."""
-    if log_decay is None or log_decay.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if is_concrete(log_decay) and not bool((log_decay <= 0).all()):
+    if log_decay is not None and readable(log_decay) and not bool((log_decay <= 0).all()):
         raise ValueError(f"{operator}: log_decay is {log_decay.max().item()} somewhere; it must be at most 0")
-
-
-def _check_offsets(cu_seqlens: Tensor, total: int) -> None:
-    """Check the values of cumulative lengths, where reading them costs no synchronisation."""
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or not is_concrete(cu_seqlens):
-        return
-    values = cu_seqlens.tolist()
-    PACKED.require(values[0] == 0, f"cu_seqlens starts with {values[0]}; it must start with 0")
-    PACKED.require(all(a <= b for a, b in pairwise(values)), f"cu_seqlens is {values}; it must not decrease")
-    PACKED.require(values[-1] <= total, f"cu_seqlens ends with {values[-1]}, past the {total} packed rows")
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not isinstance(q, Tensor):
-        return q, k, v
-    kind = "cuda" if q.is_cuda else "cpu" if q.is_cpu else q.device.type  # the device's own type is a slow attribute
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return tuple(
-            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (q, k, v)
-        )  # pyright: ignore[reportReturnType]
-    return q, k, v

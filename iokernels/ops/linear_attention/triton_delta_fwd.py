@@ -12,8 +12,8 @@ registers, and takes chunks of C rows; with b the running sum of the log decays 
 H and n again with the same walk, and keeps them: the second kernel.
 
 FLOPs a row and head: 6 K V + C (2 K + 4 V), and 2 C K again for every further block of columns. Bytes that blocks
-request: v and out once; q, k, beta, log_decay and the C elements of the inverse once for each block of columns; the
-states at both ends. No state in between is written.
+request: v and out once; q, k, beta, log_decay and the C float32 elements of the inverse once for each block of columns;
+the states at both ends. No state in between is written.
 """
 
 from __future__ import annotations

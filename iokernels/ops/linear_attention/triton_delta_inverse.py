@@ -12,7 +12,8 @@ The 16 x 16 blocks on the diagonal are inverted together by elimination, one col
 to 32, to 64 rows: products on matrix units, in more than half precision, because errors grow with the norm of the
 inverse. Powers of A, which would need no elimination, grow as 2^C where beta is 2 and keys are alike.
 
-FLOPs a chunk: 2 C^2 K + 4 C^3 for each joining. Bytes: k, beta, log_decay once, C elements written a row.
+FLOPs a chunk: 2 C^2 K + 4 C^3 for each joining. Bytes: k, beta, log_decay once, C float32 elements written a row. Half
+precision would be the largest of all errors where keys are alike and there are more of them than K.
 """
 
 from __future__ import annotations
