@@ -140,8 +140,8 @@ class Case:
 
     ``passes`` are those that the operator has: forward alone where it takes no gradients. ``limit(name, dtype)`` is
     what the output or gradient (``d`` and the argument) of that name may be wrong by; without it the budget is a
-    multiple of the error of the eager formula (:mod:`iokernels.testing.budget`). ``room`` names the operator to whose
-    room the functions belong, where the case has another name.
+    multiple of the error of the eager formula (:mod:`iokernels.testing.budget`). ``documented`` names the case on
+    whose page the functions are documented, where it is another.
     """
 
     operator: str
@@ -162,12 +162,12 @@ class Case:
     tuning: Tuning | None = None
     passes: tuple[Pass, ...] = PASSES
     limit: Callable[[str, torch.dtype], Limit] | None = None
-    room: str = ""
+    documented: str = ""
 
     @property
     def page(self) -> str:
-        """The operator under whose name documentation and shared tests stand."""
-        return self.room or self.operator
+        """The name of the page that documents the functions."""
+        return self.documented or self.operator
 
     def suite(self, name: str) -> tuple[Shape, ...]:
         """The shapes of a suite. Raises :class:`UsageError`."""
