@@ -3,10 +3,10 @@
     python docs/examples/length.py                        # 1k to 32k tokens, on a CPU about a minute
     python docs/examples/length.py --lengths 1024 4096    # others
 
-Each function mixes the same random sequence, forward only. On a CPU the time is that of the processor, in one thread, so
-that other programs do not count; the least of a few calls. Its exponent e is the slope of a straight line through
-(log tokens, log seconds): twice the tokens take 2 ** e times as long. Beside it stands what a decoder would have to keep
-to go on from there: a state, or the keys and values of all tokens.
+Each function mixes the same random sequence, forward only. On a CPU the time is that of the processor, in one thread,
+so that other programs do not count; the least of a few calls. Its exponent e is the slope of a straight line through
+(log tokens, log seconds): twice the tokens take 2 ** e times as long. Beside it stands what a decoder would have to
+keep to go on from there: a state, or the keys and values of all tokens.
 """
 
 from __future__ import annotations
