@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
+from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
-from iokernels.runtime.plans import is_concrete, remembered
+from iokernels.runtime.offsets import check_offsets
+from iokernels.runtime.plans import remembered
 
 from . import reference
 from .op import attend
@@ -107,7 +108,7 @@ def flash_attention(
     No argument is modified. Under autocast q, k and v are cast to the autocast dtype. Gradients can be taken once;
     ``backend="reference"`` supports higher orders.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     plan = remembered(
         _PLANS,
         _dense_plan,
@@ -163,7 +164,7 @@ def flash_attention_varlen(
         ``out [total_q, Hq, Dv]``, or ``(out, lse)`` with ``lse [Hq, total_q]``. Rows that belong to no sequence have
         out 0 and lse -inf.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     plan = remembered(
         _PLANS,
         _varlen_plan,
@@ -323,30 +324,12 @@ def _triton_refusal(q: Tensor, sizes: dict[str, Any]) -> str | None:
 
 def _check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> None:
     """Check the values of cumulative lengths, where reading them costs no synchronisation."""
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling() or not is_concrete(offsets):
-        return
-    values = offsets.tolist()
-    lengths = [end - start for start, end in pairwise(values)]
-    VARLEN.require(values[0] == 0, f"{name} starts with {values[0]}; it must start with 0")
-    VARLEN.require(all(length >= 0 for length in lengths), f"{name} is {values}; it must not decrease")
-    VARLEN.require(values[-1] <= total, f"{name} ends with {values[-1]}, past the {total} packed rows")
-    VARLEN.require(
-        max(lengths, default=0) <= longest,
-        f"max_seqlen_{name[-1]} is {longest}, and the longest sequence of {name} has {max(lengths, default=0)} rows",
-    )
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not isinstance(q, Tensor):
-        return q, k, v
-    kind = "cuda" if q.is_cuda else "cpu" if q.is_cpu else q.device.type  # the device's own type is a slow attribute
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return tuple(
-            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (q, k, v)
-        )  # pyright: ignore[reportReturnType]
-    return q, k, v
+    lengths = check_offsets(VARLEN, name, offsets, total)
+    if lengths is not None:
+        most = max(lengths, default=0)
+        VARLEN.require(
+            most <= longest, f"max_seqlen_{name[-1]} is {longest}, and the longest sequence of {name} has {most} rows"
+        )
 
 
 def _four_dims(x: Any) -> Any:

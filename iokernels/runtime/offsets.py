@@ -1,0 +1,32 @@
+"""Cumulative lengths of packed sequences: what may be said of their values without waiting for a device."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .contracts import Contract
+from .plans import is_concrete
+
+
+def readable(x: Tensor) -> bool:
+    """Whether reading ``x`` costs no synchronisation, and there is something to read."""
+    return x.is_cpu and not torch.compiler.is_compiling() and is_concrete(x)
+
+
+def check_offsets(contract: Contract, name: str, offsets: Tensor, total: int) -> list[int] | None:
+    """The lengths that readable offsets ``[S + 1]`` of ``total`` packed rows stand for; None for others.
+
+    Raises:
+        ValueError: they do not start with 0, decrease, or end past the rows.
+    """
+    if not readable(offsets):
+        return None
+    values = offsets.tolist()
+    lengths = [end - start for start, end in pairwise(values)]
+    contract.require(values[0] == 0, f"{name} starts with {values[0]}; it must start with 0")
+    contract.require(all(length >= 0 for length in lengths), f"{name} is {values}; it must not decrease")
+    contract.require(values[-1] <= total, f"{name} ends with {values[-1]}, past the {total} packed rows")
+    return lengths
