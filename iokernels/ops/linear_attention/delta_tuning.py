@@ -110,7 +110,8 @@ def _preferred(problem: Problem) -> Config:
     # Warpgroup (Hopper) and tensor-memory (Blackwell) products read operands from shared memory, which frees registers.
     roomy, half = problem.sm // 10 in (9, 10), problem.itemsize == 2
     if problem.kernel == GRADS:
-        return Config(min(width_k, 64 if half and roomy else 32), min(width_v, 32), 8, 1)
+        columns = (64, 32) if half and roomy else (32, 16 if half else 32)
+        return Config(min(width_k, columns[0]), min(width_v, columns[1]), 8, 1)
     # A walk: columns as the registers allow beside q, k and the scores, fewer while that is what fills the GPU.
     columns = min(32 if problem.tensor_cores or width_k <= 128 else 16, width_v)
     while columns > 16 and problem.heads * (width_v // columns) < problem.sms:
