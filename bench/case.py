@@ -115,6 +115,7 @@ class Tuning:
     ``problem(shape, dtype, kernel, device)`` is what the choice for one of them depends on, and
     ``launch(shape, dtype, kernel)`` launches it with meta tensors. ``leaves`` names the arguments whose gradients make
     a backward pass launch it, those of them that a call has: none for a kernel of the forward pass.
+    ``functions`` has the names of kernel functions that do not begin as the tunable does.
     """
 
     tunables: Mapping[str, Tunable[Any]]
@@ -122,6 +123,7 @@ class Tuning:
     problem: Callable[[Shape, torch.dtype, str, DeviceSpec], Any]
     launch: Callable[[Shape, torch.dtype, str], None]
     leaves: Mapping[str, tuple[str, ...]]
+    functions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class Case:
 
     ``passes`` are those that the operator has: forward alone where it takes no gradients. ``limit(name, dtype)`` is
     what the output or gradient (``d`` and the argument) of that name may be wrong by; without it the budget is a
-    multiple of the error of the eager formula (:mod:`iokernels.testing.budget`). ``room`` names the operator to whose
-    room the functions belong, where the case has another name.
+    multiple of the error of the eager formula (:mod:`iokernels.testing.budget`). ``documented`` names the case on
+    whose page the functions are documented, where it is another.
     """
 
     operator: str
@@ -160,12 +162,12 @@ class Case:
     tuning: Tuning | None = None
     passes: tuple[Pass, ...] = PASSES
     limit: Callable[[str, torch.dtype], Limit] | None = None
-    room: str = ""
+    documented: str = ""
 
     @property
     def page(self) -> str:
-        """The operator under whose name documentation and shared tests stand."""
-        return self.room or self.operator
+        """The name of the page that documents the functions."""
+        return self.documented or self.operator
 
     def suite(self, name: str) -> tuple[Shape, ...]:
         """The shapes of a suite. Raises :class:`UsageError`."""

@@ -48,5 +48,6 @@ def compile_job(job: Job) -> Resources:
     with compiling_for(unpack(job.gpu)) as compiled, autotune.override(**{job.kernel: job.config}):
         case.tuning.launch(case.vocabulary.parse(job.shape), DTYPES[job.dtype], job.kernel)
     # The kernel of that very name, before those whose names go on (x_kernel, not x_state_kernel).
-    named = [one for one in compiled if one.kernel.startswith(job.kernel)]
+    name = case.tuning.functions.get(job.kernel, job.kernel)
+    named = [one for one in compiled if one.kernel.startswith(name)]
     return min(named, key=lambda one: len(one.kernel))

@@ -205,5 +205,4 @@ CASE = Case(
     compilation=COMPILATION,
     tuning=TUNING,
     limit=limit,
-    room="linear_attention",
 )

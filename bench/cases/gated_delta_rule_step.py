@@ -81,5 +81,5 @@ CASE = Case(
     tuning=STEP_TUNING,
     passes=("fwd",),
     limit=limit,
-    room="linear_attention",
+    documented="gated_delta_rule",
 )

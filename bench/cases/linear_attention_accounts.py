@@ -6,10 +6,13 @@ from typing import Literal
 
 import torch
 
-from iokernels.bench.accounts import Accounts
-from iokernels.bench.cases.linear_attention_shapes import lengths
+from iokernels.bench.accounts import Account, Accounts, Configs
+from iokernels.bench.cases import linear_attention_io
+from iokernels.bench.cases import linear_attention_kernels as kernels
+from iokernels.bench.cases.linear_attention_shapes import STEP_VOCABULARY, VOCABULARY, lengths
 from iokernels.bench.shape import Shape
 from iokernels.ops.linear_attention.options import columns, features
+from iokernels.ops.linear_attention.tuning import Config
 
 _NUMBER = 4  # bytes of a state's element, and of a log decay
 
@@ -50,5 +53,91 @@ def naive_bytes(shape: Shape, dtype: torch.dtype, which: Literal["fwd", "bwd"]) 
     return extra + floor_bytes(shape, dtype, which)
 
 
-ACCOUNTS: Accounts | None = None
-STEP_ACCOUNTS: Accounts | None = None
+def problem(shape: Shape, dtype: torch.dtype) -> linear_attention_io.Problem:
+    """The call as the byte model takes it."""
+    packed = bool(shape.get("packed"))
+    return linear_attention_io.Problem(
+        lengths=tuple(lengths(shape)),
+        heads=shape.h,
+        key_heads=shape.hk,
+        key_width=shape.d,
+        value_width=shape.dv,
+        itemsize=dtype.itemsize,
+        decay_form=("none", "token", "head")[shape.decay],
+        decay=_NUMBER,
+        crossing=kernels.learns(shape),
+        packed=packed,
+        total=sum(lengths(shape)) if packed else 0,
+        normalize=bool(shape.normalize),
+        taylor=bool(shape.taylor),
+        initial_state=bool(shape.get("state")),
+        dstate=bool(shape.get("state")),
+    )
+
+
+def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Account]:
+    """Every kernel that one forward and backward pass launches, by name."""
+    return linear_attention_io.accounts(problem(shape, dtype), configs)
+
+
+def step_accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Account]:
+    """The kernel of the step."""
+    if not shape.b * shape.n:
+        return {}
+    return {"linear_attention_step_kernel": linear_attention_io.step(problem(shape, dtype), configs[_STEP])}
+
+
+_STEP = "linear_attention_step"
+_TILES = {
+    # Chunks, columns, warps, stages, segments: small, so that short calls take several blocks, and are cut.
+    "linear_attention_fwd": Config(16, 16, 4, 1, segments=2),
+    "linear_attention_bwd_dq": Config(16, 16, 4, 1, segments=2),
+    "linear_attention_bwd_dk": Config(16, 16, 4, 1),
+    "linear_attention_bwd_dv": Config(32, 16, 4, 1),
+    "linear_attention_state": Config(16, 16, 4, 1),
+    _STEP: Config(1, 16, 4, 1),
+}
+_SHAPES = (
+    ("b=1,h=2,n=40,d=24,dv=20,learn=0", torch.bfloat16),
+    ("b=1,h=1,n=20,d=16,decay=0", torch.float32),
+    ("b=1,h=2,hk=1,n=40,d=20,dv=24,decay=1,state=1", torch.float16),
+    ("b=2,h=1,n=33,d=20", torch.float32),
+    ("b=1,h=1,n=40,d=24,dv=20,decay=1,normalize=1,state=1,bnhd=1", torch.bfloat16),
+    ("b=4,h=2,hk=1,n=20,d=20,dv=16,decay=1,packed=1,empty=1,state=1", torch.float16),
+    ("b=3,h=1,n=20,d=16,packed=1,normalize=1", torch.float16),
+    ("b=1,h=1,n=20,d=10,dv=20,decay=0,taylor=1,normalize=1", torch.bfloat16),
+    ("b=1,h=2,hk=1,n=20,d=8,dv=20,decay=1,taylor=1,normalize=1,state=1", torch.float32),
+    ("b=1,h=2,n=1,d=24", torch.bfloat16),
+)
+
+ACCOUNTS = Accounts(
+    model=accounts,
+    configs=kernels.configs,
+    naive_bytes=naive_bytes,
+    naive=NAIVE,
+    shapes=tuple((VOCABULARY.parse(text), dtype) for text, dtype in _SHAPES),
+    test_configs=_TILES,
+)
+
+
+def step_naive_bytes(shape: Shape, dtype: torch.dtype, which: Literal["fwd", "bwd"]) -> int:
+    """Decay, outer product and product one after the other, and the inputs and outputs once."""
+    once = linear_attention_io.step(problem(shape, dtype), _TILES[_STEP]).floor.total
+    return 5 * shape.n * state_bytes(shape) + once
+
+
+STEP_ACCOUNTS = Accounts(
+    model=step_accounts,
+    configs=kernels.configs,
+    naive_bytes=step_naive_bytes,
+    naive="decay the state, add the outer product, read it with q: five passes over the state a token",
+    shapes=tuple(
+        (STEP_VOCABULARY.parse(text), dtype)
+        for text, dtype in (
+            ("b=2,h=4,hk=2,n=1,d=24,dv=40", torch.bfloat16),
+            ("b=1,h=2,n=3,d=32,dv=16,decay=1,normalize=1", torch.float32),
+            ("b=2,h=2,n=2,d=12,dv=20,decay=0,taylor=1,normalize=1", torch.float16),
+        )
+    ),
+    test_configs=_TILES,
+)

@@ -87,5 +87,5 @@ CASE = Case(
     tuning=STEP_TUNING,
     passes=("fwd",),
     limit=limit,
-    room="linear_attention",
+    documented="linear_attention",
 )

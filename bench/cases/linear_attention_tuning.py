@@ -65,5 +65,5 @@ def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
 
 _PASSES = {kernel: tunable for kernel, tunable in TUNABLES.items() if kernel != _STEP}
 
-TUNING = Tuning(_PASSES, kernels, problem, launch, _LEAVES)
+TUNING = Tuning(_PASSES, kernels, problem, launch, _LEAVES, {_STATE: "linear_attention_fwd_state"})
 STEP_TUNING = Tuning({_STEP: TUNABLES[_STEP]}, lambda shape: (_STEP,), problem, launch, _LEAVES)

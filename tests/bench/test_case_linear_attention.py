@@ -139,7 +139,8 @@ def test_suites_and_operators_by_name() -> None:
     assert load("linear_attention") is CASE
     assert set(CASE.suites) >= {"quick", "train", "long", "llm"}
     assert set(STEP.suites) >= {"quick", "decode"}
-    assert STEP.page == load("gated_delta_rule").page == "linear_attention"
+    assert STEP.page == "linear_attention"
+    assert load("gated_delta_rule_step").page == load("gated_delta_rule").page == "gated_delta_rule"
     with pytest.raises(UsageError, match="hk=3 does not divide h=4"):
         CASE.make_inputs(VOCABULARY.parse("h=4,hk=3,n=1"), torch.float32, CPU, 0)
 

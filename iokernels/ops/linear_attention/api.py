@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
+from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
-from iokernels.runtime.plans import is_concrete, remembered
+from iokernels.runtime.offsets import check_offsets, readable
+from iokernels.runtime.plans import remembered
 
 from . import reference
 from .op import attend, step
@@ -114,9 +115,10 @@ def linear_attention(
         UnsupportedError: the named backend cannot run this call.
 
     No argument is modified. Under autocast q, k and v are cast to the autocast dtype. Gradients can be taken once;
-    ``backend="reference"`` supports higher orders. Every backend gives the same bits on every run.
+    ``backend="reference"`` supports higher orders. Every backend gives the same bits on every run. ``triton`` rounds
+    the state to the dtype of q where it meets q, so float16 needs states below 65,504; bfloat16 has no such bound.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     packed = cu_seqlens is not None
     plan = remembered(
         _PLANS,
@@ -126,7 +128,7 @@ def linear_attention(
     )
     _check_decay("linear_attention", log_decay)
     if packed:
-        _check_offsets(cu_seqlens, q.shape[0])
+        check_offsets(PACKED[1], "cu_seqlens", cu_seqlens, q.shape[0])
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         if log_decay is not None and log_decay.dim() == 2:
             log_decay = log_decay.transpose(0, 1).unsqueeze(0)
@@ -169,7 +171,7 @@ def linear_attention_step(
     Returns:
         ``out [B, H, N, V]``, the same as if all tokens had been given at once.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     plan = remembered(
         _PLANS,
         _step_plan,
@@ -215,7 +217,7 @@ def lightning_attention(
         raise TypeError(f"lightning_attention: slopes is {type(slopes).__name__}; it must be a torch.Tensor")
     if slopes.dim() != 1:
         raise ValueError(f"lightning_attention: slopes has shape {list(slopes.shape)}; it must be [H]")
-    if _has_values(slopes) and not bool((slopes >= 0).all()):
+    if readable(slopes) and not bool((slopes >= 0).all()):
         raise ValueError("lightning_attention: slopes has a value that is not at least 0; log_decay is their negative")
     return linear_attention(
         q, k, v, log_decay=-slopes, scale=scale, initial_state=initial_state, return_state=return_state,
@@ -363,36 +365,6 @@ def _check_flag(contract: Contract, name: str, value: Any) -> None:
         raise TypeError(f"{contract.operator}: {name} is {type(value).__name__}; it must be a bool")
 
 
-def _has_values(x: Tensor) -> bool:
-    """Whether reading x costs no synchronisation, and there is something to read."""
-    return x.is_cpu and not torch.compiler.is_compiling() and is_concrete(x)
-
-
 def _check_decay(operator: str, log_decay: Tensor | None) -> None:
-    if log_decay is not None and _has_values(log_decay) and not bool((log_decay <= 0).all()):
+    if log_decay is not None and readable(log_decay) and not bool((log_decay <= 0).all()):
         raise ValueError(f"{operator}: log_decay has a value that is not at most 0; a state may not grow")
-
-
-def _check_offsets(offsets: Tensor, total: int) -> None:
-    """Check the values of cumulative lengths, where reading them costs no synchronisation."""
-    if not _has_values(offsets):
-        return
-    values, contract = offsets.tolist(), PACKED[1]
-    contract.require(values[0] == 0, f"cu_seqlens starts with {values[0]}; it must start with 0")
-    contract.require(
-        all(start <= stop for start, stop in pairwise(values)), f"cu_seqlens is {values}; it must not decrease"
-    )
-    contract.require(values[-1] <= total, f"cu_seqlens ends with {values[-1]}, past the {total} packed rows")
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not isinstance(q, Tensor):
-        return q, k, v
-    kind = "cuda" if q.is_cuda else "cpu" if q.is_cpu else q.device.type  # the device's own type is a slow attribute
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        return tuple(
-            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (q, k, v)
-        )  # pyright: ignore[reportReturnType]
-    return q, k, v

@@ -144,12 +144,9 @@ class Launch:
 
     def cut(self, segments: int, chunk: int, most_rows: int | None = None) -> Cut:
         """Cut sequences into about ``segments`` parts of whole chunks, of at most ``most_rows`` rows."""
-        length = self.rows if self.offsets is None else triton.cdiv(self.rows, max(self.sequences, 1))
-        rows = max(triton.cdiv(triton.cdiv(length, max(segments, 1)), chunk), 1) * chunk
-        split = segments > 1
-        if most_rows is not None and self.rows > most_rows and rows > most_rows:
-            rows, split = most_rows, True
-        if not split or rows >= self.rows:
+        sharing = 1 if self.offsets is None else self.sequences
+        rows = tuning.segment_rows(self.rows, sharing, segments, chunk, most_rows)
+        if rows is None:
             return Cut(False, self.sequences, 1, max(self.rows, 1), None)
         if self.offsets is None:
             per_sequence = triton.cdiv(self.rows, rows)

@@ -134,15 +134,16 @@ def _preferred(problem: Problem) -> Config:
         keys = problem.kernel.endswith(("_dq", "_dk"))
         width = max(min(problem.block_v, (8192 if keys else 16384) // problem.block_k**2), 16)
         if problem.itemsize == 4:
-            return Config(16, min(width, 32), 8, 1)
+            return Config(16, 16, 8, 1)
         return Config(32 if keys and problem.block_k <= 16 else 16, width, 8, 1)
     rows, width = problem.rows_width, problem.sliced_width
     if problem.itemsize == 4:
         if problem.tensor_cores:
             return Config(32, min(width, 64 if rows <= 128 else 32), 8, 2)
-        return Config(16, min(width, 64 if rows <= 64 else 32), 8, 1)
-    # The gradient of decays keeps more tiles alive.
-    chunk = 32 if problem.crossing or rows > 128 else 64
+        # Without matrix units a thread holds whole rows of both operands.
+        return Config(16, min(width, 64) if rows <= 64 else 16, 8, 1)
+    # The gradient of decays keeps more tiles alive; warpgroup products (Hopper, Blackwell) take 64 rows.
+    chunk = 32 if problem.crossing or rows > 128 or problem.sm // 10 not in (9, 10) else 64
     if rows <= 64:
         return Config(chunk, min(width, 64), 4, 3)
     return Config(chunk, min(width, 128 if rows <= 128 else 64), 8, 2)
@@ -164,6 +165,20 @@ def _smaller(problem: Problem, config: Config) -> Config:
     if config.chunk > 16:
         return replace(config, chunk=config.chunk // 2)
     raise AssertionError(f"no configuration of {problem.kernel} fits in {problem.smem_block} bytes")
+
+
+def segment_rows(total: int, sharing: int, segments: int, chunk: int, most_rows: int | None = None) -> int | None:
+    """The rows of a segment, or None where sequences stay whole.
+
+    ``sharing`` packed sequences have ``total`` rows together. A segment holds whole chunks, and at most ``most_rows``.
+    """
+    mean = -(-total // max(sharing, 1))
+    rows = max(-(-mean // (segments * chunk)), 1) * chunk
+    if segments == 1:
+        rows = total
+    if most_rows is not None:
+        rows = min(rows, most_rows)
+    return rows if rows < total else None
 
 
 def fits(problem: Problem, config: Config) -> bool:
