@@ -183,7 +183,7 @@ class Case:
         """
         if asked is None:
             return self.passes[-1:]
-        found = tuple(which for which in asked if which in self.passes)
+        found: tuple[Pass, ...] = tuple(which for which in self.passes if which in asked)
         if not found:
             raise UsageError(f"--pass is {','.join(asked)}, and {self.operator} takes no gradients: it has fwd only")
         return found

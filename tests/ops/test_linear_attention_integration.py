@@ -74,7 +74,7 @@ def test_compiled(backend: str, packed: bool, device: str) -> None:
         found = []
         for call in (compiled, compiled._torchdynamo_orig_callable):  # type: ignore[attr-defined]
             own = [x.detach().clone().requires_grad_() for x in leaves]
-            out, state = call(*own, offsets)
+            out, state = call(*own, offsets)  # pyright: ignore[reportCallIssue]
             found.append([out, state, *torch.autograd.grad(out.square().sum() + state.sum(), own)])
         for x, y in zip(*found, strict=True):
             torch.testing.assert_close(x, y)

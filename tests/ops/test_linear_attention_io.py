@@ -64,7 +64,7 @@ def test_as_many_bytes_as_the_model_says(name: str) -> None:
         given["initial_state"] = linear_attention_state(
             len(packed) if packed else 2, heads, *widths, feature_map=given["feature_map"], normalize=given["normalize"]
         )
-    given = {n: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    given: dict[str, Any] = {n: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
              for n, x in given.items()}  # fmt: skip
     configs = tiles(segments=segments)
     with autotune.override(**configs), trace() as traced:
@@ -104,7 +104,7 @@ def test_a_step_moves_the_state_twice(decay: str | None, normalize: bool, taylor
     with autotune.override(linear_attention_step=config), trace() as traced:
         linear_attention_step(state=state, **given, backend="triton")
     problem = io.Problem(
-        (2, 2, 2), 4, 2, 6, 20, 2, decay_form=decay or "none", normalize=normalize, taylor=taylor
+        (2, 2, 2), 4, 2, 6, 20, 2, decay_form=decay or "none", normalize=normalize, taylor=taylor  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     assert counted(traced) == {"linear_attention_step_kernel": io.step(problem, config).model}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_steps_are_the_sequence(
     given = draw(
         2, 4, 20, 10, 24, key_heads=2, dtype=dtype, decay=decay, taylor=taylor, normalize=normalize, device=device
     )
-    wide = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    wide: dict[str, Any] = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     truth, last = linear_attention(**wide, return_state=True, backend="reference")
     for backend in BACKENDS:
 

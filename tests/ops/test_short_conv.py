@@ -252,10 +252,8 @@ def test_nothing_at_all(backend: str, width: int, device: str) -> None:
     """No sequences, and packed rows of no sequence: zeros, and gradients of zero."""
     weight = torch.randn(3, width, device=device, requires_grad=True)
     none = torch.zeros(1, dtype=torch.int32, device=device)
-    for x, options in (
-        (torch.randn(0, 3, 5, device=device), {}),
-        (torch.randn(5, 3, device=device), {"cu_seqlens": none}),
-    ):
+    packed: dict[str, Any] = {"cu_seqlens": none}
+    for x, options in ((torch.randn(0, 3, 5, device=device), {}), (torch.randn(5, 3, device=device), packed)):
         leaf = x.requires_grad_()
         out, final = short_conv(leaf, weight, return_state=True, backend=backend, **options)
         assert out.shape == x.shape
