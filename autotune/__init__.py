@@ -5,6 +5,6 @@ if __name__ != "iokernels.autotune":
 
 from .select import forget, override, select, watch
 from .space import Space
-from .tunable import RESULTS, Tunable
+from .tunable import RESULTS, Tunable, bucket
 
-__all__ = ["RESULTS", "Space", "Tunable", "forget", "override", "select", "watch"]
+__all__ = ["RESULTS", "Space", "Tunable", "bucket", "forget", "override", "select", "watch"]

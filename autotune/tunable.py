@@ -47,3 +47,8 @@ class Tunable(Generic[C]):
         default = self.default(problem)
         mixed = replace(config, **{name: getattr(default, name) for name in self.pinned})  # pyright: ignore
         return default if self.space.refusal(problem, device, mixed) else mixed
+
+
+def bucket(count: int) -> int:
+    """The least power of two that is no smaller than ``count``. Problems round sizes up with it, to be few."""
+    return 1 << (count - 1).bit_length() if count > 1 else 1

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from iokernels.autotune import bucket
 from iokernels.bench.accounts import Account, Bytes
-from iokernels.ops.fft_conv.short_tuning import DIRECT_WIDTH, ShortConfig, bucket, dweight_inner, inner, product_rows
+from iokernels.ops.fft_conv.short_tuning import DIRECT_WIDTH, ShortConfig, dweight_inner, inner, product_rows
 
 _OFFSET = 4  # bytes of an entry of cu_seqlens
 _SUM = 4  # of an entry of the table of sums, and of a gradient through silu

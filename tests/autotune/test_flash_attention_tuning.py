@@ -78,7 +78,7 @@ def test_keys_lead_back_to_their_problem(drawn: tuple[tuning.Problem, DeviceSpec
 
 
 def test_counts_are_rounded_up() -> None:
-    assert [tuning.bucket(n) for n in (0, 1, 2, 3, 4, 5, 4096, 4097)] == [1, 1, 2, 4, 4, 8, 4096, 8192]
+    assert [autotune.bucket(n) for n in (0, 1, 2, 3, 4, 5, 4096, 4097)] == [1, 1, 2, 4, 4, 8, 4096, 8192]
 
 
 def test_a_launch_asks_for_its_own_problem(roots: tuple[Path, Path]) -> None:

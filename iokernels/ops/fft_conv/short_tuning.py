@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from iokernels.autotune import bucket
 from iokernels.autotune.tunable import RESULTS
 from iokernels.runtime.device import DeviceSpec
 
@@ -47,11 +48,6 @@ class ShortProblem(NamedTuple):
     sequences: int = 8
     sm: int = 90
     smem_block: int = 227 * 1024
-
-
-def bucket(count: int) -> int:
-    """The least power of two that is no smaller than ``count``."""
-    return 1 << (count - 1).bit_length() if count > 1 else 1
 
 
 SIZES = ("rows", "channels", "sequences")

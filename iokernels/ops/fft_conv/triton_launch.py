@@ -203,7 +203,7 @@ class Launch:
         if length != band_length(self.n, self.options.mode):
             return cover.n2
         needed = 2 * ((kept_bins(self.options.keep, length) - 1) // cover.n1 + 1)
-        return min(cover.n2, max(16, tuning.bucket(needed)))
+        return min(cover.n2, max(16, autotune.bucket(needed)))
 
     def constexprs(self, cover: tuning.Blocks, *tensors: Tensor) -> dict[str, Any]:
         """What the kernels are compiled for."""

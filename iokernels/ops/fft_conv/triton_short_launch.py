@@ -10,11 +10,12 @@ import triton
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.autotune import bucket
 from iokernels.ops.triton_tiles import strides
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from .short_options import ShortGradients, ShortNeeds, ShortOptions, empty_rows, empty_state, out_length
-from .short_tuning import DIRECT_WIDTH, ShortConfig, ShortProblem, bucket, dweight_inner, inner, product_rows
+from .short_tuning import DIRECT_WIDTH, ShortConfig, ShortProblem, dweight_inner, inner, product_rows
 from .short_tuning_space import SHORT_TUNABLES
 from .triton_short_bwd import short_conv_bwd_kernel
 from .triton_short_fwd import short_conv_fwd_kernel, short_conv_state_kernel

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from iokernels.autotune import RESULTS
+from iokernels.autotune import RESULTS, bucket
 from iokernels.runtime.device import DeviceSpec
 
 from .options import CIRCULAR, TWO_SIDED
@@ -133,11 +133,6 @@ def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int
         f"its transforms on chip serve sequences up to {half} with any filter that reaches no further, and filters up "
         f"to {half + 1} taps with any sequence; N is {seqlen} with {taps} taps"
     )
-
-
-def bucket(count: int) -> int:
-    """The least power of two that is no smaller than ``count``."""
-    return 1 << (count - 1).bit_length() if count > 1 else 1
 
 
 def table_key(problem: Problem) -> dict[str, Any]:

@@ -189,9 +189,9 @@ class Launch:
             device.smem_block,
             features.right,
             features.left,
-            tuning.bucket(self.sequences * self.heads),
-            tuning.bucket(self.seqlen_q),
-            tuning.bucket(self.seqlen_k),
+            autotune.bucket(self.sequences * self.heads),
+            autotune.bucket(self.seqlen_q),
+            autotune.bucket(self.seqlen_k),
         )
 
     def tile(self, config: tuning.Config, *tensors: Tensor) -> dict[str, Any]:

@@ -54,11 +54,6 @@ class Problem(NamedTuple):
     seqlen_k: int = 4096
 
 
-def bucket(count: int) -> int:
-    """The least power of two that is no smaller than ``count``."""
-    return 1 << (count - 1).bit_length() if count > 1 else 1
-
-
 def table_key(problem: Problem) -> dict[str, Any]:
     """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
     return {

@@ -205,8 +205,8 @@ class Launch:
             device.sms,
             device.smem_block,
             device.smem_sm,
-            0 if invariant else tuning.bucket(self.items),
-            0 if invariant else tuning.bucket(self.capacity),
+            0 if invariant else autotune.bucket(self.items),
+            0 if invariant else autotune.bucket(self.capacity),
         )
 
     def arguments(self, *tensors: Any) -> Arguments:
@@ -250,5 +250,5 @@ def arrivals_of(device: torch.device, items: int) -> Tensor:
         key = device
     found = _ARRIVALS.get(key)
     if found is None or found.numel() < items:
-        found = _ARRIVALS[key] = torch.zeros(tuning.bucket(items), dtype=torch.int32, device=device)
+        found = _ARRIVALS[key] = torch.zeros(autotune.bucket(items), dtype=torch.int32, device=device)
     return found

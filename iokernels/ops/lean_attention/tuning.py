@@ -55,11 +55,6 @@ class Problem(NamedTuple):
     seqlen_k: int = 65536  # capacity of the caches
 
 
-def bucket(count: int) -> int:
-    """The least power of two that is no smaller than ``count``."""
-    return 1 << (count - 1).bit_length() if count > 1 else count
-
-
 _WORDS = ("schedule", "paged", "block_m", "block_d", "block_v", "itemsize", "cache_itemsize", "tensor_cores")
 SIZES = ("items", "seqlen_k")
 """The sizes of :func:`table_key` of which the nearest entry serves."""

@@ -56,11 +56,6 @@ class Problem(NamedTuple):
     seqlen: int = 4096  # of all sequences together
 
 
-def bucket(count: int) -> int:
-    """The least power of two that is no smaller than ``count``."""
-    return 1 << (count - 1).bit_length() if count > 1 else 1
-
-
 def table_key(problem: Problem) -> dict[str, Any]:
     """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
     return {

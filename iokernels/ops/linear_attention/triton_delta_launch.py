@@ -204,8 +204,8 @@ class Launch:
             device.sm,
             device.smem_block,
             device.sms,
-            tuning.bucket(self.sequences * self.heads),
-            tuning.bucket(self.sizes[2]),
+            autotune.bucket(self.sequences * self.heads),
+            autotune.bucket(self.sizes[2]),
         )
 
     def tile(self, config: tuning.Config, *tensors: Tensor) -> dict[str, Any]:

@@ -138,8 +138,8 @@ class Launch:
             device.sm,
             device.sms,
             device.smem_block,
-            tuning.bucket(self.sequences * self.heads),
-            tuning.bucket(mean),
+            autotune.bucket(self.sequences * self.heads),
+            autotune.bucket(mean),
         )
 
     def cut(self, segments: int, chunk: int, most_rows: int | None = None) -> Cut:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from iokernels.autotune import RESULTS
+from iokernels.autotune import RESULTS, bucket
 from iokernels.runtime.device import DeviceSpec
 
 KERNELS = (
@@ -78,11 +78,6 @@ class Problem(NamedTuple):
     @property
     def _over_values(self) -> bool:
         return not self.kernel.endswith(("_dq", "_dk"))
-
-
-def bucket(count: int) -> int:
-    """The least power of two that is no smaller than ``count``."""
-    return 1 << (count - 1).bit_length() if count > 1 else 1
 
 
 def table_key(problem: Problem) -> dict[str, Any]:
