@@ -56,7 +56,7 @@ def test_check_proves_the_backends(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_check_condemns_a_wrong_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "check.json"
     choice = ["--device", "cpu", "-k", "plain", "--dtype", "bf16", "--backend", "torch", "--json", str(target)]
-    assert main(["check", *choice]) == 1
+    assert main(["check", "flash_attention", *choice]) == 1
     report = json.loads(target.read_text())
     assert not report["ok"]
     (wrong,) = report["rows"][0]["wrong"]
