@@ -89,11 +89,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         from iokernels.testing import interpreter
 
         interpreter.install()
-    cases = [load(name) for name in arguments.operators or CASES]
-    if not arguments.operators:
-        cases = [case for case in cases if _points(case, arguments)]
-        if not cases:
-            raise UsageError(f"no operator has it: there is no point named like {arguments.option!r}")
+    cases = _with_points([load(name) for name in arguments.operators or CASES], arguments)
     here = machine.describe(device)
     console.print(escape(here.header()), highlight=False)
     console.print(_where(device), style="dim", highlight=False)
@@ -138,9 +134,19 @@ def _points(case: Case, arguments: argparse.Namespace) -> list[Point]:
     found = [point for point in points if point.name.lower() == wanted] or [
         point for point in points if wanted in point.name.lower()
     ]
-    if not found and arguments.operators:
-        names = ", ".join(point.name for point in case.check_points())
-        raise UsageError(f"{case.operator} has no point named like {arguments.option!r}; it has: {names}")
+    return found
+
+
+def _with_points(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
+    """Those of the cases that have such points. Raises :class:`UsageError` where none has."""
+    found = [case for case in cases if _points(case, arguments)]
+    if not found:
+        told = (
+            f"{case.operator} has no point named like {arguments.option!r}; "
+            f"it has: {', '.join(point.name for point in case.check_points())}"
+            for case in cases
+        )
+        raise UsageError("; ".join(told))
     return found
 
 

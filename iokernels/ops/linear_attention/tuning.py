@@ -141,6 +141,8 @@ def _preferred(problem: Problem) -> Config:
     chunk = 32 if problem.crossing or rows > 128 or problem.sm // 10 not in (9, 10) else 64
     if rows <= 64:
         return Config(chunk, min(width, 64), 4, 3)
+    if rows <= 128 and problem.sm // 10 not in (9, 10):
+        chunk = 16  # operands of the other matrix units are in registers, beside a whole state
     return Config(chunk, min(width, 128 if rows <= 128 else 64), 8, 2)
 
 
