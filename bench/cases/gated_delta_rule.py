@@ -16,6 +16,7 @@ from iokernels.bench.cases.gated_delta_rule_shapes import VOCABULARY, lengths
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.ops.linear_attention.delta_api import MAX_HEAD_DIM, gated_delta_rule
 from iokernels.ops.linear_attention.delta_options import state_dtype
+from iokernels.runtime.errors import UnsupportedError
 
 
 def drawn(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[dict[str, Tensor], Any]:
@@ -121,7 +122,7 @@ def peers(device: torch.device) -> Mapping[str, Prepare | str]:
     def prepare(inputs: Inputs) -> Callable[[], Outputs]:
         given = dict(inputs.tensors)
         if inputs.shape.hk != inputs.shape.h or inputs.shape.packed or inputs.shape.decay != 1:
-            raise UsageError("shape: fla is timed with one key head a head, unpacked, and a decay for every token")
+            raise UnsupportedError("it is timed with one key head a head, unpacked, and a decay for every token")
         initial = given.pop("initial_state", None)
         g, beta = given.pop("log_decay").transpose(1, 2), given.pop("beta").transpose(1, 2)
         q, k, v = (x.transpose(1, 2) for x in given.values())

@@ -205,7 +205,7 @@ class GatedDeltaNet(nn.Module):
         if past is None:
             past = mixed.new_zeros(mixed.shape[0], before, mixed.shape[2])
         joined = torch.cat([past, mixed.to(past.dtype)], dim=1)
-        return joined[:, joined.shape[1] - before :]
+        return joined[:, joined.shape[1] - before :].clone()  # a view would keep the whole prompt alive
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k of length 1 and v, each [B, heads, N, width]."""
