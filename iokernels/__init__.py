@@ -7,6 +7,7 @@ those of :mod:`torch.nn`. ``python -m iokernels`` checks and times every operato
 from . import nn
 from ._version import __version__
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
+from .ops.flash_rnn import flash_rnn
 from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 
@@ -15,6 +16,7 @@ __all__ = [
     "__version__",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_rnn",
     "nn",
     "scaled_dot_product_attention",
     "use_backend",
