@@ -132,9 +132,7 @@ class _FlashRnn(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
-def run(
-    gates: Tensor, recurrent: Tensor, bias: Tensor | None, backend: str, options: Options
-) -> tuple[Tensor, Tensor]:
+def run(gates: Tensor, recurrent: Tensor, bias: Tensor | None, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, final states)."""
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (gates, recurrent, bias, options.initial_state)

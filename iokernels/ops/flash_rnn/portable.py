@@ -32,9 +32,7 @@ CHUNK = 16
 """Steps whose pointwise work shares whole-tensor operations: what they touch should stay in a cache."""
 
 
-def forward(
-    gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, options: Options
-) -> Forward:
+def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, options: Options) -> Forward:
     """Run all steps. See :class:`.options.Forward` for what is returned; ``keep`` asks for its last two."""
     cell, kind = options.kind(), state_dtype(gates.dtype)
     keeps_values = keep and not options.recompute_gates
@@ -61,7 +59,9 @@ def forward(
             _add_product(now, states[0].to(gates.dtype).to(kind), weights, cell)
             following = cell.forward(now, states)
             if valid is not None:
-                following = tuple(torch.where(valid[step], new, old) for new, old in zip(following, states, strict=True))
+                following = tuple(
+                    torch.where(valid[step], new, old) for new, old in zip(following, states, strict=True)
+                )
             states = following
             steps.append(states)
         h = torch.stack([now[0] for now in steps])
