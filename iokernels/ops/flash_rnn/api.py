@@ -57,8 +57,9 @@ def flash_rnn(
     ``lstm``   4  h, c           gates i, f, z, o, each ``x + s``. ``c = σ(f) c + σ(i) tanh(z)``; ``h = σ(o) tanh(c)``
     ``gru``    3  h              gates r, z, n. ``n = tanh(x_n + σ(r) s_n)``; ``h = σ(z) h + (1 - σ(z)) n``
     ``elman``  1  h              ``h = tanh(x + s)``
-    ``slstm``  4  h, c, n, m     gates i, f, z, o. ``m' = max(log σ(f) + m, i)``, I = ``exp(i - m')``, F = ``exp(log σ(f)
-                                 + m - m')``; ``c = F c + I tanh(z)``; ``n = F n + I``; ``h = σ(o) c / n``
+    ``slstm``  4  h, c, n, m     gates i, f, z, o. ``m' = max(log σ(f) + m, i)``; I = ``exp(i - m')``;
+                                 F = ``exp(log σ(f) + m - m')``; ``c = F c + I tanh(z)``; ``n = F n + I``;
+                                 ``h = σ(o) c / n``
     ========= === ============== =======================================================================================
 
     FlashRNN (Pöppel et al., 2024, arXiv:2412.07752); sLSTM from xLSTM (Beck et al., 2024, arXiv:2405.04517). States
@@ -184,8 +185,8 @@ def _triton_refusal(gates: Tensor, cell: str) -> str | None:
     most = max_width(CELLS[cell].gates, gates.element_size())
     if gates.shape[4] > most:
         return (
-            f"D is {gates.shape[4]}, and its kernels keep the recurrent matrices of a head on chip, which limits {cell} "
-            f"in {short(gates.dtype)} to {most}"
+            f"D is {gates.shape[4]}, and its kernels keep the recurrent matrices of a head on chip, which limits "
+            f"{cell} in {short(gates.dtype)} to {most}"
         )
     return devices.triton_refusal(gates.device)
 

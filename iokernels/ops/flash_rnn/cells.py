@@ -114,7 +114,7 @@ def _slstm_gates(values: Tensor, previous: States, m: Tensor | None) -> tuple[Te
     """(i', f', m). The exponential gates, relative to the stabiliser m, which counts as a constant."""
     i, f = values[..., 0, :], logsigmoid(values[..., 1, :])
     # Where nothing was stored yet, the stabiliser of the past means nothing.
-    past = previous[3].masked_fill(previous[2] == 0, float("-inf"))
+    past = previous[3].detach().masked_fill(previous[2] == 0, float("-inf"))
     m = torch.maximum(f + past, i).detach() if m is None else m
     return (i - m).exp(), (f + past - m).exp(), m
 
