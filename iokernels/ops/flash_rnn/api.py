@@ -182,11 +182,12 @@ def _plan(
 def _triton_refusal(gates: Tensor, cell: str) -> str | None:
     if gates.dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
-    most = max_width(CELLS[cell].gates, gates.element_size())
+    spec = devices.spec_of(gates.device)
+    most = max_width(CELLS[cell].gates, gates.element_size(), spec.smem_block)
     if gates.shape[4] > most:
         return (
             f"D is {gates.shape[4]}, and its kernels keep the recurrent matrices of a head on chip, which limits "
-            f"{cell} in {short(gates.dtype)} to {most}"
+            f"{cell} in {short(gates.dtype)} to {most} on {spec.name}"
         )
     return devices.triton_refusal(gates.device)
 

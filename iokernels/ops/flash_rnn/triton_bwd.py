@@ -2,9 +2,10 @@
 
     dvalues, dstates = cell'(values, states before and after, dstates)        dh = dh' + sum_g R_g^T ds_g
 
-with dh' what the cell itself passes on. Blocks are those of the forward pass: BLOCK_B sequences of one head, R on chip.
-Nothing but dstates runs through time, so the gradients of R and b wait until the loop is over, when all ds_g are there:
-``dR_g = sum_t ds_g h^T`` is one product of length B N (in :mod:`.triton_launch`).
+where dh' is what the cell itself passes on. Blocks are those of the forward pass: BLOCK_B sequences of one head, R on
+chip; what the next step reads is fetched while this one runs. Nothing but dstates runs through time, so the gradients
+of R and b wait until the loop is over, when all ds_g are there: ``dR_g = sum_t ds_g h^T`` is one product of length B N
+(in :mod:`.triton_launch`).
 
 FLOPs: 2 G D^2 a step, head and sequence. Bytes: R once for every block; values, the S - 1 states after h (and h where
 the cell reads it), dout and the gradients of the gates once, and once more those of the recurrent parts that are apart.
@@ -26,6 +27,21 @@ from .triton_steps import (
     store_step,
     tile_offsets,
 )
+
+
+@triton.jit
+def _fetch(
+    values_ptr, stride_values, values_offsets, dout_ptr, stride_dout, dout_offsets, out_ptr, stride_out, out_offsets,
+    history_ptr, stride_history, history_offsets, inside, alive, step,
+    VALUES: tl.constexpr, READS_H: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    """All that one step reads: its values, dout, h of the step before where the cell looks at it, the other states of
+    the step before."""
+    tiles = load_step(values_ptr, stride_values, values_offsets, alive, step, VALUES)
+    tiles = tiles + load_step(dout_ptr, stride_dout, dout_offsets, alive, step, 1)
+    earlier = inside & (step > 0)
+    tiles = tiles + load_step(out_ptr, stride_out, out_offsets, earlier, step - 1, READS_H)
+    return tiles + load_step(history_ptr, stride_history, history_offsets, earlier, step - 1, OTHERS)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "length", "clip"])
@@ -67,6 +83,8 @@ def flash_rnn_bwd_kernel(
 ):
     """All steps of BLOCK_B sequences of one head."""
     JOINED: tl.constexpr = GATES - APART
+    VALUES: tl.constexpr = GATES + APART
+    OTHERS: tl.constexpr = STATES - 1
     head, first = tl.program_id(0) % heads, tl.program_id(0) // heads * BLOCK_B
     rows, columns = first + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
     inside = (rows < batch)[:, None] & (columns < WIDTH)[None, :]
@@ -91,38 +109,45 @@ def flash_rnn_bwd_kernel(
         dapart = at_tile(dapart_ptr, stride_dapart, first, head)
         dapart_offsets = tile_offsets(stride_dapart, BLOCK_B, BLOCK_D, WIDE)
 
-    states = (dstates[0],)
+    history_tile, history_offsets = out, out_offsets
     if STATES > 1:
         history_tile = at_tile(history_ptr, stride_history, first, head)
         history_offsets = tile_offsets(stride_history, BLOCK_B, BLOCK_D, WIDE)
-        states = states + load_step(
-            history_tile, stride_history, history_offsets, inside & (steps > 0), steps - 1, STATES - 1
-        )  # fmt: skip
+    # h stands first among the states; only what a cell reads of it is loaded.
+    states = (dstates[0],) + load_step(
+        history_tile, stride_history, history_offsets, inside & (steps > 0), steps - 1, OTHERS
+    )  # fmt: skip
+    alive = inside & (steps > 0)
+    if lengths_ptr is not None:
+        alive = alive & (steps - 1 < lengths)[:, None]
+    coming = _fetch(
+        values_tile, stride_values, values_offsets, dout, stride_dout, dout_offsets, out, stride_out, out_offsets,
+        history_tile, stride_history, history_offsets, inside, alive, steps - 1, VALUES, READS_H, OTHERS,
+    )  # fmt: skip
     for back in tl.range(0, steps):
         step = steps - 1 - back
-        written = inside
+        fetched = coming
+        written = alive
+        alive = inside & (step > 0)
         if lengths_ptr is not None:
+            alive = alive & (step - 1 < lengths)[:, None]
             valid = (step < lengths)[:, None]
-            written = inside & valid
-        stored = load_step(values_tile, stride_values, values_offsets, written, step, GATES + APART)
-        incoming = load_step(dout, stride_dout, dout_offsets, written, step, 1)
+        coming = _fetch(
+            values_tile, stride_values, values_offsets, dout, stride_dout, dout_offsets, out, stride_out, out_offsets,
+            history_tile, stride_history, history_offsets, inside, alive, step - 1, VALUES, READS_H, OTHERS,
+        )  # fmt: skip
         values = ()
-        for a in tl.static_range(GATES + APART):
-            values = values + (stored[a].to(tl.float32),)
+        for a in tl.static_range(VALUES):
+            values = values + (fetched[a].to(tl.float32),)
         # The states before the first step come from elsewhere.
-        earlier = step > 0
         previous = (dstates[0],)
         if READS_H:
-            h = load_step(out, stride_out, out_offsets, inside & earlier, step - 1, 1)
-            previous = (tl.where(earlier, h[0].to(tl.float32), initial[0]),)
-        if STATES > 1:
-            others = load_step(
-                history_tile, stride_history, history_offsets, inside & earlier, step - 1, STATES - 1
-            )  # fmt: skip
-            for s in tl.static_range(1, STATES):
-                previous = previous + (tl.where(earlier, others[s - 1], initial[s]),)
+            previous = (tl.where(step > 0, fetched[VALUES + 1].to(tl.float32), initial[0]),)
+        for s in tl.static_range(OTHERS):
+            before_s = fetched[VALUES + 1 + READS_H + s]
+            previous = previous + (tl.where(step > 0, before_s, initial[1 + s]),)
 
-        after = (dstates[0] + incoming[0].to(tl.float32),)
+        after = (dstates[0] + fetched[VALUES].to(tl.float32),)
         for s in tl.static_range(1, STATES):
             after = after + (dstates[s],)
         dvalues, before = CELL(values, previous, states, after)

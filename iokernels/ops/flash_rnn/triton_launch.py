@@ -86,7 +86,7 @@ def backward(
                 matrices_of(recurrent), steps_of(out), steps_of(values), steps_of(history), steps_of(dout),
                 steps_of(dgates), steps_of(dapart), *launch.sizes, options.recurrent_clip,
                 CELL=BACKWARD[options.cell], GATES=cell.gates, APART=cell.apart, STATES=len(cell.states),
-                READS_H=cell.reads_h, CLIPS=options.recurrent_clip > 0.0, CUTS=options.recurrent_cut,
+                READS_H=int(cell.reads_h), CLIPS=options.recurrent_clip > 0.0, CUTS=options.recurrent_cut,
                 **launch.widths, **launch.tile(config, out, values, history, dout, dgates, dapart),
                 **resources(config),
             )  # fmt: skip
@@ -181,7 +181,6 @@ class Launch:
             self.out.element_size(),
             self.out.dtype != torch.float32 or self.widths["PRECISION"] != "ieee",
             device.sm,
-            device.sms,
             device.smem_block,
             tuning.bucket(self.batch),
             tuning.bucket(self.heads),

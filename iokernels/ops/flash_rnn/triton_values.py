@@ -1,4 +1,4 @@
-"""The values of all steps at once, for a backward pass that did not keep them: ``x + R h + b`` with the h that are known.
+"""The values of all steps at once, for a backward pass that did not keep them: ``x + R h + b``, h being known.
 
 Unlike the forward pass, this is parallel over time. A thread block takes BLOCK_M rows, a row being one step of one
 sequence, of one head, and all gates of them one after the other.
