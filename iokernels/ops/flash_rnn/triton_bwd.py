@@ -90,7 +90,8 @@ def flash_rnn_bwd_kernel(
     inside = (rows < batch)[:, None] & (columns < WIDTH)[None, :]
     if not CUTS:
         matrices = load_matrices(recurrent_ptr, stride_recurrent, head, GATES, False, WIDTH, BLOCK_D)
-    initial = load_states(initial_ptr, first, head, batch, heads, 0, STATES, WIDTH, BLOCK_B, BLOCK_D)
+    # h first, where the cell looks at it.
+    initial = load_states(initial_ptr, first, head, batch, heads, 1 - READS_H, STATES, WIDTH, BLOCK_B, BLOCK_D)
     dstates = load_states(dstate_ptr, first, head, batch, heads, 0, STATES, WIDTH, BLOCK_B, BLOCK_D)
     steps = length
     if lengths_ptr is not None:
@@ -145,7 +146,7 @@ def flash_rnn_bwd_kernel(
             previous = (tl.where(step > 0, fetched[VALUES + 1].to(tl.float32), initial[0]),)
         for s in tl.static_range(OTHERS):
             before_s = fetched[VALUES + 1 + READS_H + s]
-            previous = previous + (tl.where(step > 0, before_s, initial[1 + s]),)
+            previous = previous + (tl.where(step > 0, before_s, initial[READS_H + s]),)
 
         after = (dstates[0] + fetched[VALUES].to(tl.float32),)
         for s in tl.static_range(1, STATES):

@@ -17,8 +17,9 @@ from iokernels.runtime.device import DeviceSpec
 
 KERNELS = ("flash_rnn_fwd", "flash_rnn_bwd", "flash_rnn_values")
 
-MAX_WIDTH = 256
-"""Widest head of any cell, on any GPU."""
+MAX_WIDTH = {2: 256, 4: 64}
+"""Widest head of any cell, on any GPU, by the bytes of an element. Products in full float32 run on the vector units,
+whose operands do not stay in registers beyond that."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ SIZES = ("batch", "heads")
 
 def max_width(gates: int, itemsize: int, smem_block: int) -> int:
     """The widest head whose recurrent matrices a block of ``smem_block`` bytes keeps on chip; 0 if none."""
-    width = MAX_WIDTH
+    width = MAX_WIDTH[itemsize]
     while width >= 16 and _bytes_of("flash_rnn_bwd", gates, width, itemsize, 16) > smem_block:
         width //= 2
     return width if width >= 16 else 0
@@ -107,15 +108,22 @@ def _bytes_of(kernel: str, gates: int, width: int, itemsize: int, block: int) ->
 
 def default(problem: Problem) -> Config:
     """A configuration that fits, for every problem the kernels accept."""
-    warps = {16: 1, 32: 2, 64: 4, 128: 8}.get(problem.block_d, 16)
-    if problem.itemsize == 4:
-        # An element takes twice the room, and without matrix units every thread holds rows of both operands.
-        warps = {16: 2, 32: 4, 64: 4, 128: 8}.get(problem.block_d, 16)
-        if problem.kernel == "flash_rnn_bwd" and problem.block_d == 64:
-            warps = 8
-    elif problem.block_d == 128 and problem.states > 2:
-        warps = 16
-    config = Config(64 if problem.kernel == "flash_rnn_values" else 16, warps, 1)
+    config = _preferred(problem)
     while config.block > 16 and shared_bytes(problem, config) > problem.smem_block:
         config = replace(config, block=config.block // 2)
     return config
+
+
+def _preferred(problem: Problem) -> Config:
+    """The shape that the registers suggest, before shared memory has its say."""
+    single, width = problem.itemsize == 4, problem.block_d
+    if problem.kernel == "flash_rnn_values":
+        if single:
+            # Without matrix units every thread holds rows of both operands.
+            return Config(16, {16: 2, 32: 4}.get(width, 8), 1)
+        return Config(64 if width <= 64 else 32, {16: 4, 32: 4}.get(width, 8), 1)
+    if single:
+        return Config(16, {16: 2, 32: 4}.get(width, 8 if problem.kernel == "flash_rnn_bwd" else 4), 1)
+    if width == 128 and problem.states > 2:
+        return Config(16, 16, 1)
+    return Config(16, {16: 1, 32: 2, 64: 4, 128: 8}.get(width, 16), 1)
