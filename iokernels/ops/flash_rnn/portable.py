@@ -120,7 +120,7 @@ def backward(
                 cell, tuple(x[step] for x in factors), dstates, dh_chunk[step], dvalues[:, step], weights, options,
                 None if valid is None else valid[first + step],
             )  # fmt: skip
-        ds = dvalues[..., : cell.gates, :].reshape(heads, count * batch, -1)
+        ds = dvalues[..., : cell.gates, :].reshape(heads, count * batch, cell.gates * width)
         if needs.recurrent:
             dweights.baddbmm_(ds.transpose(1, 2), h_before.transpose(0, 1).reshape(heads, count * batch, width))
         if needs.bias:

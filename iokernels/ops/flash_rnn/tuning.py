@@ -124,6 +124,6 @@ def _preferred(problem: Problem) -> Config:
         return Config(64 if width <= 64 else 32, {16: 4, 32: 4}.get(width, 8), 1)
     if single:
         return Config(16, {16: 2, 32: 4}.get(width, 8 if problem.kernel == "flash_rnn_bwd" else 4), 1)
-    if width == 128 and problem.states > 2:
-        return Config(16, 16, 1)
-    return Config(16, {16: 1, 32: 2, 64: 4, 128: 8}.get(width, 16), 1)
+    warps = {16: 1, 32: 2, 64: 4, 128: 8}.get(width, 16)
+    # The states of sLSTM take more room than a warp less would save.
+    return Config(16, min(2 * warps, 16) if problem.states > 2 else warps, 1)
