@@ -133,7 +133,7 @@ def backward(
     per_gate = dweights.view(heads, cell.gates, width, width).transpose(0, 1)
     return Gradients(
         gates=dgates,
-        recurrent=per_gate.to(recurrent.dtype, memory_format=torch.contiguous_format) if needs.recurrent else None,
+        recurrent=per_gate.to(recurrent.dtype).contiguous() if needs.recurrent else None,
         bias=dbias.view(heads, cell.gates, width).transpose(0, 1).to(out.dtype).contiguous() if needs.bias else None,
         initial_state=torch.stack(dstates).transpose(1, 2).contiguous() if needs.initial_state else None,
     )

@@ -116,14 +116,12 @@ def default(problem: Problem) -> Config:
 
 def _preferred(problem: Problem) -> Config:
     """The shape that the registers suggest, before shared memory has its say."""
-    single, width = problem.itemsize == 4, problem.block_d
+    width = problem.block_d
+    if problem.itemsize == 4:
+        # Without matrix units every thread holds rows of both operands.
+        return Config(16, 4 if width == 16 else 8, 1)
     if problem.kernel == "flash_rnn_values":
-        if single:
-            # Without matrix units every thread holds rows of both operands.
-            return Config(16, {16: 2, 32: 4}.get(width, 8), 1)
-        return Config(64 if width <= 64 else 32, {16: 4, 32: 4}.get(width, 8), 1)
-    if single:
-        return Config(16, {16: 2, 32: 4}.get(width, 8 if problem.kernel == "flash_rnn_bwd" else 4), 1)
+        return Config(64 if width <= 64 else 32, 4 if width <= 32 else 8, 1)
     warps = {16: 1, 32: 2, 64: 4, 128: 8}.get(width, 16)
     # The states of sLSTM take more room than a warp less would save.
     return Config(16, min(2 * warps, 16) if problem.states > 2 else warps, 1)

@@ -34,8 +34,8 @@ def _space(kernel: str) -> Space[Config]:
         return shared_bytes(problem, Config(block, 4, 1))
 
     def a_tile_a_warp(problem: Problem, device: DeviceSpec, block: int, warps: int) -> bool:
-        # Of a matrix instruction: 16 rows by 8 columns.
-        return block * problem.block_d >= 128 * warps
+        # Of a matrix instruction, 16 rows by 8 columns; in float32, an element a thread.
+        return block * problem.block_d >= (128 if problem.itemsize == 2 else 32) * warps
 
     def used(problem: Problem, device: DeviceSpec, block: int) -> bool:
         return kernel == "flash_rnn_values" or block <= max(16, problem.batch)
