@@ -20,9 +20,10 @@ from .tuning import KERNELS, SIZES, Config, Problem, default, shared_bytes, tabl
 def words(kernel: str, problem: Problem, block: int) -> float:
     """The 32-bit registers of a block: the matrices, as operands, and the tiles of a step."""
     matrices = problem.gates * problem.block_d**2 * problem.itemsize / 4 if problem.itemsize == 2 else 0
-    tiles = 2 * problem.values + problem.states
+    # The values of this step in float32, the inputs of the next as they are stored.
+    tiles = problem.values * (1 + problem.itemsize / 4) + problem.states
     if kernel == "flash_rnn_bwd":
-        tiles += 2 * problem.states
+        tiles += problem.states
     return matrices + block * problem.block_d * tiles
 
 
