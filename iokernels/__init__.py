@@ -29,6 +29,7 @@ from .ops.linear_attention import (
     minimax_slopes,
     retention_slopes,
 )
+from .ops.flash_rnn import flash_rnn
 from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 
@@ -54,6 +55,7 @@ __all__ = [
     "linear_attention_state",
     "linear_attention_step",
     "minimax_slopes",
+    "flash_rnn",
     "nn",
     "retention_slopes",
     "rotary_table",
