@@ -17,6 +17,7 @@ from .ops.fft_conv import (
     short_conv_step,
 )
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
+from .ops.flash_rnn import flash_rnn
 from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
 from .ops.linear_attention import (
     alibi_slopes,
@@ -29,7 +30,6 @@ from .ops.linear_attention import (
     minimax_slopes,
     retention_slopes,
 )
-from .ops.flash_rnn import flash_rnn
 from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 
@@ -45,6 +45,7 @@ __all__ = [
     "fft_conv_step",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_rnn",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "kernel_spectrum",
@@ -55,7 +56,6 @@ __all__ = [
     "linear_attention_state",
     "linear_attention_step",
     "minimax_slopes",
-    "flash_rnn",
     "nn",
     "retention_slopes",
     "rotary_table",

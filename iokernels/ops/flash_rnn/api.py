@@ -171,7 +171,7 @@ def _plan(
         backend,
         gates.device.type,
         {
-            "triton": partial(_triton_refusal, gates, cell),
+            "triton": partial(triton_refusal, cell, gates.shape[4], gates.dtype, gates.device),
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -179,17 +179,18 @@ def _plan(
     return Plan(backend, cell, clip, recurrent_cut, recompute_gates)
 
 
-def _triton_refusal(gates: Tensor, cell: str) -> str | None:
-    if gates.dtype == torch.float64:
+def triton_refusal(cell: str, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the backend ``triton`` cannot run heads of ``width`` units, as the end of a sentence; None where it can."""
+    if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
-    spec = devices.spec_of(gates.device)
-    most = max_width(CELLS[cell].gates, gates.element_size(), spec.smem_block)
-    if gates.shape[4] > most:
+    spec = devices.spec_of(device)
+    most = max_width(CELLS[cell].gates, dtype.itemsize, spec.smem_block)
+    if width > most:
         return (
-            f"D is {gates.shape[4]}, and its kernels keep the recurrent matrices of a head on chip, which limits "
-            f"{cell} in {short(gates.dtype)} to {most} on {spec.name}"
+            f"D is {width}, and its kernels keep the recurrent matrices of a head on chip, which limits "
+            f"{cell} in {short(dtype)} to {most} on {spec.name}"
         )
-    return devices.triton_refusal(gates.device)
+    return devices.triton_refusal(device)
 
 
 def _check_lengths(lengths: Tensor, steps: int) -> None:
