@@ -19,7 +19,7 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2, torch.
 def draw(
     cell: str, batch: int, steps: int, heads: int, width: int, *, dtype: torch.dtype = torch.float32,
     scale: float = 1.0, state: bool = True, time_first: bool = False, seed: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """gates, recurrent, bias and initial_state, with NaN around every tensor."""
     generator = torch.Generator().manual_seed(seed)
     kind = CELLS[cell]
@@ -44,7 +44,7 @@ def draw(
     return found
 
 
-def results(tensors: dict[str, Tensor], cell: str, *, as_dtype: torch.dtype | None = None, **options: Any) -> Any:
+def results(tensors: dict[str, Any], cell: str, *, as_dtype: torch.dtype | None = None, **options: Any) -> Any:
     """h, the final state and all gradients by name, for output gradients that depend on the shapes alone."""
     leaves = {
         name: (x if as_dtype is None else x.detach().to(as_dtype)).detach().requires_grad_()
@@ -60,7 +60,7 @@ def results(tensors: dict[str, Tensor], cell: str, *, as_dtype: torch.dtype | No
     return {"h": h.detach(), "state": state.detach(), **found}
 
 
-def prove(tensors: dict[str, Tensor], cell: str, backend: str, **options: Any) -> None:
+def prove(tensors: dict[str, Any], cell: str, backend: str, **options: Any) -> None:
     """Hold a backend to the float64 reference: h, states, and all gradients."""
     actual = results(tensors, cell, backend=backend, **options)
     expected = results(tensors, cell, backend="reference", as_dtype=torch.float64, **options)

@@ -50,6 +50,11 @@ def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
         "from iokernels.autotune.resources import compiling_for\n"
         "from iokernels.bench.cases.flash_rnn_kernels import COMPILATION\n"
         "from iokernels.runtime.device import named\n"
+        "shape, dtype = COMPILATION.points[0]\n"
+        "with compiling_for(named(sys.argv[1])) as found:\n"
+        "    for text in ('b=1', 'b=17,n=1k', 'n=777,h=5', 'n=1,nb=1', 'b=3,h=1'):\n"
+        "        COMPILATION.launch(shape.vocabulary.parse(text), dtype, 'both')\n"
+        "print(len(found), len({id(one.cubin) for one in found}))\n"
         "for shape, dtype in COMPILATION.points:\n"
         "    with compiling_for(named(sys.argv[1])) as found:\n"
         "        COMPILATION.launch(shape, dtype, 'both')\n"
@@ -61,7 +66,10 @@ def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
         [sys.executable, "-c", program, gpu], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    launches, *lines = run.stdout.splitlines()
+    # Neither steps nor sequences nor heads make another kernel: one forward, one backward.
+    assert launches == "10 2"
+    rows = [json.loads(line) for line in lines]
     assert {row[2] for row in rows} == {f"{kernel}_kernel" for kernel in KERNELS}
     for shape, itemsize, kernel, shared, spills, products in rows:
         assert shared <= named(gpu).smem_block, (shape, kernel)

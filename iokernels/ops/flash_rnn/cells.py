@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+# ``g s (1 - s)`` and ``g (1 - t^2)`` in one pass.
+_through_sigmoid, _through_tanh = torch.ops.aten.sigmoid_backward.default, torch.ops.aten.tanh_backward.default
+
 States = tuple[Tensor, ...]
 """One tensor ``[..., D]`` for every state of a cell, h first."""
 
@@ -62,8 +65,8 @@ def _lstm(values: Tensor, states: States) -> States:
 def _lstm_factors(values: Tensor, previous: States, states: States) -> States:
     i, f, _, o = values.sigmoid().unbind(-2)
     z, t = values[..., 2, :].tanh(), states[1].tanh()
-    into_c = torch.stack([z * i * (1 - i), previous[1] * f * (1 - f), i * (1 - z * z)], -2)
-    return o * (1 - t * t), into_c, t * o * (1 - o), f
+    into_c = torch.stack([_through_sigmoid(z, i), _through_sigmoid(previous[1], f), _through_tanh(i, z)], -2)
+    return _through_tanh(o, t), into_c, _through_sigmoid(t, o), f
 
 
 def _lstm_backward(factors: States, dstates: States, dvalues: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,8 +88,8 @@ def _gru_factors(values: Tensor, previous: States, states: States) -> States:
     r, z = values[..., :2, :].sigmoid().unbind(-2)
     s = values[..., 2, :]
     n = torch.addcmul(values[..., 3, :], r, s).tanh()
-    into_n = (1 - z) * (1 - n * n)
-    into = torch.stack([into_n * s * r * (1 - r), (previous[0] - n) * z * (1 - z), into_n * r, into_n], -2)
+    into_n = _through_tanh(1 - z, n)
+    into = torch.stack([_through_sigmoid(into_n * s, r), _through_sigmoid(previous[0] - n, z), into_n * r, into_n], -2)
     return into, z
 
 
@@ -133,9 +136,9 @@ def _slstm_factors(values: Tensor, previous: States, states: States) -> States:
     kept = f * (-values[..., 1, :]).sigmoid()
     h_of_c = o / n
     h = h_of_c * c
-    into_c = torch.stack([i * z, kept * previous[1], i * (1 - z * z)], -2)
+    into_c = torch.stack([i * z, kept * previous[1], _through_tanh(i, z)], -2)
     into_n = torch.stack([i, kept * previous[2]], -2)
-    return h_of_c, -h / n, into_c, into_n, h * (1 - o), f
+    return h_of_c, -h / n, into_c, into_n, h - h * o, f
 
 
 def _slstm_backward(factors: States, dstates: States, dvalues: Tensor) -> tuple[Tensor | None, ...]:

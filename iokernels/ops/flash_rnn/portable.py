@@ -28,7 +28,7 @@ from .options import (
     valid_steps,
 )
 
-CHUNK = 16
+CHUNK = 8
 """Steps whose pointwise work shares whole-tensor operations: what they touch should stay in a cache."""
 
 
@@ -190,12 +190,19 @@ def _shifted(x: Tensor, initial: Tensor, chunk: slice) -> Tensor:
 def _add_inputs(work: Tensor, gates: Tensor, bias: Tensor | None, cell: Cell) -> None:
     """Fill ``work [C, H, B, A, D]`` with all that does not depend on h."""
     x = gates.permute(1, 3, 0, 2, 4)
-    work[..., : cell.joined, :] = x[..., : cell.joined, :]
+    bias = None if bias is None else bias.to(work.dtype).permute(1, 0, 2)[None, :, None]
+    _fill(work[..., : cell.joined, :], x[..., : cell.joined, :], None if bias is None else bias[..., : cell.joined, :])
     if cell.apart:
-        work[..., cell.joined : cell.gates, :] = 0.0
+        recurrent = work[..., cell.joined : cell.gates, :]
+        _fill(recurrent, work.new_zeros(()).expand_as(recurrent), None if bias is None else bias[..., cell.joined :, :])
         work[..., cell.gates :, :] = x[..., cell.joined :, :]
-    if bias is not None:
-        work[..., : cell.gates, :] += bias.to(work.dtype).permute(1, 0, 2)[None, :, None]
+
+
+def _fill(work: Tensor, x: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        work.copy_(x)
+    else:
+        torch.add(x, bias, out=work)
 
 
 def _add_product(work: Tensor, h: Tensor, weights: Tensor, cell: Cell) -> None:

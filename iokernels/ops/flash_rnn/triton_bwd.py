@@ -23,6 +23,7 @@ from .triton_steps import (
     load_matrices,
     load_states,
     load_step,
+    rows_if,
     store_states,
     store_step,
     tile_offsets,
@@ -32,14 +33,13 @@ from .triton_steps import (
 @triton.jit
 def _fetch(
     values_ptr, stride_values, values_offsets, dout_ptr, stride_dout, dout_offsets, out_ptr, stride_out, out_offsets,
-    history_ptr, stride_history, history_offsets, inside, alive, step,
+    history_ptr, stride_history, history_offsets, alive, earlier, step,
     VALUES: tl.constexpr, READS_H: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """All that one step reads: its values, dout, h of the step before where the cell looks at it, the other states of
     the step before."""
     tiles = load_step(values_ptr, stride_values, values_offsets, alive, step, VALUES)
     tiles = tiles + load_step(dout_ptr, stride_dout, dout_offsets, alive, step, 1)
-    earlier = inside & (step > 0)
     tiles = tiles + load_step(out_ptr, stride_out, out_offsets, earlier, step - 1, READS_H)
     return tiles + load_step(history_ptr, stride_history, history_offsets, earlier, step - 1, OTHERS)
 
@@ -116,26 +116,26 @@ def flash_rnn_bwd_kernel(
         history_offsets = tile_offsets(stride_history, BLOCK_B, BLOCK_D, WIDE)
     # h stands first among the states; only what a cell reads of it is loaded.
     states = (dstates[0],) + load_step(
-        history_tile, stride_history, history_offsets, inside & (steps > 0), steps - 1, OTHERS
+        history_tile, stride_history, history_offsets, inside & rows_if(steps > 0, rows, batch), steps - 1, OTHERS
     )  # fmt: skip
-    alive = inside & (steps > 0)
+    alive, earlier = inside & rows_if(steps > 0, rows, batch), inside & rows_if(steps > 1, rows, batch)
     if lengths_ptr is not None:
         alive = alive & (steps - 1 < lengths)[:, None]
     coming = _fetch(
         values_tile, stride_values, values_offsets, dout, stride_dout, dout_offsets, out, stride_out, out_offsets,
-        history_tile, stride_history, history_offsets, inside, alive, steps - 1, VALUES, READS_H, OTHERS,
+        history_tile, stride_history, history_offsets, alive, earlier, steps - 1, VALUES, READS_H, OTHERS,
     )  # fmt: skip
     for back in tl.range(0, steps):
         step = steps - 1 - back
         fetched = coming
         written = alive
-        alive = inside & (step > 0)
+        alive, earlier = inside & rows_if(step > 0, rows, batch), inside & rows_if(step > 1, rows, batch)
         if lengths_ptr is not None:
             alive = alive & (step - 1 < lengths)[:, None]
             valid = (step < lengths)[:, None]
         coming = _fetch(
             values_tile, stride_values, values_offsets, dout, stride_dout, dout_offsets, out, stride_out, out_offsets,
-            history_tile, stride_history, history_offsets, inside, alive, step - 1, VALUES, READS_H, OTHERS,
+            history_tile, stride_history, history_offsets, alive, earlier, step - 1, VALUES, READS_H, OTHERS,
         )  # fmt: skip
         values = ()
         for a in tl.static_range(VALUES):

@@ -26,6 +26,7 @@ from .triton_steps import (
     load_matrices,
     load_states,
     load_step,
+    rows_if,
     store_states,
     store_step,
     tile_offsets,
@@ -84,10 +85,11 @@ def flash_rnn_fwd_kernel(
         history_tile = at_tile(history_ptr, stride_history, first, head)
         history_offsets = tile_offsets(stride_history, BLOCK_B, BLOCK_D, WIDE)
 
-    coming = load_step(gates, stride_gates, gates_offsets, inside & (steps > 0), 0, GATES)
+    coming = load_step(gates, stride_gates, gates_offsets, inside & rows_if(steps > 0, rows, batch), 0, GATES)
     for step in tl.range(0, steps):
         x = coming
-        coming = load_step(gates, stride_gates, gates_offsets, inside & (step + 1 < steps), step + 1, GATES)
+        more = inside & rows_if(step + 1 < steps, rows, batch)
+        coming = load_step(gates, stride_gates, gates_offsets, more, step + 1, GATES)
         h = states[0].to(recurrent_ptr.dtype.element_ty)
         values = join(x, biases, matrices, h, GATES, APART, PRECISION)
         following = CELL(values, states)

@@ -49,6 +49,15 @@ def tile_offsets(strides, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl
 
 
 @triton.jit
+def rows_if(condition, rows, batch):
+    """The rows of sequences where a scalar condition holds, else none, as a column to mask with.
+
+    A comparison of integers, because Triton 3.9's interpreter makes integers of a condition that it broadcasts.
+    """
+    return (rows < tl.where(condition, batch, 0))[:, None]
+
+
+@triton.jit
 def load_step(ptr, strides, offsets, mask, step, COUNT: tl.constexpr):
     """The first COUNT tiles of x at one step, in the tensor's dtype."""
     at = ptr + tl.cast(step, tl.int64) * strides.n

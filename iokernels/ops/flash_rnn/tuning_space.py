@@ -19,7 +19,9 @@ from .tuning import KERNELS, SIZES, Config, Problem, default, shared_bytes, tabl
 
 def words(kernel: str, problem: Problem, block: int) -> float:
     """The 32-bit registers of a block: the matrices, as operands, and the tiles of a step."""
-    matrices = problem.gates * problem.block_d**2 * problem.itemsize / 4 if problem.itemsize == 2 else 0
+    # Only a loop is worth keeping operands in registers for, and only matrix instructions let them stay there.
+    resident = kernel != "flash_rnn_values" and problem.itemsize == 2
+    matrices = problem.gates * problem.block_d**2 * problem.itemsize / 4 if resident else 0
     # The values of this step in float32, the inputs of the next as they are stored.
     tiles = problem.values * (1 + problem.itemsize / 4) + problem.states
     if kernel == "flash_rnn_bwd":
