@@ -182,14 +182,22 @@ def _plan(
 def _triton_refusal(gates: Tensor, cell: str) -> str | None:
     if gates.dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
-    spec = devices.spec_of(gates.device)
-    most = max_width(CELLS[cell].gates, gates.element_size(), spec.smem_block)
+    most = max_width(CELLS[cell].gates, gates.element_size(), _shared_memory(gates.device))
     if gates.shape[4] > most:
         return (
             f"D is {gates.shape[4]}, and its kernels keep the recurrent matrices of a head on chip, which limits "
-            f"{cell} in {short(gates.dtype)} to {most} on {spec.name}"
+            f"{cell} in {short(gates.dtype)} to {most} on {devices.spec_of(gates.device).name}"
         )
     return devices.triton_refusal(gates.device)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a thread block may use. Dynamo asks and does not trace how the driver is asked."""
+    return devices.spec_of(device).smem_block
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this library.
+_shared_memory.__dict__["_dynamo_marked_constant"] = True
 
 
 def _check_lengths(lengths: Tensor, steps: int) -> None:
