@@ -167,13 +167,15 @@ def interpret_triton() -> bool:
     if not INTERPRET and has_triton() and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
         INTERPRET = True
-        triton_refusal.cache_clear()
     return INTERPRET
 
 
-@cache
+@torch.compiler.assume_constant_result
 def triton_refusal(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on ``device``, as the end of a sentence, or None when they can."""
+    """Why Triton kernels cannot run on ``device``, as the end of a sentence, or None when they can.
+
+    Dynamo asks and does not trace it: it has no cache that Dynamo would warn of, and the answer does not change.
+    """
     if not has_triton():
         return "Triton is not installed"
     if INTERPRET:

@@ -202,10 +202,8 @@ def test_refused_backend(change: dict[str, Any], error: type[Exception], message
 
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "INTERPRET", False)
-    device.triton_refusal.cache_clear()
     with pytest.raises(UnsupportedError, match=r"only under TRITON_INTERPRET=1|Triton is not installed"):
         flash_attention(**dense(backend="triton", scale=0.123))
-    device.triton_refusal.cache_clear()
 
 
 def test_use_backend_is_obeyed_and_does_not_fall_back() -> None:

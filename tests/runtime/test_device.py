@@ -14,7 +14,7 @@ from iokernels.runtime import device
 
 @pytest.fixture(autouse=True)
 def fresh_caches() -> Iterator[None]:
-    caches = (device.current, device.has_triton, device.triton_refusal)
+    caches = (device.current, device.has_triton)
     for cached in caches:
         cached.cache_clear()
     yield
