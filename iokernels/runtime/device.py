@@ -170,7 +170,6 @@ def interpret_triton() -> bool:
     return INTERPRET
 
 
-@torch.compiler.assume_constant_result
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on ``device``, as the end of a sentence, or None when they can.
 
@@ -189,6 +188,10 @@ def triton_refusal(device: torch.device) -> str | None:
         if major * 10 + minor < OLDEST_SM:
             return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0 or newer"
     return None
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this library.
+triton_refusal.__dict__["_dynamo_marked_constant"] = True
 
 
 def guard(device: torch.device) -> Any:
