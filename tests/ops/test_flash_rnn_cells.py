@@ -14,6 +14,7 @@ from .flash_rnn_calls import draw, prove
 TRITON = devices.INTERPRET or torch.cuda.is_available()
 if TRITON:
     import triton
+    import triton.language as tl  # noqa: F401 (the interpreter patches it where a kernel's file has it)
 
     from iokernels.ops.flash_rnn import triton_cells
     from iokernels.ops.flash_rnn.triton_cells import sigmoid, tanh

@@ -67,7 +67,9 @@ def flash_rnn(
 
     Args:
         gates: ``[B, N, G, H, D]``, float16, bfloat16, float32 or float64. Any strides: ``[N, B, ...]`` is passed as
-            ``x.transpose(0, 1)``, and h comes back in the same order.
+            ``x.transpose(0, 1)``, and h comes back in the same order. On ``triton`` the matrices of a head stay in the
+            shared memory of one thread block: D up to 128 for half-precision LSTM, GRU and sLSTM on GPUs for data
+            centres, up to 64 on others and in float32 (Elman in half precision: 256 and 128).
         recurrent: ``[G, H, D, D]`` (gate, head, out, in), dtype and device of gates. ``weight_hh`` of ``torch.nn.LSTM``
             is ``recurrent.view(4 * D, D)`` with one head.
         bias: ``[G, H, D]``, dtype and device of gates, added to the recurrent part; None for none. (A bias of the
