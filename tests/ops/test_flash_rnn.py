@@ -68,6 +68,11 @@ def test_widths_heads_batches(backend: str, cell: str, batch: int, heads: int, w
     prove(draw(cell, batch, 5, heads, width, dtype=dtype, state=batch > 1), cell, backend)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "slstm"])
+def test_heads_wider_than_the_kernels_take(cell: str) -> None:
+    prove(draw(cell, 2, 5, 1, 256, dtype=torch.bfloat16), cell, "torch")
+
+
 @pytest.mark.parametrize(
     ("cell", "dtype"),
     [(cell, torch.float32) for cell in CELLS]

@@ -67,7 +67,9 @@ def flash_rnn(
 
     Args:
         gates: ``[B, N, G, H, D]``, float16, bfloat16, float32 or float64. Any strides: ``[N, B, ...]`` is passed as
-            ``x.transpose(0, 1)``, and h comes back in the same order.
+            ``x.transpose(0, 1)``, and h comes back in the same order. On ``triton`` the matrices of a head stay in the
+            shared memory of one thread block: D up to 128 for half-precision LSTM, GRU and sLSTM on GPUs for data
+            centres, up to 64 on others and in float32 (Elman in half precision: 256 and 128).
         recurrent: ``[G, H, D, D]`` (gate, head, out, in), dtype and device of gates. ``weight_hh`` of ``torch.nn.LSTM``
             is ``recurrent.view(4 * D, D)`` with one head.
         bias: ``[G, H, D]``, dtype and device of gates, added to the recurrent part; None for none. (A bias of the
@@ -183,14 +185,22 @@ def triton_refusal(cell: str, width: int, dtype: torch.dtype, device: torch.devi
     """Why the backend ``triton`` cannot run heads of ``width`` units, as the end of a sentence; None where it can."""
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
-    spec = devices.spec_of(device)
-    most = max_width(CELLS[cell].gates, dtype.itemsize, spec.smem_block)
+    most = max_width(CELLS[cell].gates, dtype.itemsize, _shared_memory(device))
     if width > most:
         return (
             f"D is {width}, and its kernels keep the recurrent matrices of a head on chip, which limits "
-            f"{cell} in {short(dtype)} to {most} on {spec.name}"
+            f"{cell} in {short(dtype)} to {most} on {devices.spec_of(device).name}"
         )
     return devices.triton_refusal(device)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a thread block may use. Dynamo asks and does not trace how the driver is asked."""
+    return devices.spec_of(device).smem_block
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this library.
+_shared_memory.__dict__["_dynamo_marked_constant"] = True
 
 
 def _check_lengths(lengths: Tensor, steps: int) -> None:
