@@ -63,14 +63,14 @@ def load_step(ptr, strides, offsets, mask, step, COUNT: tl.constexpr):
     at = ptr + tl.cast(step, tl.int64) * strides.n
     tiles = ()
     for x in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(at + x * strides.x + offsets, mask=mask, other=0.0),)
+        tiles = tiles + (tl.load(at + x * tl.cast(strides.x, tl.int64) + offsets, mask=mask, other=0.0),)
     return tiles
 
 
 @triton.jit
 def store_step(ptr, strides, offsets, mask, step, x, tile):
     """Store one tile of a step."""
-    at = ptr + tl.cast(step, tl.int64) * strides.n + x * strides.x
+    at = ptr + tl.cast(step, tl.int64) * strides.n + x * tl.cast(strides.x, tl.int64)
     tl.store(at + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -85,7 +85,7 @@ def load_matrices(
     at = ptr + tl.cast(head, tl.int64) * strides.h
     tiles = ()
     for g in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(at + g * strides.g + offsets, mask=mask, other=0.0),)
+        tiles = tiles + (tl.load(at + g * tl.cast(strides.g, tl.int64) + offsets, mask=mask, other=0.0),)
     return tiles
 
 

@@ -63,8 +63,8 @@ def flash_rnn_values_kernel(
     gates = gates_ptr + row_offsets(stride_gates, sequences, steps, head, columns)
     x = ()
     for g in tl.static_range(GATES):
-        x = x + (tl.load(gates + g * stride_gates.x, mask=inside, other=0.0),)
+        x = x + (tl.load(gates + g * tl.cast(stride_gates.x, tl.int64), mask=inside, other=0.0),)
     values = join(x, biases, matrices, h, GATES, APART, PRECISION)
     at = values_ptr + row_offsets(stride_values, sequences, steps, head, columns)
     for a in tl.static_range(GATES + APART):
-        tl.store(at + a * stride_values.x, values[a].to(values_ptr.dtype.element_ty), mask=inside)
+        tl.store(at + a * tl.cast(stride_values.x, tl.int64), values[a].to(values_ptr.dtype.element_ty), mask=inside)
