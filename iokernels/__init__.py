@@ -17,6 +17,7 @@ from .ops.fft_conv import (
     short_conv_step,
 )
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
+from .ops.flash_rnn import flash_rnn
 from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
 from .ops.linear_attention import (
     alibi_slopes,
@@ -44,6 +45,7 @@ __all__ = [
     "fft_conv_step",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_rnn",
     "gated_delta_rule",
     "gated_delta_rule_step",
     "kernel_spectrum",

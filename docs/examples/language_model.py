@@ -84,6 +84,22 @@ class Recurrent(nn.Module):
         return self.mixer(x) if memory is None else self.mixer.step(x, memory)
 
 
+class CachedLSTM(nn.Module):
+    """An LSTM in heads, from torch.nn's interface: its memory is the pair (h, c), which each call replaces."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.lstm = iokernels.nn.LSTM(width, width, num_heads=heads, batch_first=True)
+
+    def memory(self, capacity: int) -> list[Any]:
+        return [None]  # whatever the capacity
+
+    def forward(self, x: Tensor, memory: list[Any] | None = None) -> Tensor:
+        memory = [None] if memory is None else memory
+        out, memory[0] = self.lstm(x, memory[0])
+        return out
+
+
 Mixer = Callable[[int, int], nn.Module]
 """Makes, of a width E and a number of heads, a causal module from ``[B, N, E]`` to ``[B, N, E]``.
 
@@ -97,6 +113,8 @@ MIXERS: dict[str, Mixer] = {
     "lightning": lambda width, heads: Recurrent(iokernels.nn.LightningAttention(width, heads)),
     "based": lambda width, heads: Recurrent(iokernels.nn.BasedAttention(width, heads, window=32)),
     "delta": lambda width, heads: Recurrent(iokernels.nn.GatedDeltaNet(width, heads, allow_neg_eigval=True)),
+    "lstm": CachedLSTM,
+    "slstm": lambda width, heads: Recurrent(iokernels.nn.SLSTM(width, heads)),
     "hyena": lambda width, heads: iokernels.nn.HyenaOperator(width, length=256),
 }
 """Add an entry, and ``--mixer all`` compares it with the others."""

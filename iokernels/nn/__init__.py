@@ -2,11 +2,16 @@
 
 from .fft_conv import FFTConv, LongConv, ShortConv1d
 from .flash_attention import FlashAttention
+from .flash_rnn import GRU, LSTM, RNN, SLSTM
 from .hyena import HyenaOperator, HyenaState, ImplicitFilter
 from .lean_attention import DecodeAttention, KVCache
 from .linear_attention import BasedAttention, GatedDeltaNet, LightningAttention, Retention
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "SLSTM",
     "BasedAttention",
     "DecodeAttention",
     "FFTConv",

@@ -90,7 +90,7 @@ def test_it_learns(lm: Any, text: Any, tiny: Any):
     assert result.parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["flash", "sdpa", "lightning", "based", "delta", "hyena"])
+@pytest.mark.parametrize("name", ["flash", "sdpa", "lightning", "based", "delta", "lstm", "slstm", "hyena"])
 def test_a_mixer_sees_no_later_byte(lm: Any, tiny: Any, name: str):
     torch.manual_seed(0)
     model = lm.LanguageModel(lm.MIXERS[name], tiny).eval()
@@ -148,7 +148,7 @@ def test_mixers_without_memory_recompute(lm: Any, text: Any, tiny: Any):
     assert sdpa[1].recomputed_per_second > 0
 
 
-@pytest.mark.parametrize("name", ["lightning", "based", "delta"])
+@pytest.mark.parametrize("name", ["lightning", "based", "delta", "lstm", "slstm"])
 def test_a_recurrent_mixer_learns_and_writes_from_its_state(lm: Any, text: Any, tiny: Any, name: str):
     model, result = lm.train(name, tiny, text)
     assert result.losses[-1] < result.losses[0] - 0.3

@@ -1,0 +1,218 @@
+"""Launches the Triton kernels of this room: the backend ``triton`` of the operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from iokernels import autotune
+from iokernels.ops.triton_tiles import padded
+from iokernels.runtime.device import DeviceSpec, guard, spec_of
+
+from . import tuning
+from .options import (
+    Forward,
+    Gradients,
+    Needs,
+    Options,
+    empty_gates,
+    empty_history,
+    empty_out,
+    empty_state,
+    empty_values,
+)
+from .triton_bwd import flash_rnn_bwd_kernel
+from .triton_cells import BACKWARD, FORWARD
+from .triton_fwd import flash_rnn_fwd_kernel
+from .triton_steps import Matrices, Steps
+from .triton_values import flash_rnn_values_kernel
+from .tuning_space import TUNABLES
+
+
+def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, options: Options) -> Forward:
+    """Run all steps. See :class:`.options.Forward` for what is returned; ``keep`` asks for its last two."""
+    cell = options.kind()
+    keeps_values, keeps_history = keep and not options.recompute_gates, keep and len(cell.states) > 1
+    result = Forward(
+        empty_out(gates),
+        empty_state(gates, cell),
+        empty_values(gates, cell, keeps_values),
+        empty_history(gates, cell, keep),
+    )
+    launch = Launch(result.out, options)
+    if options.lengths is not None:
+        # A block stops with the longest of its sequences.
+        result.out.zero_()
+    config = launch.config("flash_rnn_fwd")
+    values, history = (result.values if keeps_values else None), (result.history if keeps_history else None)
+    if launch.batch > 0:
+        with guard(gates.device):
+            flash_rnn_fwd_kernel[launch.grid(config)](
+                gates, recurrent, launch.bias(bias), launch.initial, launch.lengths, result.out, result.state, values,
+                history, steps_of(gates), matrices_of(recurrent), steps_of(result.out), steps_of(values),
+                steps_of(history), *launch.sizes,
+                CELL=FORWARD[options.cell], GATES=cell.gates, APART=cell.apart, STATES=len(cell.states),
+                **launch.widths, **launch.tile(config, gates, result.out, values, history), **resources(config),
+            )  # fmt: skip
+    return result
+
+
+def backward(
+    dout: Tensor, dstate: Tensor | None, gates: Tensor | None, recurrent: Tensor, bias: Tensor | None, saved: Forward,
+    options: Options, needs: Needs,
+) -> Gradients:  # fmt: skip
+    """Returns the gradients that ``needs`` asks for. ``gates`` is None unless the values are to be recomputed."""
+    cell, out = options.kind(), saved.out
+    launch = Launch(out, options)
+    values = saved.values if gates is None else _recomputed(launch, gates, recurrent, bias, out, options)
+    history = saved.history if len(cell.states) > 1 else None
+    dgates = empty_gates(out, cell)
+    batch, length, heads, width = out.shape
+    dapart = out.new_empty((batch, length, cell.apart, heads, width)) if cell.apart else None
+    dinitial = empty_state(dgates, cell) if needs.initial_state else None
+    if options.lengths is not None:
+        for grad in (dgates, dapart):
+            if grad is not None:
+                grad.zero_()
+    config = launch.config("flash_rnn_bwd")
+    if launch.batch > 0:
+        with guard(out.device):
+            flash_rnn_bwd_kernel[launch.grid(config)](
+                recurrent, launch.initial, launch.lengths, out, values, history, dout,
+                None if dstate is None else dstate.contiguous(), dgates, dapart, dinitial,
+                matrices_of(recurrent), steps_of(out), steps_of(values), steps_of(history), steps_of(dout),
+                steps_of(dgates), steps_of(dapart), *launch.sizes, options.recurrent_clip,
+                CELL=BACKWARD[options.cell], GATES=cell.gates, APART=cell.apart, STATES=len(cell.states),
+                READS_H=int(cell.reads_h), CLIPS=options.recurrent_clip > 0.0, CUTS=options.recurrent_cut,
+                **launch.widths, **launch.tile(config, out, values, history, dout, dgates, dapart),
+                **resources(config),
+            )  # fmt: skip
+    drecurrent = dbias = None
+    if needs.recurrent or needs.bias:
+        parts = [dgates[:, :, g] for g in range(cell.joined)]
+        if dapart is not None:
+            parts += dapart.unbind(2)
+        order = _time_first if out.stride(1) > out.stride(0) else _batch_first
+        rows = [order(part) for part in parts]
+        if needs.recurrent:
+            drecurrent = _recurrent_gradient(rows, order(_before(out, launch.initial)))
+        if needs.bias:
+            dbias = torch.stack([part.sum(0, dtype=torch.float32) for part in rows]).to(out.dtype)
+    return Gradients(
+        gates=dgates if needs.gates else None, recurrent=drecurrent, bias=dbias, initial_state=dinitial
+    )  # fmt: skip
+
+
+def _recomputed(
+    launch: Launch, gates: Tensor, recurrent: Tensor, bias: Tensor | None, out: Tensor, options: Options
+) -> Tensor:
+    cell = options.kind()
+    values = empty_values(gates, cell)
+    config = launch.config("flash_rnn_values")
+    blocks = launch.heads * triton.cdiv(launch.batch * launch.length, config.block)
+    if blocks > 0:
+        with guard(out.device):
+            flash_rnn_values_kernel[(blocks,)](
+                gates, recurrent, launch.bias(bias), launch.initial, out, values,
+                steps_of(gates), matrices_of(recurrent), steps_of(out), steps_of(values), *launch.sizes,
+                GATES=cell.gates, APART=cell.apart, **launch.widths, BLOCK_M=config.block, **resources(config),
+            )  # fmt: skip
+    return values
+
+
+def _recurrent_gradient(ds: list[Tensor], before: Tensor) -> Tensor:
+    """``dR_g = sum ds_g h^T`` over all steps: a product for each gate, of all heads, ``[rows, H, D]`` each."""
+    return torch.stack([torch.bmm(part.permute(1, 2, 0), before.transpose(0, 1)) for part in ds])
+
+
+def _before(out: Tensor, initial: Tensor | None) -> Tensor:
+    """h before every step, as the products saw it, in the order of ``out [B, N, H, D]``."""
+    before = torch.empty_like(out)
+    before[:, 1:] = out[:, :-1]
+    before[:, :1] = 0.0 if initial is None else initial[0].unsqueeze(1)
+    return before
+
+
+def _batch_first(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def _time_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+class Launch:
+    """What every kernel of one call needs, from shapes and options only."""
+
+    def __init__(self, out: Tensor, options: Options) -> None:
+        self.out, self.options = out, options
+        self.batch, self.length, self.heads, width = out.shape
+        # Small tensors, which the kernels index without strides.
+        self.initial = None if options.initial_state is None else options.initial_state.contiguous()
+        self.lengths = None if options.lengths is None else options.lengths.contiguous()
+        self.sizes = self.batch, self.heads, self.length
+        self.widths = {
+            "WIDTH": width,
+            "BLOCK_D": padded(width),
+            "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
+        }
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias, indexed without strides."""
+        return None if bias is None else bias.contiguous()
+
+    def config(self, kernel: str) -> tuning.Config:
+        """The launch parameters of ``kernel``."""
+        device = spec_of(self.out.device)
+        return autotune.select(TUNABLES[kernel], self.problem(kernel, device), device)
+
+    def problem(self, kernel: str, device: DeviceSpec) -> tuning.Problem:
+        """What the launch parameters of ``kernel`` depend on. Positional: this is part of every call."""
+        cell = self.options.kind()
+        return tuning.Problem(
+            kernel,
+            self.widths["BLOCK_D"],
+            cell.gates,
+            cell.values,
+            len(cell.states),
+            self.out.element_size(),
+            self.out.dtype != torch.float32 or self.widths["PRECISION"] != "ieee",
+            device.sm,
+            device.smem_block,
+            tuning.bucket(self.batch),
+            tuning.bucket(self.heads),
+        )
+
+    def grid(self, config: tuning.Config) -> tuple[int]:
+        """A block for each tile of sequences of each head."""
+        return (self.heads * triton.cdiv(self.batch, config.block),)
+
+    def tile(self, config: tuning.Config, *tensors: Tensor | None) -> dict[str, Any]:
+        """Tile height, and whether offsets inside a tile of one of ``tensors`` need 64 bits."""
+        reach = [
+            (config.block - 1) * abs(x.stride(0)) + (x.shape[-1] - 1) * abs(x.stride(-1))
+            for x in tensors
+            if x is not None
+        ]
+        return {"BLOCK_B": config.block, "WIDE": max(reach) >= 2**31}
+
+
+def steps_of(x: Tensor | None) -> Steps:
+    """Element strides of ``[B, N, X, H, D]`` or ``[B, N, H, D]``; a size of 1 gets 0."""
+    if x is None:
+        return Steps(0, 0, 0, 0, 0)
+    steps = [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+    return Steps(*steps) if x.dim() == 5 else Steps(*steps[:2], 0, *steps[2:])
+
+
+def matrices_of(x: Tensor) -> Matrices:
+    """Element strides of ``[G, H, D, D]``; a size of 1 gets 0."""
+    return Matrices(*[0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)])
+
+
+def resources(config: tuning.Config) -> dict[str, Any]:
+    """Options of the compiler, not arguments of a kernel."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -1,0 +1,121 @@
+"""What the kernels of flash_rnn are launched with, compiled for real GPUs; and what a kernel in CUDA could hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iokernels.ops.flash_rnn import resources
+from iokernels.ops.flash_rnn.cells import CELLS
+from iokernels.ops.flash_rnn.resources import SPACE, Problem, placement, widest
+from iokernels.ops.flash_rnn.tuning import KERNELS, default, max_width, problem_of, table_key
+from iokernels.ops.flash_rnn.tuning import Problem as Launch
+from iokernels.ops.flash_rnn.tuning_space import TUNABLES
+from iokernels.runtime.device import KNOWN, named
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("gpu", KNOWN)
+def test_the_default_is_in_the_space(gpu: str) -> None:
+    device = named(gpu)
+    for kernel in KERNELS:
+        for cell in CELLS.values():
+            for itemsize, tensor_cores in ((2, True), (4, True), (4, False)):
+                for width in (16, 32, 64, 128, 256):
+                    if width > max_width(cell.gates, itemsize, device.smem_block):
+                        continue
+                    problem = Launch(
+                        kernel, width, cell.gates, cell.values, len(cell.states), itemsize, tensor_cores, device.sm,
+                        device.smem_block, 1,
+                    )  # fmt: skip
+                    space = TUNABLES[kernel].space
+                    assert space.refusal(problem, device, default(problem)) is None, problem
+                    assert problem_of(kernel, table_key(problem), device) == problem
+                    assert space.ranked(problem, device)
+
+
+@pytest.mark.parametrize("gpu", ["h100-sxm", "rtx-5090"])
+def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+    # A process of its own, because the tests' process interprets its kernels.
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    program = (
+        "import json, sys\n"
+        "from iokernels.autotune.resources import compiling_for\n"
+        "from iokernels.bench.cases.flash_rnn_kernels import COMPILATION\n"
+        "from iokernels.runtime.device import named\n"
+        "shape, dtype = COMPILATION.points[0]\n"
+        "with compiling_for(named(sys.argv[1])) as found:\n"
+        "    for text in ('b=1', 'b=17,n=1k', 'n=777,h=5', 'n=1,nb=1', 'b=3,h=1'):\n"
+        "        COMPILATION.launch(shape.vocabulary.parse(text), dtype, 'both')\n"
+        "print(len(found), len({id(one.cubin) for one in found}))\n"
+        "for shape, dtype in COMPILATION.points:\n"
+        "    with compiling_for(named(sys.argv[1])) as found:\n"
+        "        COMPILATION.launch(shape, dtype, 'both')\n"
+        "    for one in found:\n"
+        "        print(json.dumps([str(shape), dtype.itemsize, one.kernel, one.shared_bytes, one.spill_bytes,\n"
+        "                          sum(one.matrix_instructions().values())]))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, gpu], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    launches, *lines = run.stdout.splitlines()
+    # Neither steps nor sequences nor heads make another kernel: one forward, one backward.
+    assert launches == "10 2"
+    rows = [json.loads(line) for line in lines]
+    assert {row[2] for row in rows} == {f"{kernel}_kernel" for kernel in KERNELS}
+    for shape, itemsize, kernel, shared, spills, products in rows:
+        assert shared <= named(gpu).smem_block, (shape, kernel)
+        assert spills <= 32, (shape, kernel)
+        assert (products > 0) == (itemsize == 2 and not ("cut=1" in shape and "bwd" in kernel)), (shape, kernel)
+
+
+def test_one_block_holds_a_head_up_to_what_its_memory_and_registers_do() -> None:
+    """A byte of R is either in shared memory or in registers, so D is bounded by the sum of both."""
+    for name in ("a100-sxm", "h100-sxm", "rtx-4090"):
+        device = named(name)
+        alone, shared = widest(device, blocks=1), widest(device)
+        most = ((device.smem_block + 4 * device.regs_sm) / (4 * 2)) ** 0.5
+        assert 128 <= alone <= most
+        assert alone < shared
+    assert widest(named("rtx-4090"), blocks=1) < widest(named("h100-sxm"), blocks=1)
+
+
+def test_blocks_that_wait_for_each_other_run_at_once() -> None:
+    device = named("h100-sxm")
+    config = placement(Problem(width=768, heads=1), device)
+    assert config is not None
+    assert config.regime(device) == "barrier"
+    assert resources.grid(Problem(768, 1), config.blocks, config.tile) <= device.sms
+    # Twelve heads of 768 would need more blocks than there are SMs.
+    assert placement(Problem(width=768, heads=12), device) is None
+    removed = SPACE.explain(Problem(width=768, heads=12), device).removed
+    assert removed["shared memory"] > 0
+    assert removed["one wave"] > 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_head_of_sixty_four_units_needs_one_block(backward: bool) -> None:
+    for device in KNOWN.values():
+        config = placement(Problem(width=64, heads=12, backward=backward), device)
+        assert config is not None
+        assert config.blocks == 1
+        assert config.regime(device) == "block"
+        problem = Problem(width=64, heads=12, backward=backward)
+        assert resources.shared_bytes(problem, 1, config.tile, config.eighths) <= device.smem_block
+        assert resources.registers(problem, 1, config.tile, config.warps, config.eighths) <= 255
+
+
+def test_a_cluster_exchanges_h_where_there_are_clusters() -> None:
+    config = placement(Problem(width=384, heads=1), named("h100-sxm"))
+    assert config is not None
+    assert 1 < config.blocks <= resources.MOST_IN_CLUSTER
+    assert config.regime(named("h100-sxm")) == "cluster"
+    assert config.regime(named("a100-sxm")) == config.regime(named("rtx-5090")) == "barrier"
