@@ -11,7 +11,7 @@ from iokernels.bench.cases.short_conv_shapes import VOCABULARY, lengths, sides
 from iokernels.bench.shape import Shape
 from iokernels.ops.fft_conv.short_options import ShortNeeds, ShortOptions, empty_rows, out_length
 from iokernels.ops.fft_conv.short_tuning import DIRECT_WIDTH, KERNELS, ShortProblem
-from iokernels.ops.fft_conv.short_tuning_space import SHORT_TUNABLES
+from iokernels.ops.fft_conv.short_tuning_space import TUNABLES
 from iokernels.runtime.device import DeviceSpec
 
 
@@ -113,4 +113,4 @@ def _launch_one(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
         _launch_forward(shape, dtype)
 
 
-TUNING = Tuning(SHORT_TUNABLES, _kernels, _problem, _launch_one, _LEAVES)
+TUNING = Tuning(TUNABLES, _kernels, _problem, _launch_one, _LEAVES)

@@ -12,10 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iokernels import autotune
+from iokernels import autotune, ops
 from iokernels.autotune import tables
 from iokernels.autotune.select import config_of
-from iokernels.ops import OPERATORS
 from iokernels.ops.flash_attention import triton_launch, tuning
 from iokernels.ops.flash_attention.options import Options
 from iokernels.ops.flash_attention.tuning_space import TUNABLES
@@ -113,7 +112,8 @@ def faults(path: Path) -> list[str]:
     """What is wrong with a table that is about to be shipped, a sentence each."""
     device = named(path.parent.name)
     kernel, backend = path.name.removesuffix(".json").split(".")
-    rooms = [import_module(f"iokernels.ops.{operator}.tuning_space") for operator in OPERATORS]
+    spaces = Path(ops.__file__).parent.glob("*/*tuning_space.py")
+    rooms = [import_module(f"iokernels.ops.{space.parent.name}.{space.stem}") for space in spaces]
     owner = next((room for room in rooms if kernel in room.TUNABLES), None)
     if owner is None or owner.TUNABLES[kernel].backend != backend:
         return [f"no room has the kernel {kernel} of {backend}"]

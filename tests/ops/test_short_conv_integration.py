@@ -24,7 +24,7 @@ from iokernels.bench.cases.short_conv import CASE
 from iokernels.ops.fft_conv.short_op import backward_op, forward_op, step_op
 from iokernels.ops.fft_conv.short_options import TENSOR_OPTIONS, ShortOptions
 from iokernels.ops.fft_conv.short_tuning import KERNELS, ShortProblem, default, problem_of, table_key
-from iokernels.ops.fft_conv.short_tuning_space import SHORT_TUNABLES
+from iokernels.ops.fft_conv.short_tuning_space import TUNABLES
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import named
 from iokernels.testing.inputs import poisoned_view
@@ -260,7 +260,7 @@ def test_defaults_lie_in_the_space(gpu: str) -> None:
         if ("wide" in kernel) != (width > 8):
             continue
         problem = ShortProblem(kernel, width, itemsize, inside, rows, channels, 4, device.sm, device.smem_block)
-        assert SHORT_TUNABLES[kernel].space.refusal(problem, device, default(problem)) is None, problem
+        assert TUNABLES[kernel].space.refusal(problem, device, default(problem)) is None, problem
         assert problem_of(kernel, table_key(problem), device) == problem
 
 

@@ -106,7 +106,7 @@ def _space(kernel: str) -> Space[ShortConfig]:
     )
 
 
-SHORT_TUNABLES: dict[str, Tunable[ShortConfig]] = {
+TUNABLES: dict[str, Tunable[ShortConfig]] = {
     kernel: Tunable(kernel, "triton", _space(kernel), default, table_key, SIZES) for kernel in KERNELS
 }
 """The kernels of short_conv by name."""

@@ -16,7 +16,7 @@ from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from .short_options import ShortGradients, ShortNeeds, ShortOptions, empty_rows, empty_state, out_length
 from .short_tuning import DIRECT_WIDTH, ShortConfig, ShortProblem, dweight_inner, inner, product_rows
-from .short_tuning_space import SHORT_TUNABLES
+from .short_tuning_space import TUNABLES
 from .triton_short_bwd import short_conv_bwd_kernel
 from .triton_short_fwd import short_conv_fwd_kernel, short_conv_state_kernel
 from .triton_short_step import short_conv_step_kernel
@@ -134,7 +134,7 @@ class Launch:
     def config(self, kernel: str) -> ShortConfig:
         """The launch parameters of ``kernel``."""
         device = spec_of(self.x.device)
-        return autotune.select(SHORT_TUNABLES[kernel], self.problem(kernel, device), device)
+        return autotune.select(TUNABLES[kernel], self.problem(kernel, device), device)
 
     def tiles(self, rows: int, block_n: int) -> tuple[int, int]:
         """Tiles of a sequence, and slots of the grid, for ``rows`` rows (packed: an upper bound of both)."""
