@@ -5,6 +5,17 @@ if __name__ != "iokernels.autotune":
 
 from .select import forget, override, select, watch
 from .space import Space
-from .tunable import RESULTS, Tunable, bucket
+from .tunable import RESULTS, Tunable, bucket, precision_of, precision_word
 
-__all__ = ["RESULTS", "Space", "Tunable", "bucket", "forget", "override", "select", "watch"]
+__all__ = [
+    "RESULTS",
+    "Space",
+    "Tunable",
+    "bucket",
+    "forget",
+    "override",
+    "precision_of",
+    "precision_word",
+    "select",
+    "watch",
+]

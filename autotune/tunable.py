@@ -52,3 +52,13 @@ class Tunable(Generic[C]):
 def bucket(count: int) -> int:
     """The least power of two that is no smaller than ``count``. Problems round sizes up with it, to be few."""
     return 1 << (count - 1).bit_length() if count > 1 else 1
+
+
+def precision_word(itemsize: int, tensor_cores: bool) -> str:
+    """What tables call the dtype of a problem: float16 and bfloat16 are alike to the hardware."""
+    return "half" if itemsize == 2 else ("tf32" if tensor_cores else "fp32")
+
+
+def precision_of(word: str) -> tuple[int, bool]:
+    """The reverse of :func:`precision_word`: bytes an element, and whether matrix units multiply it."""
+    return 2 if word == "half" else 4, word != "fp32"

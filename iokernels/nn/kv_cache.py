@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iokernels.ops.lean_attention.api import lean_attention
+from iokernels.ops.lean_attention.api import QUANTISED, lean_attention
 from iokernels.ops.lean_attention.append_api import append_kv
 from iokernels.runtime.contracts import FLOATS, Contract, short
 
 from .pages import Pages
 
 _CONTRACT = Contract("KVCache")
-_QUANTISED = (torch.float8_e4m3fn, torch.int8)
 
 
 class KVCache:
@@ -85,8 +84,8 @@ class KVCache:
         for name, size in sizes.items():
             _CONTRACT.require(size is None or size > 0, f"{name} is {size}; it must be positive")
         _CONTRACT.require(page is not None or pages is None, "pages is given without page, the keys of one")
-        if dtype not in (*FLOATS, *_QUANTISED):
-            allowed = " or ".join(short(x) for x in (*FLOATS, *_QUANTISED))
+        if dtype not in (*FLOATS, *QUANTISED):
+            allowed = " or ".join(short(x) for x in (*FLOATS, *QUANTISED))
             raise TypeError(f"KVCache: dtype is {short(dtype)}; it must be {allowed}")
         self.capacity = capacity
         self.pages: Pages | None = None
@@ -116,7 +115,7 @@ class KVCache:
 
     def _scale(self, name: str, scale: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         if scale is None:
-            quantised = self.k.dtype in _QUANTISED
+            quantised = self.k.dtype in QUANTISED
             return torch.empty(shape, dtype=torch.float32, device=self.k.device) if quantised else None
         layers, heads = shape[0], shape[2]
         _CONTRACT.require(
@@ -285,7 +284,7 @@ class KVCache:
         read = []
         for cache, scale in ((self.k[layer], self.k_scale), (self.v[layer], self.v_scale)):
             x = self._rows_of(cache, sequence)[:, :length]
-            x = x.float() if x.dtype in _QUANTISED else x.clone()
+            x = x.float() if x.dtype in QUANTISED else x.clone()
             if scale is not None:
                 factors = scale[layer]
                 factors = factors[:, None] if factors.dim() == 1 else self._rows_of(factors, sequence)[:, :length]

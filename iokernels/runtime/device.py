@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -192,6 +192,16 @@ def triton_refusal(device: torch.device) -> str | None:
 
 # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this library.
 triton_refusal.__dict__["_dynamo_marked_constant"] = True
+
+
+def kernel_refusal(x: torch.Tensor, widths: Mapping[str, Any], most: int) -> str | None:
+    """:func:`triton_refusal` for ``x`` of kernels that take no float64 and hold ``widths``, by name, up to ``most``."""
+    if x.dtype == torch.float64:
+        return "its kernels take float16, bfloat16 and float32, not float64"
+    for name, width in widths.items():
+        if width > most:
+            return f"{name} is {width}, and its kernels hold heads up to {most} wide"
+    return triton_refusal(x.device)
 
 
 def guard(device: torch.device) -> Any:

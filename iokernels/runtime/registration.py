@@ -9,6 +9,8 @@ imports that backend when it is first called. Gradients stay outside, in an ``au
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,3 +29,13 @@ def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any])
     _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.iokernels, name).default
+
+
+def lazily(package: str | None, **modules: str) -> Callable[[str], Any]:
+    """A function from the name of a backend to its module in ``package``, imported when it is first asked for."""
+
+    @cache
+    def module_of(backend: str) -> Any:
+        return import_module(modules[backend], package)
+
+    return module_of

@@ -17,7 +17,6 @@ from iokernels.runtime.plans import remembered
 from . import reference
 from .op import backend_module, convolve
 from .options import CAUSAL, CIRCULAR, TWO_SIDED, KernelSpectrum, Options, reach, state_dtype
-from .tuning import tiling_refusal
 
 CONTRACT = Contract(
     "fft_conv",
@@ -236,6 +235,8 @@ def _triton_refusal(
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
     mode, taps = reach(n, taps, mode, keep, state and taps > 1)
+    from .tuning import tiling_refusal  # with it comes the tuning layer, which importing the library does not need
+
     return devices.triton_refusal(device) or tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize)
 
 

@@ -6,25 +6,18 @@ backend's module is imported when it first runs.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iokernels.runtime.once import differentiable_once
-from iokernels.runtime.registration import register
+from iokernels.runtime.registration import lazily, register
 
 from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options
 
-_MODULES = {"torch": ".portable", "triton": ".triton_launch"}
-
-
-@cache
-def backend_module(name: str) -> Any:
-    """The module of a backend: ``forward``, ``backward`` and ``transform``."""
-    return import_module(_MODULES[name], __package__)
+backend_module = lazily(__package__, torch=".portable", triton=".triton_launch")
+"""The module of a backend: ``forward``, ``backward`` and ``transform``."""
 
 
 def _forward(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, *options: Any) -> Tensor:

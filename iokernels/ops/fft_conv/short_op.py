@@ -6,15 +6,13 @@ writes its state. This file imports torch alone; the backend's module is importe
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iokernels.runtime.once import differentiable_once
-from iokernels.runtime.registration import register
+from iokernels.runtime.registration import lazily, register
 
 from .short_options import (
     OPTIONS_SCHEMA,
@@ -26,12 +24,7 @@ from .short_options import (
     out_length,
 )
 
-_MODULES = {"torch": ".portable_short", "triton": ".triton_short_launch"}
-
-
-@cache
-def _backend(name: str) -> Any:
-    return import_module(_MODULES[name], __package__)
+_backend = lazily(__package__, torch=".portable_short", triton=".triton_short_launch")
 
 
 def _forward(x: Tensor, weight: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:

@@ -292,21 +292,12 @@ def _plan(
         backend,
         q.device.type,
         {
-            "triton": partial(_triton_refusal, q, sizes),
+            "triton": partial(devices.kernel_refusal, q, {"D": sizes["D"], "Dv": sizes["Dv"]}, MAX_HEAD_DIM),
             "torch": lambda: None,
             "reference": lambda: None,
         },
     )
     return Plan(backend, scale, left, right, softcap, dropout_p)
-
-
-def _triton_refusal(q: Tensor, sizes: dict[str, Any]) -> str | None:
-    if q.dtype == torch.float64:
-        return "its kernels take float16, bfloat16 and float32, not float64"
-    for name in ("D", "Dv"):
-        if sizes[name] > MAX_HEAD_DIM:
-            return f"{name} is {sizes[name]}, and its kernels hold heads up to {MAX_HEAD_DIM} wide"
-    return devices.triton_refusal(q.device)
 
 
 def _check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> None:

@@ -6,24 +6,17 @@ file imports torch alone; the backend's module is imported when it first runs.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iokernels.runtime.once import differentiable_once
-from iokernels.runtime.registration import register
+from iokernels.runtime.registration import lazily, register
 
 from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, empty_in_order_of, empty_lse, empty_out
 
-_MODULES = {"torch": ".portable", "triton": ".triton_launch"}
-
-
-@cache
-def _backend(name: str) -> Any:
-    return import_module(_MODULES[name], __package__)
+_backend = lazily(__package__, torch=".portable", triton=".triton_launch")
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:

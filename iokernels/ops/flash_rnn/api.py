@@ -19,7 +19,6 @@ from . import reference
 from .cells import CELLS
 from .op import run
 from .options import Options, state_dtype
-from .tuning import max_width
 
 CONTRACT = Contract(
     "flash_rnn",
@@ -185,6 +184,8 @@ def triton_refusal(cell: str, width: int, dtype: torch.dtype, device: torch.devi
     """Why the backend ``triton`` cannot run heads of ``width`` units, as the end of a sentence; None where it can."""
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
+    from .tuning import max_width  # with it comes the tuning layer, which importing the library does not need
+
     most = max_width(CELLS[cell].gates, dtype.itemsize, _shared_memory(device))
     if width > most:
         return (

@@ -182,8 +182,8 @@ class Launch:
             self.out.dtype != torch.float32 or self.widths["PRECISION"] != "ieee",
             device.sm,
             device.smem_block,
-            tuning.bucket(self.batch),
-            tuning.bucket(self.heads),
+            autotune.bucket(self.batch),
+            autotune.bucket(self.heads),
         )
 
     def grid(self, config: tuning.Config) -> tuple[int]:

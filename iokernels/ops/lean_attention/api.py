@@ -228,26 +228,18 @@ def _backend(backend: str | None, grad: bool, sizes: dict[str, Any], tensors: tu
             "lean_attention: an input requires a gradient, and decoding has none. Call it under torch.no_grad(), train "
             "with flash_attention, or name backend='reference'."
         )
+    widths = {name: sizes[name] for name in ("D", "Dv")}
     no_gradient = "it computes no gradients, and an input requires one" if differentiated else None
     return dispatch.choose(
         "lean_attention",
         backend,
         q.device.type,
         {
-            "triton": lambda: no_gradient or _triton_refusal(q, sizes),
+            "triton": lambda: no_gradient or devices.kernel_refusal(q, widths, MAX_HEAD_DIM),
             "torch": lambda: no_gradient,
             "reference": lambda: None,
         },
     )
-
-
-def _triton_refusal(q: Tensor, sizes: dict[str, Any]) -> str | None:
-    if q.dtype == torch.float64:
-        return "its kernels take float16, bfloat16 and float32, not float64"
-    for name in ("D", "Dv"):
-        if sizes[name] > MAX_HEAD_DIM:
-            return f"{name} is {sizes[name]}, and its kernels hold heads up to {MAX_HEAD_DIM} wide"
-    return devices.triton_refusal(q.device)
 
 
 def _schedule(contract: Contract, schedule: Any, batch_invariant: bool) -> str:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
-from iokernels.runtime.registration import register
+from iokernels.runtime.registration import lazily, register
 
 from .append_options import APPEND_SCHEMA, Append
 
-_MODULES = {"torch": ".portable_append", "triton": ".triton_append"}
-
-
-@cache
-def _backend(name: str) -> Any:
-    return import_module(_MODULES[name], __package__)
+_backend = lazily(__package__, torch=".portable_append", triton=".triton_append")
 
 
 def _append(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> None:

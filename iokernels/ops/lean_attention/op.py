@@ -5,22 +5,15 @@ This file imports torch alone; the backend's module is imported when it first ru
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
-from iokernels.runtime.registration import register
+from iokernels.runtime.registration import lazily, register
 
 from .options import OPTIONS_SCHEMA, Options, empty_lse, empty_out
 
-_MODULES = {"torch": ".portable", "triton": ".triton_launch"}
-
-
-@cache
-def _backend(name: str) -> Any:
-    return import_module(_MODULES[name], __package__)
+_backend = lazily(__package__, torch=".portable", triton=".triton_launch")
 
 
 def _forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:

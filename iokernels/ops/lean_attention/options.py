@@ -66,6 +66,11 @@ def per_key(scale: Tensor | None) -> bool:
     return scale is not None and scale.dim() == 3
 
 
+def as_bytes(cache: Tensor) -> Tensor:
+    """A cache of e4m3 as the bytes that the kernels decode and write."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
 def empty_out(q: Tensor, v_cache: Tensor) -> Tensor:
     """An uninitialised output [B, Hq, Nq, Dv] in the memory order of q."""
     batch, heads, rows, _ = q.shape

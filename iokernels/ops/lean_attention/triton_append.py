@@ -15,7 +15,6 @@ GPU: to nearest, ties to even. Lengths, sizes and strides of no dimension but th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +23,7 @@ from iokernels.ops.triton_tiles import at_head, strides
 from iokernels.runtime.device import guard
 
 from .append_options import SMALLEST, TOP, Append, room
+from .options import as_bytes
 
 
 @triton.jit
@@ -209,7 +209,6 @@ def append(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, optio
         return
     table, cos, sin = options.block_table, options.cos, options.sin
     half = 0 if cos is None else cos.shape[1]
-    caches = [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (k_cache, v_cache)]
     # Vectors of a few elements, which the kernel indexes without strides.
     seqlens, counts, first, k_scale, v_scale = (
         None if x is None else x.contiguous()
@@ -217,7 +216,8 @@ def append(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, optio
     )
     with guard(k_new.device):
         lean_attention_append_kernel[(batch * heads * blocks,)](
-            k_new, v_new, *caches, seqlens, table, counts, first, cos, sin, k_scale, v_scale, options.k_key_scale,
+            k_new, v_new, as_bytes(k_cache), as_bytes(v_cache),
+            seqlens, table, counts, first, cos, sin, k_scale, v_scale, options.k_key_scale,
             options.v_key_scale, strides(k_new), strides(v_new), strides(k_cache), strides(v_cache),
             strides(options.k_key_scale), strides(options.v_key_scale),
             *_two(table), *_two(cos), *_two(sin),

@@ -14,7 +14,7 @@ from iokernels.ops.triton_tiles import clamp, is_wide, padded, strides
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
-from .options import Options, capacity, empty_lse, empty_out, per_key
+from .options import Options, as_bytes, capacity, empty_lse, empty_out, per_key
 from .triton_lean import lean_attention_kernel
 from .triton_split import lean_attention_combine_kernel, lean_attention_split_kernel
 from .triton_walk import BY_HEAD, BY_KEY, E4M3, INT8, NO_CODE, UNSCALED, Features
@@ -38,7 +38,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     launch = Launch(q, k_cache, v_cache, options)
     with guard(q.device):
         before = _prefix(launch, q, options) if options.k_prefix is not None else (None, None)
-        own = launch.arguments(q, k_cache, v_cache, out, lse, launch.table, *before)
+        own = Arguments(launch, q, k_cache, v_cache, out, lse, launch.table, *before)
         if launch.equal_shares:
             _launch_lean(launch, own)
         else:
@@ -86,8 +86,8 @@ def _prefix(launch: Launch, q: Tensor, options: Options) -> tuple[Tensor, Tensor
     keys, values = options.k_prefix.unsqueeze(0), options.v_prefix.unsqueeze(0)
     out = torch.empty((*q.shape[:3], values.shape[3]), dtype=torch.float32, device=q.device)
     lse = empty_lse(q)
-    readers = launch.of_prefix(q, options)
-    own = readers.arguments(q, keys, values, out, lse, None, None, None)
+    readers = Launch(q, launch.k_cache, launch.v_cache, options, all_sequences=True)
+    own = Arguments(readers, q, keys, values, out, lse, None, None, None)
     items, tiles = readers.items, triton.cdiv(keys.shape[2], readers.config.block_n)
     _launch_split(readers, own, items, tiles, prefix=keys.shape[2], all_sequences=True)
     return out, lse
@@ -132,7 +132,10 @@ class Arguments:
 
 
 class Launch:
-    """What the kernels of one call need, from shapes and options only."""
+    """What the kernels of one call need, from shapes and options only.
+
+    ``all_sequences``: for the pass over the common keys, whose items are rows of the whole batch.
+    """
 
     def __init__(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, *, all_sequences: bool = False
@@ -185,10 +188,6 @@ class Launch:
             self.tiles = min(self.tiles, seen)
         self.resources = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
 
-    def of_prefix(self, q: Tensor, options: Options) -> Launch:
-        """The same for the pass over the common keys, whose items are rows of the whole batch."""
-        return Launch(q, self.k_cache, self.v_cache, options, all_sequences=True)
-
     def _problem(self, device: DeviceSpec, all_sequences: bool) -> tuning.Problem:
         q, options = self.q, self.options
         invariant = options.schedule == "invariant"
@@ -209,10 +208,6 @@ class Launch:
             0 if invariant else autotune.bucket(self.capacity),
         )
 
-    def arguments(self, *tensors: Any) -> Arguments:
-        """Those of a pass over the given keys."""
-        return Arguments(self, *tensors)
-
     def workspace(self, slots: int) -> Tensor:
         """Room for so many partial results."""
         shape = (slots, self.block_m, self.v_cache.shape[3] + 2)
@@ -226,11 +221,6 @@ def _scaling(scale: Tensor | None) -> int:
     if scale is None:
         return UNSCALED.value
     return BY_KEY.value if per_key(scale) else BY_HEAD.value
-
-
-def as_bytes(cache: Tensor) -> Tensor:
-    """A cache of e4m3 as the bytes that the kernels decode."""
-    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 _ARRIVALS: dict[Any, Tensor] = {}

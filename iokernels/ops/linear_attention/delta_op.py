@@ -7,24 +7,17 @@ runs.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iokernels.runtime.once import differentiable_once
-from iokernels.runtime.registration import register
+from iokernels.runtime.registration import lazily, register
 
 from .delta_options import OPTIONS_SCHEMA, DeltaOptions, Needs, empty_inverses, empty_like_rows, empty_state
 
-_MODULES = {"torch": ".portable_delta", "triton": ".triton_delta_launch"}
-
-
-@cache
-def _backend(name: str) -> Any:
-    return import_module(_MODULES[name], __package__)
+_backend = lazily(__package__, torch=".portable_delta", triton=".triton_delta_launch")
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *options: Any) -> tuple[Tensor, ...]:

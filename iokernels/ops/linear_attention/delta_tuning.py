@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from iokernels.autotune import RESULTS
+from iokernels.autotune import RESULTS, precision_of, precision_word
 from iokernels.runtime.device import DeviceSpec
 
 from .delta_options import chunk_rows
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
 def table_key(problem: Problem) -> dict[str, Any]:
     """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
     return {
-        "dtype": "half" if problem.itemsize == 2 else ("tf32" if problem.tensor_cores else "fp32"),
+        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
         "width_k": problem.width_k,
         "width_v": problem.width_v,
         "heads": problem.heads,
@@ -69,12 +69,12 @@ def table_key(problem: Problem) -> dict[str, Any]:
 
 def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
     """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    half = key["dtype"] == "half"
+    itemsize, tensor_cores = precision_of(key["dtype"])
     return Problem(
         kernel=kernel,
-        chunk=chunk_rows(torch.float16 if half else torch.float32, key["width_k"]),
-        itemsize=2 if half else 4,
-        tensor_cores=key["dtype"] != "fp32",
+        chunk=chunk_rows(torch.float16 if itemsize == 2 else torch.float32, key["width_k"]),
+        itemsize=itemsize,
+        tensor_cores=tensor_cores,
         sm=device.sm,
         smem_block=device.smem_block,
         sms=device.sms,

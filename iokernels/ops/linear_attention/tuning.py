@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from iokernels.autotune import RESULTS, bucket
+from iokernels.autotune import RESULTS, bucket, precision_of, precision_word
 from iokernels.runtime.device import DeviceSpec
 
 KERNELS = (
@@ -83,7 +83,7 @@ class Problem(NamedTuple):
 def table_key(problem: Problem) -> dict[str, Any]:
     """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
     return {
-        "dtype": "half" if problem.itemsize == 2 else ("tf32" if problem.tensor_cores else "fp32"),
+        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
         "block_k": problem.block_k,
         "block_v": problem.block_v,
         "taylor": problem.taylor,
@@ -95,10 +95,11 @@ def table_key(problem: Problem) -> dict[str, Any]:
 
 def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
     """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
+    itemsize, tensor_cores = precision_of(key["dtype"])
     return Problem(
         kernel=kernel,
-        itemsize=2 if key["dtype"] == "half" else 4,
-        tensor_cores=key["dtype"] != "fp32",
+        itemsize=itemsize,
+        tensor_cores=tensor_cores,
         sm=device.sm,
         sms=device.sms,
         smem_block=device.smem_block,
