@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,8 +22,8 @@ def problem(shape: Shape, dtype: torch.dtype, configs: Configs) -> model.Problem
 
     with autotune.override(**configs):
         q, k_cache, v_cache, options = kernels.meta_call(shape, dtype)
-        own = triton_launch.Launch(q, k_cache, v_cache, options)
-        readers = triton_launch.Launch(q, k_cache, v_cache, options, all_sequences=True)
+        own: Any = triton_launch.Launch(q, k_cache, v_cache, options)
+        readers: Any = triton_launch.Launch(q, k_cache, v_cache, options, all_sequences=True)
     config = configs[KERNEL]
     prefix_tiles = -(-shape.prefix // config.block_n)
     return model.Problem(
