@@ -70,7 +70,7 @@ DEVICE Vector<T, N> load_global_coherent(const T* p, Here at = HERE) {
                      : "memory");
     }
     Vector<T, N> value;
-    __builtin_memcpy(&value, r, BYTES);
+    memcpy(&value, r, BYTES);
     return value;
 #endif
 }

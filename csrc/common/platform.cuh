@@ -59,6 +59,6 @@ template <class To, class From>
 DEVICE To bits_as(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "bits_as: the sizes differ");
     To to;
-    __builtin_memcpy(&to, &from, sizeof(To));
+    memcpy(&to, &from, sizeof(To));
     return to;
 }

@@ -1,6 +1,5 @@
 // From the untyped arguments of a launch to the typed ones of a kernel. Compiled with each kernel.
 #pragma once
-#include <string.h>
 
 #include "machine.h"
 

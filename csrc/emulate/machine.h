@@ -3,6 +3,7 @@
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 // A line of a kernel. Outside the namespace, so that an argument of this type draws in no name of it.
 struct Here {
