@@ -29,7 +29,7 @@ using i64 = long long;
 
 // The line of the kernel that called a primitive, for reports. Each primitive takes one last, by default its caller's;
 // a helper of common/ that calls another primitive hands its own on.
-#define HERE (Here{__builtin_FILE(), __builtin_LINE()})
+#define HERE (Here::now())
 
 #else
 

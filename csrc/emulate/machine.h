@@ -9,6 +9,9 @@
 struct Here {
     const char* file;
     int line;
+
+    // As a default argument, whoever calls the function with it.
+    static constexpr Here now(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
 namespace emulate {

@@ -47,12 +47,16 @@ Argument* owner(const char* p, size_t bytes) {
         const long long distance = std::max(std::max(before, after), 0ll);
         if (!nearest || distance < std::max(away, -away)) {
             nearest = &argument;
-            away = before > 0 ? -before : after;
+            away = before > 0 ? -before : std::max(after, 0ll);
         }
     }
     if (!p) fault(at, "%s %zu bytes at a null pointer", did, bytes);
     if (!nearest) fault(at, "%s %zu bytes at %p, but the kernel was given no memory", did, bytes, (const void*)p);
-    if (away > 0) fault(at, "%s %zu bytes, %lld of them after the end of %s", did, bytes, std::min<long long>(away, bytes), nearest->name);
+    if (away > static_cast<long long>(bytes)) {
+        fault(at, "%s %zu bytes that begin %lld after the end of %s", did, bytes, away - static_cast<long long>(bytes),
+              nearest->name);
+    }
+    if (away > 0) fault(at, "%s %zu bytes, %lld of them after the end of %s", did, bytes, away, nearest->name);
     if (away < 0) fault(at, "%s %zu bytes that begin %lld before %s", did, bytes, -away, nearest->name);
     fault(at, "%s %zu bytes between the elements of %s", did, bytes, nearest->name);
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor
 
 from . import artifacts
+from .device import cxx
 from .errors import KernelCompileError, KernelFault, KernelLaunchError, UnsupportedError
 from .launch import Argument, CudaKernel, Int64
 
-__all__ = ["Counted", "Emulated", "Moved", "built", "compiler", "warp_order", "watch"]
+__all__ = ["Counted", "Emulated", "Moved", "built", "warp_order", "watch"]
 
 FLAGS = ("-std=c++17", "-fPIC", "-shared", "-DIOKERNELS_EMULATE", "-Wall", "-Wno-unknown-pragmas")
 KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern", "-fno-math-errno", "-ffp-contract=off")
@@ -79,12 +79,6 @@ def watch() -> Iterator[list[Counted]]:
         yield _watched
     finally:
         _watched = outer
-
-
-@cache
-def compiler() -> str | None:
-    """The C++ compiler, ``$CXX`` or g++, if there is one."""
-    return shutil.which(os.environ.get("CXX", "g++"))
 
 
 class _Index(ctypes.Structure):
@@ -266,7 +260,7 @@ def _compiled(name: str, unit: str, files: list[Path], flags: tuple[str, ...], l
     """The shared object of a translation unit, from the disk or from the compiler."""
     from iokernels.csrc import ROOT
 
-    tool = compiler()
+    tool = cxx()
     if tool is None:
         raise UnsupportedError("CUDA kernels on the CPU are compiled by g++, and there is none (CXX names another)")
     if SANITIZERS:
