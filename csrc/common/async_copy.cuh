@@ -5,7 +5,8 @@
 //     wait_copies<1>();                                         // all groups but the newest one have arrived
 //     __syncthreads();                                          // and now for the other threads too
 //
-// In the emulator nothing arrives before it is waited for: until then the target holds NaN, and touching it is an error.
+// In the emulator nothing arrives before it is waited for: until then the target holds NaN, and touching it is an
+// error.
 #pragma once
 #include "memory.cuh"
 

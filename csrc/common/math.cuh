@@ -39,8 +39,8 @@ DEVICE float reciprocal_fast(float x) {
 #endif
 }
 
-// 1 / (1 + e^-x), and tanh x, by one exp2 and one reciprocal. tanh keeps its relative error near 0, where the quotient
-// would cancel, by a polynomial.
+// 1 / (1 + e^-x), and tanh x, by one exp2 and one reciprocal each. Far below 0 the relative error of sigmoid grows with
+// |x|, by the rounding of the exponent; tanh keeps its own near 0, where the quotient would cancel, by a polynomial.
 DEVICE float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-LOG2E * x)); }
 
 DEVICE float tanh_exact(float x) {

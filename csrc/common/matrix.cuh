@@ -17,30 +17,30 @@
 // ---- ldmatrix: 8x8 tiles of 16-bit elements. Lane 8 i + j addresses row j of tile i, 16 aligned bytes -------------
 
 #ifdef IOKERNELS_EMULATE
-#define LDMATRIX(COUNT, SUFFIX, TRANSPOSED, ...)                                                                   \
-    template <class T>                                                                                             \
-    DEVICE void ldmatrix_x##COUNT##SUFFIX(u32 (&r)[COUNT], Shared<T> row, Here at = HERE) {                        \
-        static_assert(sizeof(T) == 2, "ldmatrix: 16-bit elements");                                                \
-        emulate::ldmatrix(r, COUNT, TRANSPOSED, row.p, row.begin, row.end, at);                                    \
+#define LDMATRIX(COUNT, SUFFIX, TRANSPOSED, ...)                                           \
+    template <class T>                                                                     \
+    DEVICE void ldmatrix_x##COUNT##SUFFIX(u32(&r)[COUNT], Shared<T> row, Here at = HERE) { \
+        static_assert(sizeof(T) == 2, "ldmatrix: 16-bit elements");                        \
+        emulate::ldmatrix(r, COUNT, TRANSPOSED, row.p, row.begin, row.end, at);            \
     }
 #else
-#define LDMATRIX(COUNT, SUFFIX, TRANSPOSED, ...)                                                                   \
-    template <class T>                                                                                             \
-    DEVICE void ldmatrix_x##COUNT##SUFFIX(u32 (&r)[COUNT], Shared<T> row, Here = HERE) {                           \
-        static_assert(sizeof(T) == 2, "ldmatrix: 16-bit elements");                                                \
-        asm volatile(__VA_ARGS__ : "r"(row.address()) : "memory");                                                 \
+#define LDMATRIX(COUNT, SUFFIX, TRANSPOSED, ...)                                        \
+    template <class T>                                                                  \
+    DEVICE void ldmatrix_x##COUNT##SUFFIX(u32(&r)[COUNT], Shared<T> row, Here = HERE) { \
+        static_assert(sizeof(T) == 2, "ldmatrix: 16-bit elements");                     \
+        asm volatile(__VA_ARGS__ : "r"(row.address()) : "memory");                      \
     }
 #endif
 
 LDMATRIX(1, , false, "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]))
 LDMATRIX(2, , false, "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]))
-LDMATRIX(4, , false, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]))
+LDMATRIX(4, , false, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]),
+         "=r"(r[2]), "=r"(r[3]))
 LDMATRIX(1, _transposed, true, "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]))
-LDMATRIX(2, _transposed, true, "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-         : "=r"(r[0]), "=r"(r[1]))
-LDMATRIX(4, _transposed, true, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]))
+LDMATRIX(2, _transposed, true, "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]),
+         "=r"(r[1]))
+LDMATRIX(4, _transposed, true, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]),
+         "=r"(r[1]), "=r"(r[2]), "=r"(r[3]))
 
 #undef LDMATRIX
 
@@ -65,10 +65,11 @@ DEVICE void mma_16x8x8_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
 
 #else
 
-#define MMA(SHAPE_AND_TYPES)                                                                                       \
-    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "             \
-                 "{%0, %1, %2, %3};"                                                                               \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
+#define MMA(SHAPE_AND_TYPES)                                       \
+    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES               \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+                 "{%0, %1, %2, %3};"                               \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 template <>

@@ -63,7 +63,7 @@ DEVICE u8 e4m3_bits(float x) {
     const u32 magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return static_cast<u8>(sign | 0x7fu);
     if (magnitude >= 0x43e80000u) return static_cast<u8>(sign | 0x7eu);  // 464 and more, and what ties up to it
-    if (magnitude < 0x3c800000u) {                                        // below 2^-6: steps of 2^-9
+    if (magnitude < 0x3c800000u) {                                       // below 2^-6: steps of 2^-9
         const float scaled = bits_as<float>(magnitude) * 512.0f;
         const float shifted = (scaled + 8388608.0f) - 8388608.0f;  // rounds to an integer, ties to even
         return static_cast<u8>(sign | static_cast<u32>(shifted));

@@ -43,14 +43,18 @@ struct Here {};
 constexpr int WARP = 32;
 constexpr u32 ALL_LANES = 0xffffffffu;
 
-DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % WARP; }   // blocks are one-dimensional
+DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % WARP; }  // blocks are one-dimensional
 DEVICE int warp_id() { return static_cast<int>(threadIdx.x) / WARP; }
 
 template <class T>
-DEVICE constexpr T least(T a, T b) { return a < b ? a : b; }
+DEVICE constexpr T least(T a, T b) {
+    return a < b ? a : b;
+}
 
 template <class T>
-DEVICE constexpr T most(T a, T b) { return a < b ? b : a; }
+DEVICE constexpr T most(T a, T b) {
+    return a < b ? b : a;
+}
 
 DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -1,4 +1,5 @@
-// What the 32 lanes of a warp, or the warps of a block, do together. All lanes of the warp take part, with the same call.
+// What the 32 lanes of a warp, or the warps of a block, do together. All lanes of the warp take part, with the same
+// call.
 #pragma once
 #include "barriers.cuh"
 #include "memory.cuh"
@@ -64,11 +65,15 @@ DEVICE bool every_lane(bool vote, Here at = HERE) { return ballot(vote, at) == A
 
 struct Sum {
     template <class T>
-    DEVICE T operator()(T a, T b) const { return a + b; }
+    DEVICE T operator()(T a, T b) const {
+        return a + b;
+    }
 };
 struct Max {
     template <class T>
-    DEVICE T operator()(T a, T b) const { return a < b ? b : a; }
+    DEVICE T operator()(T a, T b) const {
+        return a < b ? b : a;
+    }
 };
 
 // Over groups of WIDTH lanes that differ only in their lowest bits: 4 is one row of an mma accumulator.

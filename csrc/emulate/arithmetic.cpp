@@ -181,9 +181,15 @@ void mma(float* d, const unsigned* a, const unsigned* b, Operand operand, Here a
     gather("mma", at, &mine, [](Warp& warp) {
         whole(warp, "mma");
         switch (static_cast<Product*>(warp.given[0])->operand) {
-            case Operand::fp16: multiply<Operand::fp16>(warp); break;
-            case Operand::bf16: multiply<Operand::bf16>(warp); break;
-            case Operand::tf32: multiply<Operand::tf32>(warp); break;
+            case Operand::fp16:
+                multiply<Operand::fp16>(warp);
+                break;
+            case Operand::bf16:
+                multiply<Operand::bf16>(warp);
+                break;
+            case Operand::tf32:
+                multiply<Operand::tf32>(warp);
+                break;
         }
         return true;
     });

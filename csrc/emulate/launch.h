@@ -41,7 +41,8 @@ struct Is<float> : Number<float, Argument::real32> {
 // A structure of i64, such as the strides of a tensor.
 template <class T>
 struct Is {
-    static_assert(__is_class(T) && sizeof(T) % 8 == 0, "a kernel takes pointers, int, i64, float and structures of i64");
+    static_assert(__is_class(T) && sizeof(T) % 8 == 0,
+                  "a kernel takes pointers, int, i64, float and structures of i64");
     static constexpr const char* name = "a structure of as many i64";
     static bool right(const Argument& a) { return a.kind == Argument::integers64 && a.count * 8 == sizeof(T); }
     static T value(const Argument& a) {

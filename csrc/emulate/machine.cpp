@@ -31,7 +31,8 @@ std::vector<char*> idle_stacks;
 
 char* take_stack() {
     if (idle_stacks.empty()) {
-        void* memory = mmap(nullptr, GUARD + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* memory =
+            mmap(nullptr, GUARD + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) return nullptr;
         mprotect(memory, GUARD, PROT_NONE);
         return static_cast<char*>(memory) + GUARD;
@@ -191,8 +192,8 @@ void fault(Here at, const char* format, ...) {
     machine->failed = true;
     const Lane& lane = *current;
     const Index block = lane.thread.block;
-    say("kernel %s, block (%u, %u, %u), thread %u (warp %d), %s:%d: ", machine->launch->kernel, block.x, block.y, block.z,
-        lane.thread.thread.x, lane.warp->index, place(at.file), at.line);
+    say("kernel %s, block (%u, %u, %u), thread %u (warp %d), %s:%d: ", machine->launch->kernel, block.x, block.y,
+        block.z, lane.thread.thread.x, lane.warp->index, place(at.file), at.line);
     const size_t used = strlen(machine->launch->report);
     va_list values;
     va_start(values, format);
@@ -269,7 +270,8 @@ bool arrive(Warp& warp) {
     const Arrival& arrival = *static_cast<Arrival*>(warp.given[current->number]);
     Block& block = *warp.block;
     if (arrival.id < 0 || arrival.id > 15 || arrival.threads % LANES || arrival.threads > block.warps * LANES) {
-        fault(arrival.at, "barrier %d for %d threads: there are barriers 0 to 15, for whole warps, of which the block has %d",
+        fault(arrival.at,
+              "barrier %d for %d threads: there are barriers 0 to 15, for whole warps, of which the block has %d",
               arrival.id, arrival.threads, block.warps);
     }
     Barrier& barrier = block.barrier[arrival.id];
@@ -324,8 +326,8 @@ void wait_for_count(const unsigned* counter, unsigned goal, Here at) {
 
 void mistyped(const Launch& launch, int argument, const char* wanted) {
     if (argument < 0) {
-        snprintf(launch.report, launch.report_bytes, "kernel %s takes another number of arguments than %d", launch.kernel,
-                 launch.arguments);
+        snprintf(launch.report, launch.report_bytes, "kernel %s takes another number of arguments than %d",
+                 launch.kernel, launch.arguments);
     } else {
         snprintf(launch.report, launch.report_bytes, "kernel %s: argument %s is not what it takes, which is %s",
                  launch.kernel, launch.argument[argument].name, wanted);
@@ -372,7 +374,8 @@ int run(Launch& launch, Body body) {
     while (!here.failed) {
         if (here.queue.empty() || (here.random() & 15) == 0) look_at_pollers();
         if (here.queue.empty()) {
-            if (!here.pollers.empty() || std::any_of(blocks.begin(), blocks.end(), [](auto& b) { return b->unfinished; })) {
+            if (!here.pollers.empty() ||
+                std::any_of(blocks.begin(), blocks.end(), [](auto& b) { return b->unfinished; })) {
                 deadlock();
             }
             break;

@@ -66,8 +66,8 @@ float log2(float x);
 // where owned is given, only those whose entry is not zero.
 struct Argument {
     enum Kind : int { pointer, integer32, integer64, real32, integers64 } kind;
-    int count;             // of integers64, a structure of so many
-    const void* data;      // the pointer, or where the value stands
+    int count;         // of integers64, a structure of so many
+    const void* data;  // the pointer, or where the value stands
     uint64_t extent;
     const uint8_t* owned;
     const char* name;

@@ -73,10 +73,18 @@ void global(const void* where, size_t bytes, Access access, Here at) {
         fault(at, "%s %zu bytes of %s at an address that is no multiple of %zu", did, bytes, argument->name, bytes);
     }
     switch (access) {
-        case Access::read: argument->read += bytes; break;
-        case Access::write: argument->written += bytes; break;
-        case Access::atomic: argument->updated += bytes; break;
-        case Access::uniform_read: argument->read += current->number == 0 ? bytes : 0; break;
+        case Access::read:
+            argument->read += bytes;
+            break;
+        case Access::write:
+            argument->written += bytes;
+            break;
+        case Access::atomic:
+            argument->updated += bytes;
+            break;
+        case Access::uniform_read:
+            argument->read += current->number == 0 ? bytes : 0;
+            break;
     }
 }
 
@@ -110,10 +118,12 @@ bool over(const Touch& before, const Warp& warp, int lane) {
     const long long offset = static_cast<const char*>(p) - current->warp->block->shared;
     const Here there = sites[before.site];
     if (before.lane == EVERY_LANE) {
-        fault(at, "race: this thread %s byte %lld of shared memory, which warp %d %s at %s:%d, with no barrier between", did,
-              offset, before.warp, was, place(there.file), there.line);
+        fault(at, "race: this thread %s byte %lld of shared memory, which warp %d %s at %s:%d, with no barrier between",
+              did, offset, before.warp, was, place(there.file), there.line);
     }
-    fault(at, "race: this thread %s byte %lld of shared memory, which thread %d (warp %d) %s at %s:%d, with no barrier between",
+    fault(at,
+          "race: this thread %s byte %lld of shared memory, which thread %d (warp %d) %s at %s:%d, with no barrier "
+          "between",
           did, offset, before.warp * LANES + before.lane, before.warp, was, place(there.file), there.line);
 }
 
@@ -136,13 +146,15 @@ void touch(const void* p, size_t bytes, Access access, int lane, Here at) {
     const Warp& warp = *current->warp;
     Block& block = *warp.block;
     const size_t offset = static_cast<size_t>(static_cast<const char*>(p) - block.shared);
-    const Touch now{warp.clock[warp.index], static_cast<uint8_t>(warp.index), static_cast<uint8_t>(lane), number_of(at)};
+    const Touch now{warp.clock[warp.index], static_cast<uint8_t>(warp.index), static_cast<uint8_t>(lane),
+                    number_of(at)};
     for (size_t i = offset / 2; i <= (offset + bytes - 1) / 2; ++i) {
         Cell& cell = block.cells[i];
         const char* byte = block.shared + 2 * i;
         if (cell.state == Cell::under_way) {
             const Here there = sites[cell.write.site];
-            fault(at, "this thread touches byte %zu of shared memory, where an asynchronous copy from %s:%d is under way",
+            fault(at,
+                  "this thread touches byte %zu of shared memory, where an asynchronous copy from %s:%d is under way",
                   2 * i, place(there.file), there.line);
         }
         if (access == Access::read) {

@@ -1,8 +1,8 @@
 // The state of the emulated GPU, shared by the files of the machine.
 //
-// One operating-system thread runs everything. Each CUDA thread is a fiber. Within a warp a lane runs until it comes to a
-// collective, then the next lane does; the lane that completes the collective carries it out for all. After that, and
-// at barriers, atomics and waits, another warp may be picked at random. So an order of warps is a function of the seed.
+// One operating-system thread runs everything. Each CUDA thread is a fiber. Within a warp a lane runs until it comes
+// to a collective, then the next lane does; the lane that completes the collective carries it out for all. After that,
+// and at barriers, atomics and waits, another warp may be picked at random: the order is a function of the seed.
 #pragma once
 #include <stdarg.h>
 

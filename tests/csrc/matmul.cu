@@ -17,20 +17,21 @@ constexpr int B_ROW = BLOCK_N + 8;
 
 // Copies a tile of ROWS x COLUMNS; rows and columns that the matrix does not have become zeros.
 template <int ROWS, int COLUMNS, int PADDED>
-DEVICE void copy_tile(Shared<Element> tile, const Element* matrix, int first_row, int first_column, int rows, int columns) {
+DEVICE void copy_tile(Shared<Element> tile, const Element* matrix, int first_row, int first_column, int rows,
+                      int columns) {
     for (int chunk = threadIdx.x; chunk < ROWS * COLUMNS / 8; chunk += THREADS) {
         const int row = chunk / (COLUMNS / 8), column = chunk % (COLUMNS / 8) * 8;
         const bool exists = first_row + row < rows && first_column + column < columns;
         copy_async(tile + (row * PADDED + column),
-                   exists ? matrix + static_cast<i64>(first_row + row) * columns + first_column + column : matrix, exists);
+                   exists ? matrix + static_cast<i64>(first_row + row) * columns + first_column + column : matrix,
+                   exists);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-matmul(const Element* a_ptr,  // [M, K]
-       const Element* b_ptr,  // [K, N]
-       float* c_ptr,          // [M, N]
-       int m, int n, int k) {
+extern "C" __global__ void __launch_bounds__(THREADS) matmul(const Element* a_ptr,  // [M, K]
+                                                             const Element* b_ptr,  // [K, N]
+                                                             float* c_ptr,          // [M, N]
+                                                             int m, int n, int k) {
     SharedMemory arena;
     Shared<Element> a_tiles = arena.take<Element>(2 * BLOCK_M * A_ROW);
     Shared<Element> b_tiles = arena.take<Element>(2 * BLOCK_K * B_ROW);

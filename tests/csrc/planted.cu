@@ -6,9 +6,9 @@
 #include "common/warp.cuh"
 
 constexpr int N = 64;
-constexpr int NONE = 0, NO_BARRIER = 1, STRAY_WRITE = 2, STRAY_READ = 3, STRAY_SHARED = 4, HALF_BARRIER = 5, DEADLOCK = 6,
-              NO_WAIT = 7, NO_WARP_SYNC = 8, OVERWRITE = 9, MISMATCH = 10, LONE_SHUFFLE = 11, MISALIGNED = 12,
-              COUNT_DEADLOCK = 13, NAMED_TOO_FEW = 14, TOO_MUCH_SHARED = 15;
+constexpr int NONE = 0, NO_BARRIER = 1, STRAY_WRITE = 2, STRAY_READ = 3, STRAY_SHARED = 4, HALF_BARRIER = 5,
+              DEADLOCK = 6, NO_WAIT = 7, NO_WARP_SYNC = 8, OVERWRITE = 9, MISMATCH = 10, LONE_SHUFFLE = 11,
+              MISALIGNED = 12, COUNT_DEADLOCK = 13, NAMED_TOO_FEW = 14, TOO_MUCH_SHARED = 15;
 
 extern "C" __global__ void reverse(const float* x_ptr, float* y_ptr, u32* counter, int n) {
     const int t = threadIdx.x;
@@ -19,7 +19,8 @@ extern "C" __global__ void reverse(const float* x_ptr, float* y_ptr, u32* counte
         if (t < N / 4) copy_async(tile + 4 * t, x_ptr + 4 * t);
         commit_copies();
     } else {
-        store_shared(tile + (FAULT == STRAY_SHARED ? t + 1 : t), load_global(x_ptr + (FAULT == STRAY_READ ? t - 1 : t)));
+        store_shared(tile + (FAULT == STRAY_SHARED ? t + 1 : t),
+                     load_global(x_ptr + (FAULT == STRAY_READ ? t - 1 : t)));
     }
     if (FAULT == NO_WARP_SYNC) {
         store_global(y_ptr + (n - 1 - t), load_shared(tile + (t ^ 1)));
