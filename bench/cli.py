@@ -138,10 +138,11 @@ def _describe_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="what an operator's compiled kernels take of a GPU",
-        description="Compile the Triton kernels of a call for a GPU, which need not be here, and read registers, "
-        "spills, shared memory, blocks to an SM and matrix instructions from the machine code.",
+        description="Compile the kernels of a call for a GPU, which need not be here, and read registers, spills, "
+        "shared memory, blocks to an SM and matrix instructions from the machine code.",
     )
     inspect.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
+    inspect.add_argument("--backend", choices=("triton", "cuda"), default="triton", help="default: triton")
     inspect.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
     inspect.add_argument("--points", action="store_true", help="the points that compile every branch of every kernel")
     inspect.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")

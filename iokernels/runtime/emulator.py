@@ -72,7 +72,7 @@ def warp_order(seed: int) -> Iterator[None]:
 
 @contextmanager
 def watch() -> Iterator[list[Counted]]:
-    """Collect what every launch inside moved. The setting belongs to the process; the innermost one sees the launches."""
+    """Collect what every launch inside moved. The setting belongs to the process; the innermost one sees them."""
     global _watched
     outer, _watched = _watched, []
     try:
@@ -236,7 +236,7 @@ def _build(kernel: CudaKernel) -> Emulated:
     machine = _machine()
     unit = (
         f'#include "emulate/launch.h"\n{kernel.translation_unit()}\n'
-        f'extern "C" int iokernels_launch(emulate::Launch& launch) {{ return emulate::launch<&{kernel.name}>(launch); }}\n'
+        f'extern "C" int iokernels_launch(emulate::Launch& l) {{ return emulate::launch<&{kernel.name}>(l); }}\n'
     )
     path = _compiled(f"{kernel.path.stem}-{kernel.name}", unit, [kernel.path], (*FLAGS, *KERNEL_FLAGS), [machine])
     entry = ctypes.CDLL(str(path)).iokernels_launch
