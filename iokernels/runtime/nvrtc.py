@@ -22,7 +22,7 @@ from torch import Tensor
 from . import artifacts
 from .device import guard
 from .errors import KernelCompileError, KernelLaunchError, UnsupportedError
-from .launch import Argument, CudaKernel, Int64
+from .launch import Argument, CudaKernel, Int64, extents
 
 __all__ = ["Loaded", "architecture", "cubin", "loaded", "version"]
 
@@ -75,7 +75,11 @@ def cubin(kernel: CudaKernel, sm: int) -> Path:
     included = artifacts.sources(kernel.path, ROOT / "common" / "numbers.cuh", root=ROOT)
     key = artifacts.key_of(unit, *options, str(version()), *included.values())
     name = f"cubins/{kernel.name}-{architecture(sm)}-{key}.cubin"
-    return artifacts.stored(name, lambda place: place.write_bytes(_compile(kernel, unit, (*options, f"-I{ROOT}"))))
+
+    def make(place: Path) -> None:
+        place.write_bytes(_compile(kernel, unit, (*options, f"-I{ROOT}")))
+
+    return artifacts.stored(name, make)
 
 
 def _compile(kernel: CudaKernel, unit: str, options: tuple[str, ...]) -> bytes:
@@ -120,10 +124,10 @@ class Loaded:
         fields = ctypes.create_string_buffer(buffer.pack(*values), buffer.size + 8)
         start = ctypes.addressof(fields)
         pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
-        extents = (*grid, 1, 1)[:3]
+        x, y, z = extents(grid)
         with guard(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            given = (*extents, block, 1, 1, smem, stream, ctypes.addressof(pointers))
+            given = (x, y, z, block, 1, 1, smem, stream, ctypes.addressof(pointers))
             try:
                 if smem > self.most_smem:
                     driver.funcSetAttribute(self.function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
@@ -135,7 +139,7 @@ class Loaded:
             except driver.CUDADriverError as error:
                 raise KernelLaunchError(
                     f"{self.kernel.name}: the driver refused a {'cooperative ' if cooperative else ''}launch of "
-                    f"{extents} blocks of {block} threads with {smem} bytes of shared memory: {error}"
+                    f"{(x, y, z)} blocks of {block} threads with {smem} bytes of shared memory: {error}"
                 ) from error
 
 

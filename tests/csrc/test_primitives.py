@@ -88,7 +88,7 @@ def test_reductions_shuffles_and_votes() -> None:
 def test_fragments_of_16_bits(dtype: torch.dtype) -> None:
     a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
     c, ct = torch.empty(16, 8), torch.empty(16, 8)
-    args = {"a_ptr": a, "b_ptr": b, "bt_ptr": b.t().contiguous(), "c_ptr": c, "ct_ptr": ct}
+    args: dict[str, Argument] = {"a_ptr": a, "b_ptr": b, "bt_ptr": b.t().contiguous(), "c_ptr": c, "ct_ptr": ct}
     run("fragments", args, dtype=dtype, smem=512 + 256 + 256)
     assert torch.equal(c, ct)
     assert (c - a.double() @ b.double()).abs().max() < 1e-5
