@@ -28,6 +28,7 @@ _MODULES = {
     "bench": "timing_table",
     "io": "io_table",
     "inspect": "compiled_table",
+    "cubins": "cubins",
     "tune": "tune",
 }
 
@@ -113,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
 
     _describe_io(commands)
     _describe_inspect(commands)
+    _describe_cubins(commands)
     _describe_tune(commands)
     return root
 
@@ -151,6 +153,20 @@ def _describe_inspect(commands: Any) -> None:
     )
     _gpu(inspect)
     _json(inspect)
+
+
+def _describe_cubins(commands: Any) -> None:
+    cubins = commands.add_parser(
+        "cubins",
+        help="every CUDA kernel compiled ahead of time",
+        description="Compile the CUDA kernels for every architecture, with the default configurations, by nvcc under "
+        "ninja or else by NVRTC, and read registers, spills and shared memory from the machine code. Needs no GPU. A "
+        "kernel that spills is a wrong result.",
+    )
+    cubins.add_argument("operators", nargs="*", metavar="OP", help=f"of {', '.join(CASES)} (default: all)")
+    cubins.add_argument("--out", metavar="DIR", default="build/cubins", help="default: build/cubins")
+    cubins.add_argument("--md", metavar="FILE", help="write the report as Markdown")
+    _json(cubins)
 
 
 def _describe_tune(commands: Any) -> None:
