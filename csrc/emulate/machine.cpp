@@ -161,6 +161,8 @@ void deadlock() {
     }
 }
 
+bool differ(const char* one, const char* other) { return one != other && strcmp(one, other); }
+
 void own_stack(Fiber& fiber) {
     pthread_attr_t attributes;
     void* bottom = nullptr;
@@ -232,7 +234,7 @@ void gather(const char* collective, Here at, void* given, bool (*complete)(Warp&
     if (!warp.gathered) {
         warp.collective = collective;
         warp.at = at;
-    } else if (strcmp(warp.collective, collective) || warp.at.line != at.line || strcmp(warp.at.file, at.file)) {
+    } else if (warp.collective != collective || warp.at.line != at.line || differ(warp.at.file, at.file)) {
         fault(at, "this lane is at %s, and others of its warp are at %s, %s:%d", collective, warp.collective,
               place(warp.at.file), warp.at.line);
     }
