@@ -27,14 +27,18 @@ constexpr size_t GUARD = 4096;
 // Blocks of an ordinary launch that are under way together, so that their atomics interleave.
 constexpr size_t TOGETHER = 3;
 
+// Each guard page splits a mapping, of which a process may have some 65,000.
+constexpr int MOST_GUARDS = 16384;
+
 std::vector<char*> idle_stacks;
+int guards = 0;
 
 char* take_stack() {
     if (idle_stacks.empty()) {
         void* memory =
             mmap(nullptr, GUARD + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) return nullptr;
-        mprotect(memory, GUARD, PROT_NONE);
+        if (guards++ < MOST_GUARDS) mprotect(memory, GUARD, PROT_NONE);
         return static_cast<char*>(memory) + GUARD;
     }
     char* stack = idle_stacks.back();
@@ -318,6 +322,7 @@ void wait_for_count(const unsigned* counter, unsigned goal, Here at) {
     if (!machine->launch->cooperative) {
         fault(at, "blocks wait for one another only in a cooperative launch");
     }
+    check_global(counter, sizeof(*counter), at);
     give_way();
     const Poller poller{current, counter, goal, at};
     if (reached(poller)) return;

@@ -88,6 +88,10 @@ void global(const void* where, size_t bytes, Access access, Here at) {
     }
 }
 
+void check_global(const void* p, size_t bytes, Here at) {
+    if (!owner(static_cast<const char*>(p), bytes)) stray(static_cast<const char*>(p), bytes, "read", at);
+}
+
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
 namespace {

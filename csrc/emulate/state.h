@@ -136,5 +136,7 @@ void touch(const void* p, size_t bytes, Access access, int lane, Here at);
 void check_shared(const void* p, size_t bytes, const char* begin, const char* end, size_t aligned, Here at,
                   const char* did);
 void prepare_shared(Block& block);
+// As global(), for an access that is not counted.
+void check_global(const void* p, size_t bytes, Here at);
 
 }  // namespace emulate

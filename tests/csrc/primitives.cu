@@ -83,6 +83,7 @@ extern "C" __global__ void in_step(u32* held_ptr, u32* counter, int blocks, int 
         if (threadIdx.x == 0) store_global(next + block, sum + block);
         blocks_wait(counter, blocks, passed);
     }
+    blocks_leave(counter, blocks, passed);
 }
 
 // sum[0] = the sum of x[blocks * 64], by the block that comes last; counts[0] = how many were last.
