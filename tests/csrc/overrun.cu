@@ -1,5 +1,5 @@
-// Faults that only the sanitizers see: FAULT 1 reads past a local array, 2 dereferences a pointer past a tensor without a
-// primitive, 3 overflows an int.
+// Faults that only the sanitizers see: FAULT 1 reads past a local array, 2 dereferences a pointer past a tensor
+// without a primitive, 3 overflows an int.
 #include "common/memory.cuh"
 #include "common/warp.cuh"
 
