@@ -1,4 +1,5 @@
-"""What every test runs under: kernels interpreted where there is no GPU, unwritten memory full of NaN, a fixed seed."""
+"""What every test runs under: kernels interpreted or emulated where there is no GPU, unwritten memory full of NaN, a
+fixed seed."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Triton reads it when it is first imported, so this comes before any import of iokernels.
+# Triton reads its variable when it is first imported, so this comes before any import of iokernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("IOKERNELS_EMULATE", "1")
 
 from iokernels.testing import interpreter
 from iokernels.testing.poison import poisoned_memory

@@ -7,6 +7,7 @@ never comes from here.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -192,6 +193,53 @@ def triton_refusal(device: torch.device) -> str | None:
 
 # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this library.
 triton_refusal.__dict__["_dynamo_marked_constant"] = True
+
+
+EMULATE = os.environ.get("IOKERNELS_EMULATE", "0") == "1"
+"""Whether backend ``cuda`` takes CPU tensors and runs its kernels in the emulator. Read once."""
+
+
+def emulate_cuda() -> bool:
+    """Run CUDA kernels on CPU tensors in the emulator from here on, as ``IOKERNELS_EMULATE=1`` does from outside.
+
+    Returns whether they run there: not without a C++ compiler.
+    """
+    global EMULATE
+    EMULATE = EMULATE or cxx() is not None
+    return EMULATE
+
+
+@cache
+def cxx() -> str | None:
+    """The C++ compiler that the emulator uses, ``$CXX`` or g++, if there is one."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+@cache
+def has_cupy() -> bool:
+    """Whether CuPy is installed. Does not import it."""
+    return find_spec("cupy") is not None
+
+
+def cuda_refusal(device: torch.device) -> str | None:
+    """Why CUDA C++ kernels cannot run on ``device``, as the end of a sentence, or None when they can."""
+    if device.type == "cpu":
+        if not EMULATE:
+            return "tensors are on the CPU, where CUDA kernels run only under IOKERNELS_EMULATE=1, in the emulator"
+        return None if cxx() is not None else "the emulator compiles kernels with g++, and there is none"
+    if device.type != "cuda":
+        return f"CUDA kernels run on NVIDIA GPUs, not on {device.type}"
+    if torch.version.hip is not None:
+        return "CUDA kernels run on NVIDIA GPUs, and this PyTorch is built for AMD's"
+    if not has_cupy():
+        return 'CuPy, which compiles and launches CUDA kernels, is not installed: pip install "iokernels[cuda13]"'
+    major, minor = torch.cuda.get_device_capability(device)
+    if major * 10 + minor < OLDEST_SM:
+        return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0 or newer"
+    return None
+
+
+cuda_refusal.__dict__["_dynamo_marked_constant"] = True
 
 
 def kernel_refusal(x: torch.Tensor, widths: Mapping[str, Any], most: int) -> str | None:
