@@ -179,14 +179,14 @@ def _batches(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Iterator[Batc
 def _listed(items: _Items, widths: int) -> Iterator[Batch]:
     """Items with a list, several at a time."""
     options, device = items.options, items.device
-    room = min(int(options.counts.max()), options.indices.shape[3])
-    if room < 0:
-        return
+    room = min(max(int(options.counts.max()), 0), options.indices.shape[3])
     most_sink = min(int(items.sink.max()), options.kv_len)
     most_window = min(int(items.window.max()), options.kv_len)
     behind = most_window + items.rows - 1 if most_window else 0
     offsets = [torch.arange(size, device=device) for size in (room * options.block_k, most_sink, behind)]
     part = torch.cat([torch.full_like(x, number) for number, x in enumerate(offsets)])
+    if part.shape[0] == 0:
+        return
     rows = items.rows * items.packed
     step = max(_MOST_ELEMENTS // max(part.shape[0] * (widths + 3 * rows), 1), 1)
     total = items.batch * items.packs * items.query_blocks
