@@ -60,7 +60,7 @@ def test_wrong_results_are_found(wrong: str) -> None:
 
     def run(given: Any) -> dict[str, Tensor]:
         index: BlockIndex = given.options["index"]
-        tensors = dict(given.tensors)
+        tensors: dict[str, Any] = dict(given.tensors)
         if wrong == "no sink":
             index = replace(index, sink=0)
         if wrong == "a key less in the window":
@@ -116,7 +116,7 @@ def prove(backend: str, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, **op
     return found
 
 
-PER_HEAD = {
+PER_HEAD: dict[str, Any] = {
     "sink": torch.tensor([0, 3, 40, 100], dtype=torch.int32),
     "window": torch.tensor([30, 0, 1, 200], dtype=torch.int32),
 }
@@ -290,7 +290,7 @@ def test_sequences_of_their_own_lengths(backend: str) -> None:
 def test_one_gradient_alone(backend: str, wanted: str) -> None:
     q, k, v, index = drawn(13, (2, 1, 1), 40, 50, window=5)
     everything = results(backend, q, k, v, index)
-    leaves = {"q": q, "k": k, "v": v}
+    leaves: dict[str, Any] = {"q": q, "k": k, "v": v}
     leaves[wanted] = leaves[wanted].detach().requires_grad_()
     out, lse = block_sparse_attention(**leaves, index=index, return_lse=True, backend=backend)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))

@@ -67,7 +67,7 @@ def test_one_graph(dynamic: bool) -> None:
         q, k, _, index = call(rows, keys)
         leaves = [x.requires_grad_() for x in (q, k)]
         found, expected = (
-            torch.autograd.grad(function(*leaves, index), leaves) for function in (compiled, loss)
+            torch.autograd.grad(function(leaves[0], leaves[1], index), leaves) for function in (compiled, loss)
         )  # fmt: skip
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y)
@@ -94,8 +94,9 @@ def test_no_byte_outside_its_tensors() -> None:
     table = torch.tensor([[1, 0, 2**30]], dtype=torch.int32)
     pages = [torch.randn(2, 2, 15, 16) for _ in range(2)]
     with trace() as traced:
-        block_sparse_attention(q, *pages, index, block_table=table, backend="triton")
-        block_sparse_attention(*(x.requires_grad_() for x in (q, k, v)), index, backend="triton").sum().backward()
+        block_sparse_attention(q, pages[0], pages[1], index, block_table=table, backend="triton")
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        block_sparse_attention(q, k, v, index, backend="triton").sum().backward()
     assert {kernel.name for kernel in traced.kernels} >= {"block_sparse_fwd_kernel", "block_sparse_bwd_dkv_kernel"}
 
 
@@ -121,7 +122,7 @@ def test_second_derivatives() -> None:
     assert q.grad is not None
 
 
-def _with(**changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _with(**changes: Any) -> tuple[Any, dict[str, Any]]:
     q, k, v, index = call()
     given = {"q": q, "k": k, "v": v, "index": index} | changes
     return tuple(given.pop(name) for name in ("q", "k", "v", "index")), given
@@ -157,14 +158,15 @@ def test_refusals_name_the_reason() -> None:
     (q, k, v, index), _ = _with()
     with pytest.raises(UnsupportedError, match="not float64"):
         block_sparse_attention(q.double(), k.double(), v.double(), index, backend="triton")
-    wide = [torch.randn(*x.shape[:3], 300) for x in (q, k, v)]
+    wide: Any = [torch.randn(*x.shape[:3], 300) for x in (q, k, v)]
     with pytest.raises(UnsupportedError, match="D is 300"):
-        block_sparse_attention(*wide, index, backend="triton")
+        block_sparse_attention(wide[0], wide[1], wide[2], index, backend="triton")
     q.requires_grad_()
-    for given, reason in (
+    inference: Any = (
         ({"cache_seqlens": torch.tensor([3], dtype=torch.int32)}, "take no cache_seqlens"),
         ({"block_table": torch.tensor([[0]], dtype=torch.int32)}, "do not reach paged caches"),
-    ):
+    )
+    for given, reason in inference:
         with pytest.raises(UnsupportedError, match=reason):
             block_sparse_attention(q, k, v, index, **given)
         with torch.no_grad():
