@@ -18,6 +18,7 @@ from .ops.fft_conv import (
 )
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from .ops.flash_rnn import flash_rnn
+from .ops.hip_attention import BlockIndex, block_sparse_attention
 from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
 from .ops.linear_attention import (
     alibi_slopes,
@@ -34,6 +35,7 @@ from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 
 __all__ = [
+    "BlockIndex",
     "KernelSpectrum",
     "LazyState",
     "UnsupportedError",
@@ -41,6 +43,7 @@ __all__ = [
     "alibi_slopes",
     "append_kv",
     "apply_rotary",
+    "block_sparse_attention",
     "fft_conv",
     "fft_conv_step",
     "flash_attention",
