@@ -1,0 +1,191 @@
+"""The public function of block-sparse attention, its argument contract and its choice of backend."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from iokernels.runtime import device as devices
+from iokernels.runtime import dispatch
+from iokernels.runtime.autocast import autocast
+from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.offsets import readable
+from iokernels.runtime.plans import remembered
+
+from . import sparse_reference
+from .block_index import BlockIndex
+from .sparse_options import Options
+
+_LISTS = {
+    "indices": Spec("B Hm Mq S", (torch.int32,)),
+    "counts": Spec("B Hm Mq", (torch.int32,)),
+    "cache_seqlens": Spec("B", (torch.int32,), optional=True),
+}
+_DENSE = Contract(
+    "block_sparse_attention",
+    q=Spec("B Hq Nq D", FLOATS),
+    k=Spec("B Hkv Nk D", same_dtype_as="q"),
+    v=Spec("B Hkv Nk Dv", same_dtype_as="q"),
+    **_LISTS,
+)
+_PAGED = Contract(
+    "block_sparse_attention",
+    q=Spec("B Hq Nq D", FLOATS),
+    k=Spec("pages Hkv page D", same_dtype_as="q"),
+    v=Spec("pages Hkv page Dv", same_dtype_as="q"),
+    block_table=Spec("B table", (torch.int32,)),
+    **_LISTS,
+)
+
+MAX_HEAD_DIM = 256
+"""Widest head that the Triton kernels hold on chip."""
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: BlockIndex,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    block_table: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Softmax attention of each block of queries to the key blocks that ``index`` lists for it.
+
+    Equal to dense attention with ``index.to_mask(causal=causal)``, at a cost that grows with the lists and not with
+    the keys. Each key counts once, also where it is listed, in the sink and in the window at the same time. The lists
+    are read on the device, so that a captured CUDA graph may be replayed with other lists.
+
+    Args:
+        q: ``[B, Hq, Nq, D]``, float16, bfloat16, float32 or float64; D up to 256 on ``triton``. Any strides. Few rows
+            (decoding) are one block of queries, whose list is divided among thread blocks.
+        k: ``[B, Hkv, Nk, D]``, dtype and device of q, or paged ``[pages, Hkv, page, D]``. Hkv divides Hq; query head h
+            reads key head ``h // (Hq/Hkv)``. Any strides.
+        v: ``[B, Hkv, Nk, Dv]`` or ``[pages, Hkv, page, Dv]``, dtype and device of q.
+        index: which keys a row sees: :class:`BlockIndex` of ``q_len = Nq`` rows and ``kv_len = Nk`` keys (paged: at
+            most ``block_table.shape[1] * page``), with lists for 1, Hkv or Hq heads. A constant to autograd.
+        causal: row i sees the keys up to its position, ``i + Nk - Nq``.
+        scale: factor of ``q @ k^T``; ``D ** -0.5`` if None.
+        return_lse: also return the log-sum-exp.
+        block_table: int32 ``[B, most pages]``, for paged caches: entry i of a sequence is the page of its keys
+            ``i * page`` to ``(i + 1) * page``. Entries that its length does not reach are never read.
+        cache_seqlens: int32 ``[B]``: how many of the ``kv_len`` keys each sequence has, where they differ: positions
+            align with its own length, and nothing past it is read. On a GPU the host never reads it, and lengths out
+            of range are clamped. None: all have ``kv_len``.
+        backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+
+    Returns:
+        ``out [B, Hq, Nq, Dv]`` in the dtype and memory order of q, or ``(out, lse)`` with ``lse [B, Hq, Nq]`` the
+        natural log of the softmax denominator, float32 (float64 for float64 inputs), differentiable. A row that sees
+        no key has out 0, lse -inf and zero gradients.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes, devices or numbers that do not fit; the message names the argument.
+        UnsupportedError: the named backend cannot run this call, or a gradient is asked of one other than
+            ``reference`` with a ``block_table`` or ``cache_seqlens``, which are for inference.
+
+    No argument is modified. The bits are the same on every run. Under autocast q, k and v are cast to the autocast
+    dtype. Gradients can be taken once; ``backend="reference"`` supports higher orders.
+    """
+    if not isinstance(index, BlockIndex):
+        raise TypeError(f"block_sparse_attention: index is {type(index).__name__}; it must be a BlockIndex")
+    q, k, v = autocast(q, k, v)
+    plan = remembered(
+        _PLANS,
+        _plan,
+        (causal, scale, dispatch.requested(backend), index.block_q, index.q_len, index.kv_len, torch.is_grad_enabled()),
+        (q, k, v, index.indices, index.counts, block_table, cache_seqlens),
+    )
+    _check_lengths(cache_seqlens, index.kv_len)
+    sink, sink_heads = _split(index.sink)
+    window, window_heads = _split(index.window)
+    options = Options(
+        index.indices, index.counts, sink_heads, window_heads, block_table, cache_seqlens, index.block_q,
+        index.block_k, sink, window, index.kv_len, plan.scale, plan.causal,
+    )  # fmt: skip
+    out, lse = sparse_reference.attend(q, k, v, options)
+    return (out, lse) if return_lse else out
+
+
+class Plan(NamedTuple):
+    """What validation makes of a call: a function of metadata alone, so it is remembered."""
+
+    backend: str
+    scale: float
+    causal: bool
+
+
+_PLANS: dict[Any, Plan] = {}
+
+
+def _plan(
+    causal: Any, scale: Any, backend: str | None, block_q: Any, q_len: Any, kv_len: Any, grad: bool,
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_table: Any, cache_seqlens: Any,
+) -> Plan:  # fmt: skip
+    contract = _DENSE if block_table is None else _PAGED
+    tables = {} if block_table is None else {"block_table": block_table}
+    sizes = contract.check(q=q, k=k, v=v, indices=indices, counts=counts, cache_seqlens=cache_seqlens, **tables)
+    heads, kv_heads, lists = sizes["Hq"], sizes["Hkv"], sizes["Hm"]
+    contract.require(
+        kv_heads > 0 and heads % kv_heads == 0,
+        f"q has {heads} heads and k has {kv_heads}; the heads of k must divide those of q",
+    )
+    contract.require(
+        lists in (1, kv_heads, heads),
+        f"index has lists for {lists} heads; it must have them for 1, for the {kv_heads} of k or for the {heads} of q",
+    )
+    contract.require(
+        sizes["D"] > 0 and sizes["Dv"] > 0, f"head widths are {sizes['D']} and {sizes['Dv']}; they must be at least 1"
+    )
+    contract.require(q_len == sizes["Nq"], f"index has q_len {q_len}; q has {sizes['Nq']} rows")
+    if block_table is None:
+        contract.require(kv_len == sizes["Nk"], f"index has kv_len {kv_len}; k has {sizes['Nk']} keys")
+    else:
+        contract.require(
+            kv_len <= sizes["table"] * sizes["page"],
+            f"index has kv_len {kv_len}; block_table has room for {sizes['table'] * sizes['page']} keys",
+        )
+    if not isinstance(causal, bool):
+        raise TypeError(f"block_sparse_attention: causal is {type(causal).__name__}; it must be a bool")
+    scale = contract.number("scale", sizes["D"] ** -0.5 if scale is None else scale)
+    inference = None
+    if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if block_table is not None:
+            inference = "its gradients do not reach paged caches; call it without block_table, or under torch.no_grad()"
+        elif cache_seqlens is not None:
+            inference = "its gradients take no cache_seqlens; call it without them, or under torch.no_grad()"
+    widths = {"D": sizes["D"], "Dv": sizes["Dv"]}
+    chosen = dispatch.choose(
+        "block_sparse_attention",
+        backend,
+        q.device.type,
+        {
+            "triton": lambda: inference or partial(devices.kernel_refusal, q, widths, MAX_HEAD_DIM)(),
+            "torch": lambda: inference,
+            "reference": lambda: None,
+        },
+    )
+    return Plan(chosen, scale, causal)
+
+
+def _split(value: int | Tensor) -> tuple[Any, Tensor | None]:
+    """A number for all heads, and a tensor where heads differ."""
+    return (0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def _check_lengths(cache_seqlens: Tensor | None, kv_len: int) -> None:
+    """Check the values of the lengths, where reading them costs no synchronisation."""
+    if cache_seqlens is not None and readable(cache_seqlens):
+        lengths = cache_seqlens.tolist()
+        _DENSE.require(
+            all(0 <= length <= kv_len for length in lengths),
+            f"cache_seqlens is {lengths}; each must be from 0 to the index's kv_len, {kv_len}",
+        )
