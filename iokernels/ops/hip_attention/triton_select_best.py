@@ -51,10 +51,12 @@ def hip_attention_best_kernel(
     order = tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
     order = tl.where(exists, order, 0)
     threshold = tl.zeros([1], tl.uint32)
-    for step in range(32):
-        higher = threshold | (tl.full([1], 1, tl.uint32) << (31 - step).to(tl.uint32))
+    bit = tl.full([1], 1 << 31, tl.uint32)
+    for _step in range(32):
+        higher = threshold | bit
         enough = tl.sum((order >= higher).to(tl.int32), 0) >= most
         threshold = tl.where(enough, higher, threshold)
+        bit = bit >> 1
     above = exists & (order > threshold)
     level = exists & (order == threshold)
     room = most - tl.sum(above.to(tl.int32), 0)
