@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from iokernels.ops.triton_partials import merge_slots, store_partial
+
 from .triton_walk import (
     Numbers,
     finish,
@@ -24,9 +26,7 @@ from .triton_walk import (
     keys_of,
     length_of,
     load_queries,
-    merge_slots,
     row_of,
-    store_partial,
     tiles_of,
     walk,
 )
