@@ -44,9 +44,9 @@ def stage(
     out_ids, out_counts = empty_lists(q, k.shape[1], stage.slots, region)
     heads = searched_heads(region.heads, q.shape[1], k.shape[1])
     count = candidates(q.shape[2], k.shape[2], ids, stage, region)
-    rows = q.shape[0] * heads * count * max(2 * q.shape[3], _rows(q, k, region, stage.stride_q))
-    keys = _Keys(q, k, heads)
-    for slab in _slabs(q, k, region, stage.stride_q, rows):
+    rows = q.shape[0] * heads * count * max(2 * q.shape[3], row_count(q, k, region, stage.stride_q))
+    keys = Keys(q, k, heads)
+    for slab in slabs(q, k, region, stage.stride_q, rows):
         blocks = slab.limits.shape[0]
         if ids is None or counts is None:
             chunk = torch.arange(count, device=q.device).expand(q.shape[0], 1, blocks, count)
@@ -63,7 +63,7 @@ def stage(
         right = torch.minimum((chunk + 1) * stage.chunk, slab.ends[:, None])
         alive = (left < right) & listed
         scores = _search(slab, keys, left, right, stage.chunk)
-        _choose(scores, alive, chunk, region, out_ids[:, :, slab.blocks], out_counts[:, :, slab.blocks])
+        choose(scores, alive, chunk, region, out_ids[:, :, slab.blocks], out_counts[:, :, slab.blocks])
     return out_ids, out_counts
 
 
@@ -76,12 +76,12 @@ def pages(
     count = most_chunks(q.shape[2], kv_len, page, region)
     low, high = (_of_heads(x[:, :, :count].to(_work(q)), heads).transpose(2, 3)[:, :, None] for x in (kmin, kmax))
     chunk = torch.arange(count, device=q.device)
-    rows = q.shape[0] * heads * count * _rows(q, kmin, region, 1)
-    for slab in _slabs(q, kmin, region, 1, rows, kv_len):
+    rows = q.shape[0] * heads * count * row_count(q, kmin, region, 1)
+    for slab in slabs(q, kmin, region, 1, rows, kv_len):
         bounds = slab.rows.clamp(min=0) @ high + slab.rows.clamp(max=0) @ low
         bounds = bounds.masked_fill(chunk * page > slab.limits[..., None], float("-inf")).amax(3)
         alive = (chunk * page < slab.ends[:, None]) & ((chunk + 1) * page > region.sink)
-        _choose(bounds, alive, chunk, region, out_ids[:, :, slab.blocks], out_counts[:, :, slab.blocks])
+        choose(bounds, alive, chunk, region, out_ids[:, :, slab.blocks], out_counts[:, :, slab.blocks])
     return out_ids, out_counts
 
 
@@ -94,22 +94,25 @@ def exact(q: Tensor, k: Tensor, region: Region, block_k: int, slots: int) -> tup
     keys = _of_heads(F.pad(k[:, :, :width], (0, 0, 0, max(width - k.shape[2], 0))).to(_work(q)), heads)
     keys = keys.transpose(2, 3)[:, :, None]
     number, chunk = torch.arange(width, device=q.device), torch.arange(count, device=q.device)
-    rows = q.shape[0] * heads * width * _rows(q, k, region, 1)
-    for slab in _slabs(q, k, region, 1, rows):
+    rows = q.shape[0] * heads * width * row_count(q, k, region, 1)
+    for slab in slabs(q, k, region, 1, rows):
         logits = slab.rows @ keys
         hidden = (number > slab.limits[..., None]) | (number < region.sink)
         best = logits.masked_fill_(hidden, float("-inf")).amax(3).unflatten(-1, (count, block_k)).amax(-1)
-        _choose(best, best > float("-inf"), chunk, region, out_ids[:, :, slab.blocks], out_counts[:, :, slab.blocks])
+        choose(best, best > float("-inf"), chunk, region, out_ids[:, :, slab.blocks], out_counts[:, :, slab.blocks])
     return out_ids, out_counts
 
 
-def page_bounds(k: Tensor, page: int) -> tuple[Tensor, Tensor]:
-    """``(kmin, kmax) [B, Hkv, ceil(N / page), D]``: the least and the largest value of each column of a page."""
-    missing = -k.shape[2] % page
-    low, high = (
-        F.pad(k, (0, 0, 0, missing), value=value).unflatten(2, (-1, page)) for value in (float("inf"), float("-inf"))
-    )
-    return low.amin(3), high.amax(3)
+def page_bounds_(k: Tensor, kmin: Tensor, kmax: Tensor, page: int, first_page: int) -> None:
+    """Write the bounds of the pages from ``first_page`` on into kmin and kmax ``[B, Hkv, pages, D]``."""
+    keys = k[:, :, first_page * page :]
+    whole = keys.shape[2] // page
+    for bounds, reduce in ((kmin, torch.amin), (kmax, torch.amax)):
+        if whole > 0:
+            paged = keys[:, :, : whole * page].unflatten(2, (whole, page))
+            bounds[:, :, first_page : first_page + whole].copy_(reduce(paged, 3))
+        if whole * page < keys.shape[2]:
+            bounds[:, :, first_page + whole].copy_(reduce(keys[:, :, whole * page :], 2))
 
 
 class Slab(NamedTuple):
@@ -121,7 +124,7 @@ class Slab(NamedTuple):
     ends: Tensor  # [blocks]: one past the last key of a block
 
 
-def _slabs(
+def slabs(
     q: Tensor, k: Tensor, region: Region, stride: int, elements: int, kv_len: int | None = None
 ) -> Iterator[Slab]:
     """The query blocks, in slabs of which each block takes ``elements`` of the largest tensor."""
@@ -165,13 +168,13 @@ def _pooled(
     return part, limits.repeat(1, group), ends
 
 
-def _rows(q: Tensor, k: Tensor, region: Region, stride: int) -> int:
+def row_count(q: Tensor, k: Tensor, region: Region, stride: int) -> int:
     """Rows of a block that a searched head scores."""
     group = q.shape[1] // searched_heads(region.heads, q.shape[1], k.shape[1])
     return group * -(-min(region.block_q, q.shape[2]) // stride)
 
 
-class _Keys:
+class Keys:
     """The keys as one table of rows, from which a step's keys are gathered."""
 
     def __init__(self, q: Tensor, k: Tensor, heads: int) -> None:
@@ -189,7 +192,7 @@ class _Keys:
         return found.view(*rows.shape, -1).transpose(3, 4)
 
 
-def _search(slab: Slab, keys: _Keys, left: Tensor, right: Tensor, chunk: int) -> Tensor:
+def _search(slab: Slab, keys: Keys, left: Tensor, right: Tensor, chunk: int) -> Tensor:
     """The score of every chunk ``[left, right)``: the best logit that its search came across, [B, H, blocks, C]."""
     best = None
     for _ in range(chunk.bit_length() - 1):
@@ -207,9 +210,7 @@ def _search(slab: Slab, keys: _Keys, left: Tensor, right: Tensor, chunk: int) ->
     return best
 
 
-def _choose(
-    scores: Tensor, alive: Tensor, chunk: Tensor, region: Region, ids: Tensor, counts: Tensor
-) -> None:
+def choose(scores: Tensor, alive: Tensor, chunk: Tensor, region: Region, ids: Tensor, counts: Tensor) -> None:
     """Write the best chunks of ``scores [B, H, blocks, C]`` into ``ids [B, Hm, blocks, slots]``, ascending, and how
     many there are into ``counts``."""
     scores = scores.masked_fill(~alive, float("-inf"))

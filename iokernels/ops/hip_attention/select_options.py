@@ -31,7 +31,23 @@ class Region(NamedTuple):
     causal: bool = True
 
 
-REGION_SCHEMA = "str heads, int block_q, int sink, int window, bool causal"
+REGION_SCHEMA = "str heads, int block_q, SymInt sink, SymInt window, bool causal"
+
+
+class HipStage(NamedTuple):
+    """One stage of the hierarchical search, as a caller states it.
+
+    Chunks of ``chunk`` keys (a power of two) compete for ``keep`` keys, which go on to the next stage; the last stage
+    keeps the budget, and its chunk is the block of the list. Queries enter as means of ``stride_q`` neighbours.
+    """
+
+    chunk: int
+    stride_q: int
+    keep: int = 0  # not read of the last stage
+
+
+STAGES = (HipStage(256, 4, 32768), HipStage(32, 4, 8192), HipStage(8, 1))
+"""The published stages."""
 
 
 class Stage(NamedTuple):

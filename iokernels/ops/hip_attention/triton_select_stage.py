@@ -28,8 +28,8 @@ from .triton_select_rows import block_rows, load_keys, load_rows
 
 @triton.jit(
     do_not_specialize=[
-        "heads", "group", "kv_group", "blocks", "block_q", "means", "q_len", "kv_len", "chunks", "slots", "lists", "sink",
-        "window",
+        "heads", "group", "kv_group", "blocks", "block_q", "means", "q_len", "kv_len", "chunks", "slots", "lists",
+        "sink", "window",
     ]
 )  # fmt: skip
 def hip_attention_stage_kernel(
@@ -98,7 +98,7 @@ def hip_attention_stage_kernel(
             k_high = load_keys(k_head, stride_k, high, alive, HEAD_DIM, BLOCK_D)
             first = tl.full([BLOCK_C], float("-inf"), tl.float32)
             second = tl.full([BLOCK_C], float("-inf"), tl.float32)
-            for row_tile in tl.static_range(ROW_TILES):
+            for row_tile in range(ROW_TILES):
                 if ROW_TILES > 1:
                     q, limits = load_rows(
                         q_ptr, stride_q, batch, rows, row_tile, CAUSAL, STRIDE_Q, HEAD_DIM, BLOCK_D, BLOCK_R

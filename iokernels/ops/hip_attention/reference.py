@@ -22,9 +22,7 @@ def stage(q: Tensor, k: Tensor, ids: Tensor | None, counts: Tensor | None, regio
         while True:
             centre = (left + right) // 2
             halves = ((left + centre) // 2, (centre + right) // 2)
-            first, second = (
-                (rows @ keys[key]).masked_fill(limits < key, float("-inf")).max().item() for key in halves
-            )
+            first, second = ((rows @ keys[key]).masked_fill(limits < key, float("-inf")).max().item() for key in halves)
             best = max(best, first, second)
             if right - left <= 2:
                 return best
