@@ -142,7 +142,7 @@ def hip_plan(stages: Sequence[HipStage | tuple[int, ...]], budget: int, region: 
         )
     last = given[-1].chunk
     _block("select_hip", "the last chunk of stages", last)
-    select_hip_contract.require(budget >= last, f"budget is {budget}; it must be at least a block, {last}")
+    _slots(select_hip_contract, budget, last, budget)
     plan, parent = [], 0
     for position, stage in enumerate(given):
         # A stage whose chunks hold all of a short sequence must not lose any: the first and last may be in part.

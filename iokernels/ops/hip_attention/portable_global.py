@@ -32,7 +32,7 @@ def global_search(
     keys = Keys(q, k, heads)
     wide = 2 * branches * branch * max(q.shape[3], row_count(q, k, region, STRIDE_Q)) + blocks
     for slab in slabs(q, k, region, STRIDE_Q, q.shape[0] * heads * wide):
-        first, scores = _units(slab, keys, region, branch, branches)
+        first, scores = search_units(slab, keys, region, branch, branches)
         found = scores.new_full((*scores.shape[:3], blocks + 1), float("-inf"))
         # A column past the last takes what is not worth selecting.
         target = (first * branch // block_k).clamp(max=blocks - 1).masked_fill(scores == float("-inf"), blocks)
@@ -42,7 +42,7 @@ def global_search(
     return out_ids, out_counts
 
 
-def _units(slab: Slab, keys: Keys, region: Region, branch: int, branches: int) -> tuple[Tensor, Tensor]:
+def search_units(slab: Slab, keys: Keys, region: Region, branch: int, branches: int) -> tuple[Tensor, Tensor]:
     """``(units, scores) [B, H, blocks, M]``: the units that remain, and the best logit of each."""
     lowest = region.sink // branch
     units = ((slab.ends + branch - 1) // branch - lowest).clamp(min=0)[:, None]

@@ -66,10 +66,10 @@ def mix_heads(chosen: Tensor, first: BlockIndex, second: BlockIndex) -> BlockInd
             )
     slots = max(first.indices.shape[3], second.indices.shape[3])
     ours, theirs = (F.pad(index.indices, (0, slots - index.indices.shape[3])) for index in (first, second))
-    of_head = chosen[:, None, None]
+    of_list = chosen[:, None, None]
     return BlockIndex(
-        torch.where(of_head[..., None], ours, theirs),
-        torch.where(of_head, first.counts, second.counts),
+        torch.where(of_list, ours, theirs),
+        torch.where(chosen[:, None], first.counts, second.counts),
         first.block_q,
         first.block_k,
         _per_head(chosen, first.sink, second.sink),
