@@ -17,6 +17,7 @@ from iokernels.runtime.plans import remembered
 
 from . import sparse_reference
 from .block_index import BlockIndex
+from .sparse_op import attend
 from .sparse_options import Options
 
 _LISTS = {
@@ -111,7 +112,10 @@ def block_sparse_attention(
         index.indices, index.counts, sink_heads, window_heads, block_table, cache_seqlens, index.block_q,
         index.block_k, sink, window, index.kv_len, plan.scale, plan.causal,
     )  # fmt: skip
-    out, lse = sparse_reference.attend(q, k, v, options)
+    if plan.backend == "reference":
+        out, lse = sparse_reference.attend(q, k, v, options)
+    else:
+        out, lse = attend(q, k, v, plan.backend, options)
     return (out, lse) if return_lse else out
 
 

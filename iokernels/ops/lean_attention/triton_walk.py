@@ -2,8 +2,8 @@
 
 A block owns an *item*: BLOCK_M rows that read the same keys, namely the Nq newest positions of the query heads of one
 key head. Row ``r = g * Nq + i`` is position i of the group's head g, so keys and values are read once for the whole
-group. What has been seen of the keys is summed up in float32 by (m, l, acc), and two such sums over different keys merge
-into that of both (:mod:`iokernels.ops.triton_partials`).
+group. What has been seen of the keys is summed up in float32 by (m, l, acc), and two such sums over different keys
+merge into that of both (:mod:`iokernels.ops.triton_partials`).
 
 At the end out = acc / l and lse = ln 2 (m + log2 l). A sink is a sum of one logit without a value; a common prefix is a
 sum that was finished before.
