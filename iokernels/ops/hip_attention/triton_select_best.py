@@ -64,7 +64,7 @@ def hip_attention_best_kernel(
 
     number = slot
     if LISTED:
-        parent = tl.load(parents_ptr + one * slots + slot // RATIO, mask=kept, other=0)
+        parent = tl.load(parents_ptr + one * slots + slot // RATIO, mask=inside, other=0)
         number = parent * RATIO + slot % RATIO
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(ids_ptr + one * most + place, number, mask=kept)
