@@ -15,6 +15,9 @@ from torch import Tensor
 
 from iokernels.runtime.contracts import Contract, Spec
 
+from . import block_formats
+from .transposed_lists import TransposedLists, transposed_lists
+
 KEY_BLOCKS = (8, 16, 32, 64, 128)
 """Sizes that a block of keys may have."""
 
@@ -152,43 +155,28 @@ class BlockIndex:
             causal,
         )  # fmt: skip
 
+    def transpose(self) -> TransposedLists:
+        """Which blocks of queries list each block of keys; made on the device, without waiting for it."""
+        return transposed_lists(self.indices, self.counts, self.key_blocks)
+
     @staticmethod
-    def from_mask(
-        mask: Tensor, *, block_q: int, block_k: int, sink: int | Tensor = 0, window: int | Tensor = 0,
-        q_len: int | None = None, kv_len: int | None = None,
-    ) -> BlockIndex:  # fmt: skip
-        """An index from a mask of keys or of blocks.
+    def from_mask(mask: Tensor, *, block_q: int, block_k: int, **fields: Any) -> BlockIndex:
+        """An index from a mask of keys or of blocks; see :func:`.block_formats.from_mask`."""
+        return block_formats.from_mask(mask, block_q=block_q, block_k=block_k, **fields)
 
-        Args:
-            mask: bool ``[B, Hm, q_len, kv_len]``: a block is listed where any of its elements is True. Or, where
-                ``q_len`` and ``kv_len`` are given, a mask of blocks ``[B, Hm, Mq, Mk]``.
-            block_q, block_k, sink, window: as in the class.
-            q_len, kv_len: both (a mask of blocks) or neither.
+    @staticmethod
+    def from_bsr(crow_indices: Tensor, col_indices: Tensor, **fields: Any) -> BlockIndex:
+        """An index from compressed rows of blocks; see :func:`.block_formats.from_bsr`."""
+        return block_formats.from_bsr(crow_indices, col_indices, **fields)
 
-        Nothing is read on the host; the lists have room for all Mk blocks.
-        """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
-            raise TypeError("BlockIndex.from_mask: mask must be a bool tensor of 4 dimensions")
-        if (q_len is None) != (kv_len is None):
-            raise ValueError("BlockIndex.from_mask: q_len and kv_len go together; give both for a mask of blocks")
-        if q_len is None or kv_len is None:
-            q_len, kv_len = mask.shape[2:]
-            rows, columns = -(-q_len // block_q), -(-kv_len // block_k)
-            padded = mask.new_zeros((*mask.shape[:2], rows * block_q, columns * block_k))
-            padded[:, :, :q_len, :kv_len] = mask
-            mask = padded.view(*mask.shape[:2], rows, block_q, columns, block_k).any(-1).any(3)
-            if block_q >= q_len and rows == 0:
-                mask = mask.new_zeros((*mask.shape[:2], 1, columns))
-        _CONTRACT.require(
-            mask.shape[3] == -(-kv_len // block_k),
-            f"from_mask: mask has {mask.shape[3]} key blocks; {kv_len} keys in blocks of {block_k} are "
-            f"{-(-kv_len // block_k)}",
-        )
-        # A stable sort puts the listed blocks first, in ascending order.
-        order = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
-        return BlockIndex(
-            order.to(torch.int32), mask.sum(-1, dtype=torch.int32), block_q, block_k, sink, window, q_len, kv_len
-        )
+    @staticmethod
+    def from_flex(block_mask: Any, **fields: Any) -> BlockIndex:
+        """An index from FlexAttention's BlockMask; see :func:`.block_formats.from_flex`."""
+        return block_formats.from_flex(block_mask, **fields)
+
+    def to_flex(self, heads: int, *, causal: bool, block: int = 128) -> Any:
+        """FlexAttention's BlockMask for ``heads`` query heads; see :func:`.block_formats.to_flex`."""
+        return block_formats.to_flex(self, heads, causal=causal, block=block)
 
 
 def _check_int(name: str, value: Any) -> None:

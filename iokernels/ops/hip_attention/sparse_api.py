@@ -149,13 +149,15 @@ def _plan(
     contract.require(
         sizes["D"] > 0 and sizes["Dv"] > 0, f"head widths are {sizes['D']} and {sizes['Dv']}; they must be at least 1"
     )
-    contract.require(q_len == sizes["Nq"], f"index has q_len {q_len}; q has {sizes['Nq']} rows")
-    if block_table is None:
-        contract.require(kv_len == sizes["Nk"], f"index has kv_len {kv_len}; k has {sizes['Nk']} keys")
-    else:
-        contract.require(
-            kv_len <= sizes["table"] * sizes["page"],
-            f"index has kv_len {kv_len}; block_table has room for {sizes['table'] * sizes['page']} keys",
+    # Not require(): torch.compile cannot format a symbol, and would have to for the message.
+    if q_len != sizes["Nq"]:
+        raise ValueError(f"block_sparse_attention: index has q_len {q_len}; q has {sizes['Nq']} rows")
+    if block_table is None and kv_len != sizes["Nk"]:
+        raise ValueError(f"block_sparse_attention: index has kv_len {kv_len}; k has {sizes['Nk']} keys")
+    if block_table is not None and kv_len > sizes["table"] * sizes["page"]:
+        raise ValueError(
+            f"block_sparse_attention: index has kv_len {kv_len}; block_table has room for "
+            f"{sizes['table'] * sizes['page']} keys"
         )
     if not isinstance(causal, bool):
         raise TypeError(f"block_sparse_attention: causal is {type(causal).__name__}; it must be a bool")

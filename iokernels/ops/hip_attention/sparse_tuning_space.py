@@ -23,8 +23,8 @@ from .sparse_tuning import DKV, DQ, FWD, KERNELS, SIZES, Config, Problem, defaul
 _TILE = ("block_m", "block_n", "num_warps")
 
 _TYPICAL_KEYS = 3072
-"""Keys that a list shows to a row, with its sink and window: a weight of the ranking. How many there are is known on the
-device alone."""
+"""Keys that a list shows to a row, with its sink and window: a weight of the ranking. How many there are is known on
+the device alone."""
 
 _LATENCY = 1e-6
 """Seconds from asking for a tile to having it, with one stage: a weight of the ranking, not a measured figure."""

@@ -32,7 +32,7 @@ def transposed_lists(
         ratio: how many neighbouring key blocks make one tile of keys, 1 to 32.
         joined: how many neighbouring heads get one list, L; P is Hm / L.
     """
-    batch, heads, query_blocks, room = indices.shape
+    batch, heads, _, room = indices.shape
     tiles = -(-key_blocks // ratio)
     slots = torch.arange(room, device=indices.device, dtype=torch.int32)
     valid = (slots < counts[..., None]) & (indices >= 0) & (indices < key_blocks)

@@ -99,7 +99,6 @@ def block_sparse_bwd_dkv_kernel(
     delta_ptr,  # float32 [B, Hq, Nq]
     dk_ptr,  # [B, Hkv, Nk, D]
     dv_ptr,  # [B, Hkv, Nk, Dv]
-    counts_ptr,  # int32 [B, Hm, Mq]
     starts_ptr,  # int32 [B, P, spans + 1]
     entries_ptr,  # int32 [B, P, entries]
     listed_ptr,  # int32 [B, P, entries]
@@ -114,7 +113,6 @@ def block_sparse_bwd_dkv_kernel(
     stride_lse,  # of delta too
     stride_dk,
     stride_dv,
-    stride_counts,
     stride_starts,
     stride_entries,
     stride_dense,
@@ -148,9 +146,9 @@ def block_sparse_bwd_dkv_kernel(
     first_key = tl.program_id(0) % key_tiles * BLOCK_N
     batch_head = tl.program_id(0) // key_tiles
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
-    # The first of the key head's lists in counts, sinks and windows.
+    # The first of the key head's sinks and windows.
     first_list = kv_head * lists
-    if SHARED:
+    if SHARED:  # one list for all heads
         first_list = kv_head * 0
 
     local_n, offs_m = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
@@ -215,16 +213,9 @@ def block_sparse_bwd_dkv_kernel(
         lse_log2 = base_2(tl.load(lse_rows + statistics, mask=exists, other=float("-inf")))
         delta = tl.load(delta_rows + statistics, mask=exists, other=0.0)
 
-        # In which part each pair counts: the sink, the window, or the list (which in a dense row is everything).
-        row_list = first_list + local_head // packed
-        if SHARED:
-            row_list = local_head * 0
-        by_part = step >= list_steps + dense_steps
-        counts = at_head(counts_ptr, stride_counts, batch, 0, 0) + (
-            row_list.to(tl.int64) * stride_counts.h + (row // rows).to(tl.int64) * stride_counts.n
-        )
-        is_dense = tl.load(counts, mask=exists & (tl.where(by_part, 1, 0) + row * 0 != 0), other=0) < 0
+        # In which part each pair counts: the sink, the window, or the list.
         own_sink, own_window = sink + row * 0, window + row * 0
+        row_list = first_list + local_head // packed
         if FEATURES.sink_heads:
             own_sink = tl.maximum(tl.load(sink_ptr + row_list, mask=exists, other=0), 0)
         if FEATURES.window_heads:
@@ -232,15 +223,12 @@ def block_sparse_bwd_dkv_kernel(
         own_window = tl.minimum(own_window, 1 << 29)
         in_sink = keys[:, None] < own_sink[None, :]
         in_window = (keys[:, None] <= position[None, :]) & (keys[:, None] > (position - own_window)[None, :])
-        part = tl.where(in_sink, 2, tl.where(in_window, 3, 0))
-        bit = keys % SPAN // FEATURES.block_k
-        is_listed = ((bits[None, :] >> bit[:, None]) & 1) != 0
-        in_list = step < list_steps
-        in_dense_rows = (step >= list_steps) & (step < list_steps + dense_steps)
-        wanted = tl.where(in_list, 0, tl.where(step < list_steps + dense_steps + sink_steps, 2, 3))
-        seen = tl.where(in_list, is_listed.to(tl.int32), 1) * tl.where(part == wanted, 1, 0)
-        seen = tl.where(in_dense_rows, 1, seen * tl.where(is_dense, 0, 1)[None, :])
-        shown = (seen != 0) & exists[None, :] & (keys < seqlen_k)[:, None]
+        by_entry = step < list_steps + dense_steps
+        wanted = tl.where(by_entry, 0, tl.where(step < list_steps + dense_steps + sink_steps, 1, 2))
+        listed = (bits[None, :] >> (keys % SPAN // FEATURES.block_k)[:, None]) & 1
+        listed = tl.where(step < list_steps, listed, 1)
+        shown = (tl.where(in_sink, 1, tl.where(in_window, 2, 0)) == wanted) & (listed != 0)
+        shown = shown & exists[None, :] & (keys < seqlen_k)[:, None]
         if FEATURES.causal:
             shown = shown & (keys[:, None] <= position[None, :])
 

@@ -137,11 +137,10 @@ def walk_of(
     stop = tile.length
     if FEATURES.causal:
         stop = tl.maximum(tl.minimum(stop, tile.last + 1), 0)
-    dense = count < 0
     loaded = tl.minimum(tl.maximum(count, 0), numbers.entries) * FEATURES.block_k
-    slots = tl.where(dense, stop, loaded)
-    sink = tl.where(dense, 0, tl.minimum(sink, stop))
-    window = tl.where(dense, 0, tl.minimum(window, 1 << 29))
+    slots = tl.where(count < 0, stop, loaded)
+    sink = tl.minimum(sink, stop)
+    window = tl.minimum(window, 1 << 29)
     window_start = tl.maximum(tile.first - window + 1, sink)
     window_stop = tl.where(window > 0, tl.minimum(tile.last + 1, tile.length), 0)
     list_steps = tl.cdiv(slots, BLOCK_N)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -107,9 +106,9 @@ def _launch_dkv(
     )  # fmt: skip
     key_tiles = triton.cdiv(keys, config.block_n)
     block_sparse_bwd_dkv_kernel[(batch * kv_heads * key_tiles,)](
-        q, k, v, dout, lse, delta, dk, dv, options.counts, *found, launch.sink, launch.window,
+        q, k, v, dout, lse, delta, dk, dv, *found, launch.sink, launch.window,
         strides(q), strides(k), strides(v), strides(dout), strides(lse), strides(dk), strides(dv),
-        strides(options.counts), strides(found.starts), strides(found.entries), strides(found.dense),
+        strides(found.starts), strides(found.entries), strides(found.dense),
         strides(found.dense_counts),
         launch.packed, kv_heads, launch.group, launch.rows, launch.query_blocks, lists, q.shape[2], keys, key_tiles,
         clamp(options.sink), clamp(options.window), options.scale, launch.qk_scale,
