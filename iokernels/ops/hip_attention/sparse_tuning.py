@@ -88,7 +88,9 @@ def default(problem: Problem) -> Config:
     config = _preferred(problem)
     if problem.kernel != DKV and config.block_m > problem.item_rows:
         few = max(problem.item_rows, 16)
-        config = replace(config, block_m=few, num_warps=4 if few <= 64 else config.num_warps)
+        config = replace(
+            config, block_m=few, num_warps=4 if few <= (64 if problem.kernel == FWD else 32) else config.num_warps
+        )
     while shared_bytes(problem, config) > problem.smem_block:
         config = _smaller(problem, config)
     return replace(config, parts=_parts(problem, config))
@@ -103,15 +105,14 @@ def _preferred(problem: Problem) -> Config:
     roomy = problem.sm // 10 in (9, 10)
     if problem.kernel == FWD:
         if width <= 128:
-            return Config(128, 64, 1, 4 if problem.sm // 10 == 10 else 8, 3)
+            return Config(128, 64, 1, 8, 3)
         return Config(64, 64, 1, 8, 2)
     if problem.kernel == DQ:
         if width <= 64 or (width <= 128 and roomy):
             return Config(128, 64, 1, 8, 2)
         return Config(64, 64, 1, 8, 2) if width <= 128 else Config(64, 32, 1, 8, 2)
-    if width <= 128:
-        return Config(64, 64, 1, 8, 2) if roomy else Config(32, 64, 1, 8, 2)
-    return Config(32, 64, 1, 8, 1)
+    # Rows that a list names lie apart, and their addresses take registers.
+    return Config(32, 64, 1, 8, 2 if width > 64 or roomy else 1) if width <= 128 else Config(32, 32, 1, 8, 1)
 
 
 def _single_precision(kernel: str, width: int, tensor_cores: bool) -> Config:
@@ -122,7 +123,7 @@ def _single_precision(kernel: str, width: int, tensor_cores: bool) -> Config:
     if width <= 64:
         return Config(16, 32, 1, 8, 1) if kernel == DKV else Config(32, 32, 1, 8, 1)
     if width <= 128:
-        return Config(32, 16, 1, 8, 1) if kernel != DKV else Config(16, 16, 1, 8, 1)
+        return Config(32, 16, 1, 8, 1) if kernel == FWD else Config(16, 16, 1, 8, 1)
     return Config(16, 16, 1, 8, 1)
 
 

@@ -56,7 +56,7 @@ def _largest(ptr, value, first, count, PER_HEAD: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _rows_of(
-    step, walk, entries_ptr, listed_ptr, dense_ptr, packed, group, rows, query_blocks, lists, offs_m,
+    step, walk, entries_ptr, listed_ptr, dense_ptr, packed, group, rows, query_blocks, offs_m,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The rows of a step: (head within the key head, row, exists, bits of the key blocks that its list names)."""
@@ -194,7 +194,7 @@ def block_sparse_bwd_dkv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for step in tl.range(0, walk.steps):
         local_head, row, exists, bits = _rows_of(
-            step, walk, own_entries, own_listed, own_dense, packed, group, rows, query_blocks, lists, offs_m, BLOCK_M
+            step, walk, own_entries, own_listed, own_dense, packed, group, rows, query_blocks, offs_m, BLOCK_M
         )
         exists = exists & (row < seqlen_q)
         head = kv_head * group + local_head
@@ -210,30 +210,38 @@ def block_sparse_bwd_dkv_kernel(
             VALUE_DIM, BLOCK_V, True,
         )  # fmt: skip
         statistics = row_offsets(stride_lse, head, row, FEATURES)
+        # A row that does not exist has lse = inf, and weighs nothing.
         lse_log2 = base_2(tl.load(lse_rows + statistics, mask=exists, other=float("-inf")))
         delta = tl.load(delta_rows + statistics, mask=exists, other=0.0)
 
-        # In which part each pair counts: the sink, the window, or the list.
-        own_sink, own_window = sink + row * 0, window + row * 0
-        row_list = first_list + local_head // packed
-        if FEATURES.sink_heads:
-            own_sink = tl.maximum(tl.load(sink_ptr + row_list, mask=exists, other=0), 0)
-        if FEATURES.window_heads:
-            own_window = tl.maximum(tl.load(window_ptr + row_list, mask=exists, other=0), 0)
-        own_window = tl.minimum(own_window, 1 << 29)
-        in_sink = keys[:, None] < own_sink[None, :]
-        in_window = (keys[:, None] <= position[None, :]) & (keys[:, None] > (position - own_window)[None, :])
-        by_entry = step < list_steps + dense_steps
-        wanted = tl.where(by_entry, 0, tl.where(step < list_steps + dense_steps + sink_steps, 1, 2))
-        listed = (bits[None, :] >> (keys % SPAN // FEATURES.block_k)[:, None]) & 1
-        listed = tl.where(step < list_steps, listed, 1)
-        shown = (tl.where(in_sink, 1, tl.where(in_window, 2, 0)) == wanted) & (listed != 0)
-        shown = shown & exists[None, :] & (keys < seqlen_k)[:, None]
-        if FEATURES.causal:
-            shown = shown & (keys[:, None] <= position[None, :])
-
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
-        scores = tl.where(shown, scores, float("-inf"))
+        by_entry = step < list_steps + dense_steps
+        in_list = step < list_steps
+        # Whether a listed row sees all keys of the tile, and counts them here.
+        earliest = tl.min(tl.where(exists, position, 1 << 30), 0)
+        partial = (first_key < most_sink) | (last_key > earliest - most_window) | (step >= list_steps + dense_steps)
+        if FEATURES.block_k < SPAN:
+            unlisted = tl.max(tl.where(exists & (bits != (1 << (SPAN // FEATURES.block_k)) - 1), 1, 0), 0)
+            partial = partial | (in_list & (unlisted != 0))
+        if partial:
+            own_sink, own_window = sink + row * 0, window + row * 0
+            row_list = first_list + local_head // packed
+            if FEATURES.sink_heads:
+                own_sink = tl.maximum(tl.load(sink_ptr + row_list, mask=exists, other=0), 0)
+            if FEATURES.window_heads:
+                own_window = tl.maximum(tl.load(window_ptr + row_list, mask=exists, other=0), 0)
+            own_window = tl.minimum(own_window, 1 << 29)
+            in_sink = keys[:, None] < own_sink[None, :]
+            in_window = (keys[:, None] <= position[None, :]) & (keys[:, None] > (position - own_window)[None, :])
+            # The part in which a pair counts: 0 the list, 1 the sink, 2 the window.
+            wanted = tl.where(by_entry, 0, tl.where(step < list_steps + dense_steps + sink_steps, 1, 2))
+            shown = tl.where(in_sink, 1, tl.where(in_window, 2, 0)) == wanted
+            if FEATURES.block_k < SPAN:
+                listed = (bits[None, :] >> (keys % SPAN // FEATURES.block_k)[:, None]) & 1
+                shown = shown & (tl.where(in_list, listed, 1) != 0)
+            if FEATURES.causal:
+                shown = shown & (keys[:, None] <= position[None, :])
+            scores = tl.where(shown, scores, float("-inf"))
         p = tl.exp2(scores - lse_log2[None, :])
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
