@@ -175,7 +175,7 @@ def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
 
 
 def test_bytes_follow_the_budget_and_not_the_length() -> None:
-    """Selection in decoding reads a sixteenth of the keys and a constant; dense attention all of them and the values."""
+    """Selection in decoding reads a sixteenth of the keys and a constant; dense attention all keys and values."""
     case = load("select_hip")
     assert case.accounts is not None
     moved = []

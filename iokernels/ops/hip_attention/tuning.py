@@ -84,9 +84,8 @@ def default(problem: SelectProblem) -> SelectConfig:
         return SelectConfig(1, max(1, min(16, 4096 // problem.block_d)), 4)
     rows = max(16, min(64 if problem.tensor_cores else 32, bucket(problem.rows)))
     # One new token has few lists: smaller blocks, so that there are enough of them.
-    config = SelectConfig(
-        rows, 32 if problem.lists > 64 and problem.tensor_cores else 16, 4 if problem.tensor_cores else 8
-    )
+    chunks = 32 if problem.lists > 64 and problem.tensor_cores and problem.block_d <= 128 else 16
+    config = SelectConfig(rows, chunks, 8 if rows * problem.block_d >= 8192 or not problem.tensor_cores else 4)
     while shared_bytes(problem, config) > problem.smem_block and config.block_r > 16:
         config = replace(config, block_r=config.block_r // 2)
     return config
