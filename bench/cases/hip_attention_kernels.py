@@ -125,11 +125,9 @@ SELECT_COMPILATION = Compilation(
         for text, dtype in (
             ("h=32,hkv=8,n=16k,d=128", torch.bfloat16),
             ("h=32,hkv=8,n=16k,d=128,quest=1", torch.bfloat16),
-            ("h=32,hkv=8,n=1,nk=128k,d=128,heads=1", torch.bfloat16),
             ("h=32,hkv=8,n=1,nk=128k,d=128,quest=1,heads=2,bnhd=1", torch.float16),
             ("h=8,hkv=8,n=4k,d=256,causal=0", torch.float16),
             ("h=8,hkv=2,n=4k,d=64", torch.float32),
-            ("h=8,hkv=2,n=4k,d=256,quest=1", torch.float32),
         )
     ),
 )

@@ -179,12 +179,12 @@ def test_bytes_follow_the_budget_and_not_the_length() -> None:
     case = load("select_hip")
     assert case.accounts is not None
     moved = []
-    for keys in (8192, 16384, 32768, 65536):
+    for keys in (8192, 16384, 65536, 131072):
         shape = case.vocabulary.parse(f"b=1,h=8,hkv=2,n=1,nk={keys},d=128")
         configs = dict(case.accounts.configs(shape, torch.bfloat16))
         found = case.accounts.model(shape, torch.bfloat16, configs)
         moved.append(sum(account.model.total for account in found.values()))
-    dense = [keys * 2 * 2 * 128 * 2 for keys in (8192, 16384, 32768, 65536)]
+    dense = [keys * 2 * 2 * 128 * 2 for keys in (8192, 16384, 65536, 131072)]
     # Once the later stages are full, twice the keys cost what a sixteenth of their growth does, and scores.
     assert moved[3] - moved[2] < 1.1 * (dense[3] - dense[2]) / 32
     assert moved[1] < dense[1] / 2

@@ -189,10 +189,10 @@ def page_bounds(
     sizes = _PAGES.check(k=k)
     _block("page_bounds", "page", page)
     pages = (sizes["Nk"] + page - 1) // page
-    _PAGES.require(
-        first == 0 or out is not None, f"first is {first} without out; bounds that do not exist cannot be kept"
-    )
-    _PAGES.require(0 <= first <= sizes["Nk"], f"first is {first}; it must be 0 to the number of keys")
+    if first != 0 and out is None:
+        raise ValueError(f"page_bounds: first is {first} without out; bounds that do not exist cannot be kept")
+    if not 0 <= first <= sizes["Nk"]:
+        raise ValueError(f"page_bounds: first is {first}; it must be 0 to the number of keys")
     if out is None:
         shape = (*k.shape[:2], pages, k.shape[3])
         out = PageBounds(k.new_empty(shape), k.new_empty(shape))
@@ -202,7 +202,8 @@ def page_bounds(
                 f"page_bounds: out.{name} is {list(x.shape)} of {x.dtype} on {x.device}; it must be like k but for "
                 "the pages in place of the keys"
             )
-        _PAGES.require(x.shape[2] >= pages, f"out.{name} has {x.shape[2]} pages; {sizes['Nk']} keys have {pages}")
+        if x.shape[2] < pages:
+            raise ValueError(f"page_bounds: out.{name} has {x.shape[2]} pages; {sizes['Nk']} keys have {pages}")
     bounds_op(k.detach(), out.kmin, out.kmax, backend_of("page_bounds", backend, k), page, first // page)
     return out
 
@@ -251,7 +252,8 @@ def select_quest(
         bounds = page_bounds(k, page=page, backend=chosen)
     kmin, kmax = bounds
     _QUEST.check(q=q, k=k, kmin=kmin, kmax=kmax)
-    _QUEST.require(kmin.shape[2] >= pages, f"bounds has {kmin.shape[2]} pages; the keys to select from have {pages}")
+    if kmin.shape[2] < pages:
+        raise ValueError(f"select_quest: bounds has {kmin.shape[2]} pages; the keys to select from have {pages}")
     lists = pages_op(q.detach(), kmin, kmax, chosen, k.shape[2], page, slots, *region)
     return index_of(q, k, *lists, region, page)
 
