@@ -2,6 +2,14 @@
 
 from iokernels.ops import OPERATORS
 
-CASES = (*OPERATORS, "linear_attention_step", "gated_delta_rule", "gated_delta_rule_step", "short_conv", "select_hip")
+CASES = (
+    *OPERATORS,
+    "linear_attention_step",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "short_conv",
+    "block_sparse_attention",
+    "select_hip",
+)
 """What the commands check and time one by one: every operator, and after them the functions of a room that take
 arguments of another make. ``bench/cases/<name>.py`` holds each."""

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from iokernels.bench.accounts import Account, Bytes
 from iokernels.ops.hip_attention.select_options import Region, Stage, block_end, list_heads, searched_heads
+from iokernels.ops.hip_attention.sparse_options import packed_heads
+from iokernels.ops.hip_attention.sparse_tuning import Config
 from iokernels.ops.hip_attention.tuning import SelectConfig
 
 
@@ -118,6 +120,59 @@ def _search_bytes(
             read += loads * call.rows(block) * row + 2 * steps * sum(mine) * row
             keys += 2 * steps * sum(mine)
     return read, keys
+
+
+def listed_blocks(call: Call, block_k: int, most: int) -> list[int]:
+    """How many blocks the list of each block of queries names."""
+    found = []
+    for block in range(call.blocks):
+        end = block_end(block, call.q_len, call.kv_len, call.region)
+        there = max(-(-end // block_k) - call.region.sink // block_k, 0) if end > call.region.sink else 0
+        found.append(min(there, most))
+    return found
+
+
+def attention_accounts(call: Call, value_dim: int, block_k: int, most: int, config: Config) -> dict[str, Account]:
+    """The account of block-sparse attention to what was selected: each listed key once for every tile of rows.
+
+    Exact where no listed block reaches into the sink or the latest keys of a tile: a sink of whole blocks, and a window
+    longer than a block of queries and a block of keys.
+    """
+    region, counts = call.region, listed_blocks(call, block_k, most)
+    packed = packed_heads(call.q_heads, call.kv_heads, call.lists)
+    packs, rows = call.q_heads // packed, call.q_len if call.blocks == 1 else region.block_q
+    keys, entries, tiles, furthest = 0, 0, 0, 0
+    for block, count in enumerate(counts):
+        own = min(rows, call.q_len - block * rows) * packed
+        for first in range(0, own, config.block_m):
+            used = min(config.block_m, own - first)
+            start, last = (call.kv_len - call.q_len + block * rows + row // packed for row in (first, first + used - 1))
+            stop = min(max(last + 1, 0), call.kv_len) if region.causal else call.kv_len
+            sink = min(region.sink, stop)
+            recent = max(min(last + 1, call.kv_len) - max(start - region.window + 1, sink), 0) if region.window else 0
+            read = min(count * block_k, max(stop - sink, 0)) + sink + recent
+            keys, entries, tiles = keys + read, entries + count, tiles + 1
+            furthest = max(furthest, read)
+    lists = call.batch * packs
+    queries, pair = (call.itemsize * width for width in (call.width, call.width + value_dim))
+    all_rows = call.batch * call.q_heads * call.q_len
+    written = all_rows * (value_dim * call.itemsize + 4)
+    partials = config.parts * all_rows * (value_dim + 2) * 4
+    model = config.parts * all_rows * queries + lists * (keys * pair + 4 * (entries + config.parts * tiles))
+    floor = (
+        all_rows * queries
+        + call.batch * call.kv_heads * furthest * pair
+        + call.batch * call.lists * 4 * (sum(counts) + len(counts))
+    )
+    found = {
+        "block_sparse_fwd_kernel": Account(
+            "fwd", Bytes(min(floor, model), written), Bytes(model, written if config.parts == 1 else partials)
+        )
+    }
+    if config.parts > 1:
+        merge = Bytes(partials, written)
+        found["block_sparse_combine_kernel"] = Account("fwd", merge, merge)
+    return found
 
 
 def most_slots(call: Call, chunk: int) -> int:

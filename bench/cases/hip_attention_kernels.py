@@ -7,14 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iokernels import autotune
 from iokernels.bench.case import Compilation, Pass, Tuning
 from iokernels.bench.cases.hip_attention_shapes import SELECT, VOCABULARY
 from iokernels.bench.shape import Shape
 from iokernels.ops.hip_attention.api import hip_plan
-from iokernels.ops.hip_attention.select_options import HEADS, STAGES, Region, Stage, candidates, most_chunks
+from iokernels.ops.hip_attention.select_options import (
+    HEADS,
+    STAGES,
+    Region,
+    Stage,
+    candidates,
+    list_heads,
+    most_chunks,
+    query_blocks,
+)
+from iokernels.ops.hip_attention.sparse_options import Options
+from iokernels.ops.hip_attention.sparse_tuning import FWD
 from iokernels.ops.hip_attention.tuning import BEST, BOUNDS, KERNELS, PAGES, STAGE, SelectProblem
 from iokernels.ops.hip_attention.tuning_space import TUNABLES
-from iokernels.runtime.device import DeviceSpec, assume
+from iokernels.runtime.device import DeviceSpec, assume, spec_of
 
 PAGE = 16
 """Keys of a page where Quest selects."""
@@ -79,15 +91,11 @@ def launch_select(shape: Shape, dtype: torch.dtype, which: Pass) -> None:
 def launch(shape: Shape, dtype: torch.dtype, which: Pass) -> None:
     """Launch the kernels of a search and of the attention that follows with meta tensors."""
     from iokernels.ops.hip_attention import triton_sparse_launch
-    from iokernels.ops.hip_attention.sparse_options import Options
 
     ids, counts = launch_search(shape, dtype)
     q, k = tensors(shape, dtype)
-    options = Options(
-        ids, counts, block_q=shape.bq, block_k=STAGES[-1].chunk, sink=shape.sink, window=shape.window,
-        kv_len=shape.nk, scale=shape.d**-0.5, causal=bool(shape.causal),
-    )  # fmt: skip
-    triton_sparse_launch.forward(q, k, k.new_empty(*k.shape[:3], shape.dv), options)
+    values = k.new_empty(*k.shape[:3], shape.dv)
+    triton_sparse_launch.forward(q, k, values, attention_options(shape, ids, counts))
 
 
 def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> SelectProblem:
@@ -106,14 +114,38 @@ def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -
 
 def configs(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration that each kernel would be launched with."""
-    from iokernels.ops.hip_attention.triton_select_launch import spec_of
-
     device = spec_of(torch.device("meta"))
-    from iokernels import autotune
-
     return {
         kernel: autotune.select(TUNABLES[kernel], problem(shape, dtype, kernel, device), device) for kernel in KERNELS
     }
+
+
+def attention_options(shape: Shape, ids: Tensor, counts: Tensor) -> Options:
+    """What block-sparse attention is told of the lists."""
+    return Options(
+        ids, counts, block_q=shape.bq, block_k=STAGES[-1].chunk, sink=shape.sink, window=shape.window,
+        kv_len=shape.nk, scale=shape.d**-0.5, causal=bool(shape.causal),
+    )  # fmt: skip
+
+
+def attention_configs(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """Those of a search and of the attention that follows."""
+    from iokernels.ops.hip_attention import triton_sparse_launch
+
+    q, k = tensors(shape, dtype)
+    region = region_of(shape)
+    lists = list_heads(region.heads, shape.h, shape.hkv)
+    blocks = query_blocks(shape.n, shape.bq)
+    ids = torch.empty((shape.b, lists, blocks, listed(shape)), dtype=torch.int32, device="meta")
+    options = attention_options(shape, ids, ids[..., 0])
+    launch = triton_sparse_launch.Launch(q, k, k.new_empty(*k.shape[:3], shape.dv), options)
+    return {**configs(shape, dtype), FWD: launch.config(FWD)}
+
+
+def listed(shape: Shape) -> int:
+    """Entries that a list has room for."""
+    block = STAGES[-1].chunk
+    return min(shape.budget // block, most_chunks(shape.n, shape.nk, block, region_of(shape)))
 
 
 _QUEST, _HIP = (PAGES, BOUNDS, BEST), (STAGE, BEST)

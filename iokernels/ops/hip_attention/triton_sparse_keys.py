@@ -80,6 +80,7 @@ class Walk(NamedTuple):
     sink: Any
     window: Any
     window_start: Any
+    window_stop: Any
     stop: Any  # no row of the tile sees this key or one after it
 
 
@@ -146,7 +147,7 @@ def walk_of(
     list_steps = tl.cdiv(slots, BLOCK_N)
     sink_steps = tl.cdiv(sink, BLOCK_N)
     steps = list_steps + sink_steps + tl.cdiv(tl.maximum(window_stop - window_start, 0), BLOCK_N)
-    return Walk(slots, loaded, list_steps, sink_steps, steps, sink, window, window_start, stop)
+    return Walk(slots, loaded, list_steps, sink_steps, steps, sink, window, window_start, window_stop, stop)
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def keys_of(step, walk, list_ptr, stride_entry, offs_n, FEATURES: tl.constexpr, 
     keys = tl.where(in_list, listed, first + offs_n)
     # Bounds as numbers, for one comparison whatever the part is.
     least = tl.where(in_list, walk.sink, 0)
-    stop = tl.where(in_list | in_window, walk.stop, walk.sink)
+    stop = tl.where(in_list, walk.stop, tl.where(in_window, walk.window_stop, walk.sink))
     slots = tl.where(in_list, walk.slots, slot + 1)
     shown = (slot < slots) & (keys >= least) & (keys < stop)
     return keys, shown
