@@ -18,7 +18,21 @@ from .ops.fft_conv import (
 )
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from .ops.flash_rnn import flash_rnn
-from .ops.hip_attention import BlockIndex, block_sparse_attention
+from .ops.hip_attention import (
+    BlockIndex,
+    HipStage,
+    PageBounds,
+    SelectionCache,
+    block_sparse_attention,
+    hip_attention,
+    mix_heads,
+    page_bounds,
+    select_dense,
+    select_exact,
+    select_hip,
+    select_quest,
+    select_window,
+)
 from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
 from .ops.linear_attention import (
     alibi_slopes,
@@ -36,8 +50,11 @@ from .runtime.errors import UnsupportedError
 
 __all__ = [
     "BlockIndex",
+    "HipStage",
     "KernelSpectrum",
     "LazyState",
+    "PageBounds",
+    "SelectionCache",
     "UnsupportedError",
     "__version__",
     "alibi_slopes",
@@ -51,6 +68,7 @@ __all__ = [
     "flash_rnn",
     "gated_delta_rule",
     "gated_delta_rule_step",
+    "hip_attention",
     "kernel_spectrum",
     "lazy_state",
     "lean_attention",
@@ -59,10 +77,17 @@ __all__ = [
     "linear_attention_state",
     "linear_attention_step",
     "minimax_slopes",
+    "mix_heads",
     "nn",
+    "page_bounds",
     "retention_slopes",
     "rotary_table",
     "scaled_dot_product_attention",
+    "select_dense",
+    "select_exact",
+    "select_hip",
+    "select_quest",
+    "select_window",
     "short_conv",
     "short_conv_step",
     "use_backend",

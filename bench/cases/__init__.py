@@ -9,6 +9,7 @@ CASES = (
     "gated_delta_rule_step",
     "short_conv",
     "block_sparse_attention",
+    "select_hip",
 )
 """What the commands check and time one by one: every operator, and after them the functions of a room that take
 arguments of another make. ``bench/cases/<name>.py`` holds each."""

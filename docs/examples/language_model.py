@@ -68,6 +68,15 @@ class CachedAttention(nn.Module):
         return self.attention(x, memory)
 
 
+class SparseAttention(CachedAttention):
+    """The same in training; in evaluation each row attends to the keys that a search finds, and its nearest."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        nn.Module.__init__(self)
+        options = {"budget": 32, "sink": 4, "window": 16, "block_q": 16}
+        self.attention = iokernels.nn.HiPAttention(width, heads, bias=False, **options)
+
+
 class Recurrent(nn.Module):
     """A mixer with a state of fixed size: parallel over a training sequence, and from its state, byte by byte."""
 
@@ -109,6 +118,7 @@ it, the module takes its input for what follows in that text.
 
 MIXERS: dict[str, Mixer] = {
     "flash": CachedAttention,
+    "hip": SparseAttention,
     "sdpa": lambda width, heads: SelfAttention(nn.MultiheadAttention(width, heads, bias=False, batch_first=True)),
     "lightning": lambda width, heads: Recurrent(iokernels.nn.LightningAttention(width, heads)),
     "based": lambda width, heads: Recurrent(iokernels.nn.BasedAttention(width, heads, window=32)),
@@ -241,6 +251,7 @@ class Result:
     recomputed_per_second: float = 0.0  # the same, with the whole context computed for each byte
     seconds: float = 0.0
     sample: str = ""
+    by_budget: list[tuple[int, float]] = field(default_factory=list)  # (keys selected, bits per held-out byte)
 
 
 def bits(model: nn.Module, windows: Tensor) -> Tensor:
@@ -259,6 +270,24 @@ def heldout_bits(model: nn.Module, text: Tensor, settings: Settings, batches: in
     mean = sum(bits(model, part.to(settings.device)).item() for part in windows.chunk(batches)) / batches
     model.train()
     return mean
+
+
+def bits_by_budget(model: LanguageModel, text: Tensor, settings: Settings, batches: int) -> list[tuple[int, float]]:
+    """Bits per held-out byte of a model with sparse attention, for budgets up to all keys, with which it is dense.
+
+    Beside the selected keys a row sees the first 4 and the latest 16. Rows in blocks of 16 share their keys, so the
+    choice for a row knows the rows behind it in its block: a number here is a little too good, where one of them is of
+    help.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, iokernels.nn.HiPAttention)]
+    found, usual = [], [attention.budget for attention in attentions]
+    for budget in [2**power for power in range(3, settings.context.bit_length())]:
+        for attention in attentions:
+            attention.budget = budget
+        found.append((budget, heldout_bits(model, text, settings, batches)))
+    for attention, budget in zip(attentions, usual, strict=True):
+        attention.budget = budget
+    return found
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -300,6 +329,8 @@ def train(
             result.heldout.append((step + 1, heldout_bits(model, heldout_text, settings, batches=2)))
         progress(step + 1, result.losses[-1], result.tokens_per_second)
     result.heldout.append((settings.steps, heldout_bits(model, heldout_text, settings, batches=12)))
+    if name == "hip":
+        result.by_budget = bits_by_budget(model, heldout_text, settings, batches=4)
     result.sample, result.recomputed_per_second = generate(model, settings, remember=False)
     if model.memories() is not None:
         result.sample, result.written_per_second = generate(model, settings)
@@ -364,6 +395,32 @@ def table(results: Sequence[Result], known: dict[str, float]) -> Table:
     return shown
 
 
+def budget_table(result: Result) -> Table:
+    """Bits per held-out byte against the keys that sparse attention selects."""
+    shown = Table(title=f"{result.mixer}: keys selected, beside the first 4 and the latest 16; the last row is dense")
+    for column in ("budget", "held out"):
+        shown.add_column(column, justify="right")
+    for budget, value in result.by_budget:
+        shown.add_row(str(budget), f"{value:.3f}")
+    return shown
+
+
+def plot_budget(result: Result, path: Path) -> bool:
+    """Write the curve of :func:`budget_table` to ``path``; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*result.by_budget, strict=True), "o-")
+    axes.axhline(result.by_budget[-1][1], color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="keys selected", ylabel="bits per held-out byte", title="Trained dense, evaluated sparse")
+    axes.set_xscale("log", base=2)
+    figure.savefig(path, dpi=150)
+    return True
+
+
 def plot(results: Sequence[Result], known: dict[str, float], path: Path) -> bool:
     """Write the loss curves to ``path``; False where matplotlib is not installed."""
     try:
@@ -392,6 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mixer", nargs="+", default=["flash"], choices=[*MIXERS, "all"], help="one, several or all")
     parser.add_argument("--short", action="store_true", help="about a minute for a mixer on two CPU cores")
     parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--context", type=int, help="bytes in a sequence")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("build/language_model"), help="for loss.png and results.json")
@@ -402,6 +460,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if asked.steps < 1:
             parser.error(f"--steps is {asked.steps}; it must be at least 1")
         settings = replace(settings, steps=asked.steps)
+    if asked.context is not None:
+        if asked.context < 16:
+            parser.error(f"--context is {asked.context}; it must be at least 16")
+        settings = replace(settings, context=asked.context)
     names = list(MIXERS) if "all" in asked.mixer else list(dict.fromkeys(asked.mixer))
 
     console = Console(stderr=asked.json)
@@ -418,13 +480,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in names:
             bar = bars.add_task(name, total=settings.steps, said="")
 
-            def said(step: int, loss: float, speed: float, bar=bar) -> None:
+            def heard(step: int, loss: float, speed: float, bar=bar) -> None:
                 bars.update(bar, completed=step, said=f"{loss:.3f} bits, {speed:,.0f} tokens/s")
 
-            results.append(train(name, settings, text, said)[1])
+            results.append(train(name, settings, text, heard)[1])
 
     samples = (Panel(Text(result.sample), title=f"written by {result.mixer}") for result in results)
-    console.print(Group(*samples, table(results, known)))
+    sparse = [result for result in results if result.by_budget]
+    console.print(Group(*samples, table(results, known), *map(budget_table, sparse)))
     report = {
         "settings": asdict(settings), "torch": torch.__version__, "python": sys.version.split()[0],
         "baselines": known, "results": [asdict(result) for result in results],
@@ -432,8 +495,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "results.json").write_text(json.dumps(report, indent=1))
     drawn = plot(results, known, asked.out / "loss.png")
+    pictures = ["loss.png", *("budget.png" for result in sparse if plot_budget(result, asked.out / "budget.png"))]
     console.print(
-        f"In {asked.out}: results.json, {'loss.png' if drawn else 'and no plot: matplotlib is not installed'}"
+        f"In {asked.out}: results.json, {' and '.join(pictures) if drawn else 'and no plot: matplotlib is not installed'}"
     )
     if asked.json:
         print(json.dumps(report))

@@ -3,6 +3,7 @@
 from .fft_conv import FFTConv, LongConv, ShortConv1d
 from .flash_attention import FlashAttention
 from .flash_rnn import GRU, LSTM, RNN, SLSTM
+from .hip_attention import HiPAttention, HiPCache
 from .hyena import HyenaOperator, HyenaState, ImplicitFilter
 from .lean_attention import DecodeAttention, KVCache
 from .linear_attention import BasedAttention, GatedDeltaNet, LightningAttention, Retention
@@ -17,6 +18,8 @@ __all__ = [
     "FFTConv",
     "FlashAttention",
     "GatedDeltaNet",
+    "HiPAttention",
+    "HiPCache",
     "HyenaOperator",
     "HyenaState",
     "ImplicitFilter",

@@ -148,6 +148,31 @@ def test_mixers_without_memory_recompute(lm: Any, text: Any, tiny: Any):
     assert sdpa[1].recomputed_per_second > 0
 
 
+def test_sparse_evaluation_of_a_dense_model(lm: Any, text: Any, tiny: Any):
+    """Trained as flash is; with room for all keys it is flash, and with few it is something else."""
+    settings = replace(tiny, context=64)
+    dense, sparse = (lm.train(name, settings, text)[1] for name in ("flash", "hip"))
+    assert max(abs(a - b) for a, b in zip(dense.losses, sparse.losses, strict=True)) < BUDGET
+    assert [budget for budget, _ in sparse.by_budget] == [8, 16, 32, 64]
+    assert dense.by_budget == []
+    model, again = lm.train("hip", settings, text)
+    assert again.by_budget == sparse.by_budget
+    model.train()
+    before = model(text[1][None, :64].long())
+    model.eval()
+    set_budget(model, 64)
+    everything = model(text[1][None, :64].long())
+    set_budget(model, 8)
+    few = model(text[1][None, :64].long())
+    torch.testing.assert_close(everything, before)
+    assert (few - before).abs().max() > 1e-4
+
+
+def set_budget(model: Any, budget: int) -> None:
+    for block in model.blocks:
+        block.mixer.attention.budget = budget
+
+
 @pytest.mark.parametrize("name", ["lightning", "based", "delta", "lstm", "slstm"])
 def test_a_recurrent_mixer_learns_and_writes_from_its_state(lm: Any, text: Any, tiny: Any, name: str):
     model, result = lm.train(name, tiny, text)

@@ -143,7 +143,7 @@ def _plan(
         f"q has {heads} heads and k has {kv_heads}; the heads of k must divide those of q",
     )
     contract.require(
-        lists in (1, kv_heads, heads),
+        any(lists == count for count in (1, kv_heads, heads)),  # Dynamo finds no symbol with ``in``
         f"index has lists for {lists} heads; it must have them for 1, for the {kv_heads} of k or for the {heads} of q",
     )
     contract.require(

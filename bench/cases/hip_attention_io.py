@@ -1,0 +1,208 @@
+"""What the selection kernels should move: a model by block of queries, stage and tile of chunks.
+
+It is exact while every stage but the last keeps all its chunks (up to 8192 keys, with the published stages): what a
+stage reads then depends on shapes alone. Beyond, which chunks go on depends on the data, and the model takes them for
+whole: a list may have one chunk that the edge of the window cuts, and one that the sink does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from iokernels.bench.accounts import Account, Bytes
+from iokernels.ops.hip_attention.select_options import Region, Stage, block_end, list_heads, searched_heads
+from iokernels.ops.hip_attention.sparse_options import packed_heads
+from iokernels.ops.hip_attention.sparse_tuning import Config
+from iokernels.ops.hip_attention.tuning import SelectConfig
+
+
+class Call(NamedTuple):
+    """What the model needs to know of a call."""
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    width: int
+    itemsize: int
+    region: Region
+
+    @property
+    def searched(self) -> int:
+        """Heads that are searched each by itself."""
+        return searched_heads(self.region.heads, self.q_heads, self.kv_heads)
+
+    @property
+    def lists(self) -> int:
+        """Lists of a block of queries."""
+        return list_heads(self.region.heads, self.q_heads, self.kv_heads)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of queries."""
+        return -(-self.q_len // self.region.block_q)
+
+    def rows(self, block: int) -> int:
+        """Query rows of a block, of the heads that a searched head stands for."""
+        held = min((block + 1) * self.region.block_q, self.q_len) - block * self.region.block_q
+        return held * (self.q_heads // self.searched)
+
+
+def stage_accounts(
+    call: Call, stages: Sequence[Stage], stage_config: SelectConfig, searches: dict[int, int]
+) -> tuple[Account, Account]:
+    """The accounts of the search and of the choice, over all stages. ``searches`` receives the keys that the search
+    of a block of queries looks at."""
+    row = call.width * call.itemsize
+    search, choice = [0, 0, 0], [0, 0, 0]  # floor read, model read, written
+    # What each block of queries lists, and so how many slots the next stage has.
+    listed: list[list[int]] | None = None
+    slots_before = 0
+    for stage in stages:
+        ratio = stage.parent // stage.chunk if listed is not None else 1
+        slots = slots_before * ratio if listed is not None else most_slots(call, stage.chunk)
+        kept = min(stage.slots, slots)
+        made: list[list[int]] = []
+        furthest = 0
+        for block in range(call.blocks):
+            end = block_end(block, call.q_len, call.kv_len, call.region)
+            chunks = (
+                [parent * ratio + part for parent in listed[block] for part in range(ratio)]
+                if listed is not None
+                else list(range(slots))
+            )
+            alive = [max(c * stage.chunk, call.region.sink) < min((c + 1) * stage.chunk, end) for c in chunks]
+            read, keys = _search_bytes(call, stage, stage_config, alive, slots, ratio, listed is not None, block)
+            search[1] += call.batch * call.searched * read
+            search[2] += call.batch * call.searched * 4 * slots
+            furthest = max(furthest, keys)
+            searches[block] = searches.get(block, 0) + keys
+            found = [c for c, ok in zip(chunks, alive, strict=True) if ok]
+            made.append(found[-kept:])
+            pooled = call.searched // call.lists
+            parents = 4 * slots_before if listed is not None else 0
+            choice[1] += call.batch * call.lists * (4 * slots * pooled + parents)
+            choice[2] += call.batch * call.lists * (4 * min(kept, len(found)) + 4)
+        numbers = call.batch * call.lists * call.blocks * (4 * slots_before + 4) if listed is not None else 0
+        # As if all blocks of queries looked at the same keys.
+        search[0] += call.batch * (call.q_heads * call.q_len * row + call.kv_heads * furthest * row) + numbers
+        listed, slots_before = made, kept
+    choice[0] = choice[1]
+    return (
+        Account("fwd", Bytes(min(search[0], search[1]), search[2]), Bytes(search[1], search[2])),
+        Account("fwd", Bytes(choice[0], choice[2]), Bytes(choice[1], choice[2])),
+    )
+
+
+def _search_bytes(
+    call: Call,
+    stage: Stage,
+    config: SelectConfig,
+    alive: list[bool],
+    slots: int,
+    ratio: int,
+    is_listed: bool,
+    block: int,
+) -> tuple[int, int]:
+    """Bytes that the thread blocks of one list read, and keys that they look at."""
+    row, steps = call.width * call.itemsize, stage.chunk.bit_length() - 1
+    means = -(-min(call.region.block_q, call.q_len) // stage.stride_q) * (call.q_heads // call.searched)
+    loads = 1 if means <= config.block_r else steps
+    read, keys = 0, 0
+    for first in range(0, slots, config.block_c):
+        mine = alive[first : min(first + config.block_c, slots)]
+        if is_listed:
+            # The count, and each parent once.
+            read += 4 + 4 * len({(first + slot) // ratio for slot in range(len(mine))})
+        if any(mine):
+            read += loads * call.rows(block) * row + 2 * steps * sum(mine) * row
+            keys += 2 * steps * sum(mine)
+    return read, keys
+
+
+def listed_blocks(call: Call, block_k: int, most: int) -> list[int]:
+    """How many blocks the list of each block of queries names."""
+    found = []
+    for block in range(call.blocks):
+        end = block_end(block, call.q_len, call.kv_len, call.region)
+        there = max(-(-end // block_k) - call.region.sink // block_k, 0) if end > call.region.sink else 0
+        found.append(min(there, most))
+    return found
+
+
+def attention_accounts(call: Call, value_dim: int, block_k: int, most: int, config: Config) -> dict[str, Account]:
+    """The account of block-sparse attention to what was selected: each listed key once for every tile of rows.
+
+    Exact where no listed block reaches into the sink or the latest keys of a tile: a sink of whole blocks, and a window
+    longer than a block of queries and a block of keys.
+    """
+    region, counts = call.region, listed_blocks(call, block_k, most)
+    packed = packed_heads(call.q_heads, call.kv_heads, call.lists)
+    packs, rows = call.q_heads // packed, call.q_len if call.blocks == 1 else region.block_q
+    keys, entries, tiles, furthest = 0, 0, 0, 0
+    for block, count in enumerate(counts):
+        own = min(rows, call.q_len - block * rows) * packed
+        for first in range(0, own, config.block_m):
+            used = min(config.block_m, own - first)
+            start, last = (call.kv_len - call.q_len + block * rows + row // packed for row in (first, first + used - 1))
+            stop = min(max(last + 1, 0), call.kv_len) if region.causal else call.kv_len
+            sink = min(region.sink, stop)
+            recent = max(min(last + 1, call.kv_len) - max(start - region.window + 1, sink), 0) if region.window else 0
+            read = min(count * block_k, max(stop - sink, 0)) + sink + recent
+            keys, entries, tiles = keys + read, entries + count, tiles + 1
+            furthest = max(furthest, read)
+    lists = call.batch * packs
+    queries, pair = (call.itemsize * width for width in (call.width, call.width + value_dim))
+    all_rows = call.batch * call.q_heads * call.q_len
+    written = all_rows * (value_dim * call.itemsize + 4)
+    partials = config.parts * all_rows * (value_dim + 2) * 4
+    model = config.parts * all_rows * queries + lists * (keys * pair + 4 * (entries + config.parts * tiles))
+    floor = (
+        all_rows * queries
+        + call.batch * call.kv_heads * furthest * pair
+        + call.batch * call.lists * 4 * (sum(counts) + len(counts))
+    )
+    found = {
+        "block_sparse_fwd_kernel": Account(
+            "fwd", Bytes(min(floor, model), written), Bytes(model, written if config.parts == 1 else partials)
+        )
+    }
+    if config.parts > 1:
+        merge = Bytes(partials, written)
+        found["block_sparse_combine_kernel"] = Account("fwd", merge, merge)
+    return found
+
+
+def most_slots(call: Call, chunk: int) -> int:
+    """Chunks that the first stage scores for every block of queries."""
+    end = call.kv_len - call.region.window if call.region.causal else call.kv_len
+    return max(-(-end // chunk), 1)
+
+
+def page_accounts(call: Call, page: int, slots: int, config: SelectConfig) -> dict[str, Account]:
+    """The accounts of Quest: bounds, scores of pages, and the choice."""
+    row = call.width * call.itemsize
+    pages, scored = -(-call.kv_len // page), most_slots(call, page)
+    bounds = Bytes(call.batch * call.kv_heads * call.kv_len * row, 2 * call.batch * call.kv_heads * pages * row)
+    read, furthest, written = 0, 0, 0
+    for block in range(call.blocks):
+        end = block_end(block, call.q_len, call.kv_len, call.region)
+        alive = [p * page < end and (p + 1) * page > call.region.sink for p in range(scored)]
+        furthest = max(furthest, sum(alive))
+        for first in range(0, scored, config.block_c):
+            mine = alive[first : first + config.block_c]
+            if any(mine):
+                read += call.rows(block) * row + 2 * sum(mine) * row
+        written += 4 * min(slots, sum(alive)) + 4
+    scores = call.batch * call.searched * call.blocks * scored * 4
+    floor = call.batch * (call.q_heads * call.q_len * row + 2 * call.kv_heads * furthest * row)
+    choice = Bytes(scores, call.batch * call.lists * written)
+    return {
+        "hip_attention_bounds_kernel": Account("fwd", bounds, bounds),
+        "hip_attention_pages_kernel": Account(
+            "fwd", Bytes(floor, scores), Bytes(call.batch * call.searched * read, scores)
+        ),
+        "hip_attention_best_kernel": Account("fwd", choice, choice),
+    }
