@@ -93,8 +93,8 @@ def fft_conv_fwd_kernel(
     state_ptr,  # float32 [B, H, overlap] or None
     spectrum_ptr,  # [H, 2, N1, N2], real and imaginary
     scale_ptr,  # float32 [H], what the spectrum was divided by
-    f1_ptr,  # [2, N1, N1], roots of unity
-    f2_ptr,  # [2, N2, N2]
+    f1_ptr,  # [2, N1], roots of unity
+    f2_ptr,  # [2, N2]
     y_ptr,  # [B, H, N]
     stride_u,
     stride_pre,

@@ -99,14 +99,15 @@ def root_of_unity(power, ORDER: tl.constexpr, DTYPE: tl.constexpr):
 def constants(f1_ptr, f2_ptr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """F1 [N1, ROWS] (of the last rows of a block), T [N1, N2], F2 [N2, COLS] (of the kept frequencies).
 
-    Operands of products are loaded, because what is computed the compiler would keep in registers.
+    Operands of products are loaded, because what is computed the compiler would keep in registers; of the N roots of
+    unity that a matrix of N by N is made of, because those are few bytes.
     """
     offs_1, offs_2 = tl.arange(0, N1), tl.arange(0, N2)
     rows, cols = N1 - ROWS + tl.arange(0, ROWS), kept_columns(N2, COLS)
-    f1 = f1_ptr + offs_1[:, None] * N1 + rows[None, :]
-    f2 = f2_ptr + offs_2[:, None] * N2 + cols[None, :]
+    f1 = f1_ptr + offs_1[:, None] * rows[None, :] % N1
+    f2 = f2_ptr + offs_2[:, None] * cols[None, :] % N2
     tr, ti = root_of_unity(offs_1[:, None] * offs_2[None, :], N1 * N2, f1_ptr.dtype.element_ty)
-    return tl.load(f1), tl.load(f1 + N1 * N1), tr, ti, tl.load(f2), tl.load(f2 + N2 * N2)
+    return tl.load(f1), tl.load(f1 + N1), tr, ti, tl.load(f2), tl.load(f2 + N2)
 
 
 @triton.jit
@@ -176,7 +177,8 @@ def load_inputs(
     if FEATURES.state:
         # [B, H, overlap] contiguous; the block that starts before time 0 sees it.
         past = state_ptr + (tl.cast(batch, tl.int64) * heads + head) * place.overlap
-        v += tl.load(past + (times + place.overlap), mask=(times < 0) & (times < stop), other=0.0)
+        mask = (times < 0) & (times < stop) & (times + place.overlap >= 0)
+        v += tl.load(past + (times + place.overlap), mask=mask, other=0.0)
     return v
 
 
