@@ -84,4 +84,5 @@ def test_keys_lead_back_to_their_problem() -> None:
 
 
 def test_what_changes_results_is_pinned() -> None:
-    assert all(tunable.pinned == ("length", "units") for tunable in TUNABLES.values())
+    assert all(TUNABLES[name].pinned == ("length", "units", "outer") for name in tuning.KERNELS)
+    assert TUNABLES[tuning.OUTER_KERNEL].pinned == ("rows", "columns", "depth")
