@@ -31,18 +31,19 @@ import triton.language as tl
 
 from .triton_transform import (
     Place,
-    constants,
     exponent,
     inverted,
     load_inputs,
     load_spectrum,
     load_times,
+    matrices,
     positions,
     power_of_two,
     scale_back,
     stop_of,
     store_times,
     transformed,
+    twiddles,
 )
 
 
@@ -272,7 +273,7 @@ def fft_conv_bwd_kernel(
     pairs = (batch + members - 1) // members
     last = tl.minimum(first + units, pairs * chunks)
 
-    f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
+    tr, ti = twiddles(N1, N2, f1_ptr.dtype.element_ty)
     if WANTED.v or WANTED.post:
         kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
     else:
@@ -282,6 +283,7 @@ def fft_conv_bwd_kernel(
     sum_i = tl.zeros([N1, COLS] if WANTED.k else [1, 1], tl.float32)
 
     if HOIST:
+        f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
         for unit in tl.range(first, last):
             sum_r, sum_i = _one_unit(
                 unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, dstate_ptr, stride_dy,
@@ -292,6 +294,7 @@ def fft_conv_bwd_kernel(
     else:
         unit = first
         while unit < last:
+            f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
             sum_r, sum_i = _one_unit(
                 unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, dstate_ptr, stride_dy,
                 stride_u, stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,

@@ -133,6 +133,7 @@ class Launch:
     def constexprs(self, cover: tuning.Blocks, *tensors: Tensor) -> dict[str, Any]:
         """What the kernels on chip are compiled for."""
         options, length = self.options, cover.n1 * cover.n2
+        rows = cover.n1 // 2 if cover.half else cover.n1
         return {
             "FEATURES": Features(
                 pre=options.pre_gate is not None,
@@ -143,10 +144,10 @@ class Launch:
             ),
             "N1": cover.n1,
             "N2": cover.n2,
-            "ROWS": cover.n1 // 2 if cover.half else cover.n1,
+            "ROWS": rows,
             "COLS": self.columns(cover),
             "MIDDLE": self.middle(length),
             "WIDE": self.wide(length, *tensors, options.pre_gate, options.post_gate),
-            "HOIST": tuning.hoists(self.problem("fft_conv_fwd"), length),
+            "HOIST": tuning.hoists(self.problem("fft_conv_fwd"), cover.n1, rows, cover.n2),
             "PRECISION": self.products,
         }

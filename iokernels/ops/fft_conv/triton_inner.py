@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_transform import constants, exponent, inverted, power_of_two, root_of_unity, scale_back, transformed
+from .triton_transform import exponent, inverted, matrices, power_of_two, root_of_unity, scale_back, transformed, twiddles
 
 
 @triton.jit
@@ -112,6 +112,23 @@ def _load_frequencies(
     return tl.load(at), tl.load(at + N1 * N2)
 
 
+@triton.jit
+def _one_row(
+    at, row, rows_ptr, scales_ptr, out_scales_ptr, scale, kr, ki, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
+    OUTER: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MIDDLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Convolve one row of one sequence."""
+    xr, xi, e = _forward_transform(
+        rows_ptr, scales_ptr, at, row, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
+        OUTER, N1, N2, ROWS, COLUMNS, PRECISION,
+    )  # fmt: skip
+    _and_back(
+        xr * kr - xi * ki, xr * ki + xi * kr, e, scale, rows_ptr, out_scales_ptr, at, row, ar, ai, br, bi,
+        f1r, f1i, tr, ti, f2r, f2i, OUTER, N1, N2, MIDDLE, PRECISION,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["total", "heads", "units"])
 def fft_conv_fwd_inner_kernel(
     rows_ptr,  # [chunks, B, H, N0, M]: A, and what becomes of it
@@ -132,27 +149,68 @@ def fft_conv_fwd_inner_kernel(
     COLUMNS: tl.constexpr,
     MIDDLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOIST: tl.constexpr,  # what does not change moves out of the loop: see triton_fwd
 ):
     """Convolve a row of ``units`` sequences of one head."""
     rows: tl.constexpr = OUTER // 2 + 1
     row, head = tl.program_id(0) % rows, tl.program_id(0) // rows % heads
-    unit = tl.program_id(0) // rows // heads * units
-    last = tl.minimum(unit + units, total)
-    f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, N1, COLS)
+    first = tl.program_id(0) // rows // heads * units
+    last = tl.minimum(first + units, total)
+    tr, ti = twiddles(N1, N2, f1_ptr.dtype.element_ty)
     ar, ai, br, bi = _twiddles(row, OUTER, N1, N2)
     kr, ki = _load_frequencies(spectrum_ptr, head, row, OUTER, N1, N2, COLS)
     scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
-    while unit < last:
-        at = unit * heads + head
+    if HOIST:
+        f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, N1, COLS)
+        for unit in tl.range(first, last):
+            _one_row(
+                unit * heads + head, row, rows_ptr, scales_ptr, out_scales_ptr, scale, kr, ki, ar, ai, br, bi,
+                f1r, f1i, tr, ti, f2r, f2i, OUTER, N1, N2, ROWS, COLUMNS, MIDDLE, PRECISION,
+            )  # fmt: skip
+    else:
+        unit = first
+        while unit < last:
+            f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, N1, COLS)
+            _one_row(
+                unit * heads + head, row, rows_ptr, scales_ptr, out_scales_ptr, scale, kr, ki, ar, ai, br, bi,
+                f1r, f1i, tr, ti, f2r, f2i, OUTER, N1, N2, ROWS, COLUMNS, MIDDLE, PRECISION,
+            )  # fmt: skip
+            unit += 1
+
+
+@triton.jit
+def _one_gradient(
+    at, row, v_rows_ptr, v_scales_ptr, w_scales_ptr, g_rows_ptr, g_scales_ptr, dv_scales_ptr, scale, kr, ki,
+    sum_r, sum_i, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
+    WANTED: tl.constexpr, OUTER: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, MIDDLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv and w of one row of one sequence; returns the sums of dK with its part."""
+    if WANTED.k or WANTED.post:
         xr, xi, e = _forward_transform(
-            rows_ptr, scales_ptr, at, row, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
+            v_rows_ptr, v_scales_ptr, at, row, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
             OUTER, N1, N2, ROWS, COLUMNS, PRECISION,
         )  # fmt: skip
+    if WANTED.post:
         _and_back(
-            xr * kr - xi * ki, xr * ki + xi * kr, e, scale, rows_ptr, out_scales_ptr, at, row, ar, ai, br, bi,
+            xr * kr - xi * ki, xr * ki + xi * kr, e, scale, v_rows_ptr, w_scales_ptr, at, row, ar, ai, br, bi,
             f1r, f1i, tr, ti, f2r, f2i, OUTER, N1, N2, MIDDLE, PRECISION,
         )  # fmt: skip
-        unit += 1
+    if WANTED.v or WANTED.k:
+        gr, gi, c = _forward_transform(
+            g_rows_ptr, g_scales_ptr, at, row, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
+            OUTER, N1, N2, ROWS, COLUMNS, PRECISION,
+        )  # fmt: skip
+    if WANTED.k:
+        factor = scale_back(c) * scale_back(e)
+        sum_r += (gr * xr + gi * xi) * factor
+        sum_i += (gi * xr - gr * xi) * factor
+    if WANTED.v:
+        _and_back(
+            gr * kr + gi * ki, gi * kr - gr * ki, c, scale, g_rows_ptr, dv_scales_ptr, at, row, ar, ai, br, bi,
+            f1r, f1i, tr, ti, f2r, f2i, OUTER, N1, N2, MIDDLE, PRECISION,
+        )  # fmt: skip
+    return sum_r, sum_i
 
 
 @triton.jit(do_not_specialize=["total", "heads", "units"])
@@ -180,48 +238,42 @@ def fft_conv_bwd_inner_kernel(
     COLUMNS: tl.constexpr,
     MIDDLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """dK, dv and w of a row of ``units`` sequences of one head; dK summed in float32 in the order of the sequences."""
     rows: tl.constexpr = OUTER // 2 + 1
     row, head = tl.program_id(0) % rows, tl.program_id(0) // rows % heads
-    unit = tl.program_id(0) // rows // heads * units
-    last = tl.minimum(unit + units, total)
-    f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, N1, COLS)
+    part = tl.program_id(0) // rows // heads
+    first = part * units
+    last = tl.minimum(first + units, total)
+    tr, ti = twiddles(N1, N2, f1_ptr.dtype.element_ty)
     ar, ai, br, bi = _twiddles(row, OUTER, N1, N2)
     if WANTED.v or WANTED.post:
         kr, ki = _load_frequencies(spectrum_ptr, head, row, OUTER, N1, N2, COLS)
-        scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
+    else:
+        kr, ki = tr, ti  # unused
+    scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
     sum_r = tl.zeros([N1, COLS] if WANTED.k else [1, 1], tl.float32)
     sum_i = tl.zeros([N1, COLS] if WANTED.k else [1, 1], tl.float32)
-    while unit < last:
-        at = unit * heads + head
-        if WANTED.k or WANTED.post:
-            xr, xi, e = _forward_transform(
-                v_rows_ptr, v_scales_ptr, at, row, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
-                OUTER, N1, N2, ROWS, COLUMNS, PRECISION,
+    if HOIST:
+        f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, N1, COLS)
+        for unit in tl.range(first, last):
+            sum_r, sum_i = _one_gradient(
+                unit * heads + head, row, v_rows_ptr, v_scales_ptr, w_scales_ptr, g_rows_ptr, g_scales_ptr,
+                dv_scales_ptr, scale, kr, ki, sum_r, sum_i, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
+                WANTED, OUTER, N1, N2, ROWS, COLUMNS, MIDDLE, PRECISION,
             )  # fmt: skip
-        if WANTED.post:
-            _and_back(
-                xr * kr - xi * ki, xr * ki + xi * kr, e, scale, v_rows_ptr, w_scales_ptr, at, row, ar, ai, br, bi,
-                f1r, f1i, tr, ti, f2r, f2i, OUTER, N1, N2, MIDDLE, PRECISION,
+    else:
+        unit = first
+        while unit < last:
+            f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, N1, COLS)
+            sum_r, sum_i = _one_gradient(
+                unit * heads + head, row, v_rows_ptr, v_scales_ptr, w_scales_ptr, g_rows_ptr, g_scales_ptr,
+                dv_scales_ptr, scale, kr, ki, sum_r, sum_i, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
+                WANTED, OUTER, N1, N2, ROWS, COLUMNS, MIDDLE, PRECISION,
             )  # fmt: skip
-        if WANTED.v or WANTED.k:
-            gr, gi, c = _forward_transform(
-                g_rows_ptr, g_scales_ptr, at, row, ar, ai, br, bi, f1r, f1i, tr, ti, f2r, f2i,
-                OUTER, N1, N2, ROWS, COLUMNS, PRECISION,
-            )  # fmt: skip
-        if WANTED.k:
-            factor = scale_back(c) * scale_back(e)
-            sum_r += (gr * xr + gi * xi) * factor
-            sum_i += (gi * xr - gr * xi) * factor
-        if WANTED.v:
-            _and_back(
-                gr * kr + gi * ki, gi * kr - gr * ki, c, scale, g_rows_ptr, dv_scales_ptr, at, row, ar, ai, br, bi,
-                f1r, f1i, tr, ti, f2r, f2i, OUTER, N1, N2, MIDDLE, PRECISION,
-            )  # fmt: skip
-        unit += 1
+            unit += 1
     if WANTED.k:
-        part = tl.program_id(0) // rows // heads
         at = dk_ptr + ((tl.cast(part, tl.int64) * heads + head) * rows + row) * (2 * N1 * COLS)
         at = at + tl.arange(0, N1)[:, None] * COLS + tl.arange(0, COLS)[None, :]
         tl.store(at, sum_r)

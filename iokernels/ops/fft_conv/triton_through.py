@@ -86,6 +86,7 @@ class Steps:
         return {
             "OUTER": self.outer, "N1": cover.n1, "N2": cover.n2, "COLS": self.columns, "ROWS": tile.rows,
             "COLUMNS": tile.columns, "MIDDLE": self.launch.middle(self.length), "PRECISION": self.launch.products,
+            "HOIST": tuning.hoists(self.launch.problem("fft_conv_fwd"), cover.n1, cover.n1, cover.n2),
             "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
 

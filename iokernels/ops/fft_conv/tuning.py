@@ -31,11 +31,6 @@ OUTERS = tuple(1 << bits for bits in range(4, 12))
 LONGEST_THROUGH = 1 << 23
 """The longest transform through memory. Angles are counted as whole numbers that float32 holds."""
 
-_HOISTED = {2: 20, 4: 72}
-"""Bytes of shared memory for a point of a transform when the operands that do not change stay there, by the bytes of an
-element: the most that was read off kernels compiled for several GPUs."""
-
-
 @dataclass(frozen=True)
 class Config:
     """One way to launch a kernel: transforms of ``length``, a power of two; ``units`` of them to a thread block.
@@ -151,9 +146,12 @@ def passes(wanted: Wanted, length: int, itemsize: int) -> list[Wanted]:
 
 
 def factors(length: int) -> tuple[int, int]:
-    """``length`` as N1 N2, powers of two, N1 the larger where they differ."""
-    bits = length.bit_length() - 1
-    return 1 << (bits + 1) // 2, 1 << bits // 2
+    """``length`` as N1 N2, powers of two: N1 as large as may be, so that every warp has rows of the products to itself.
+
+    Warps beyond N1 / 16 would repeat the work of others, and keep all of F2 and of z in registers for it.
+    """
+    n2 = {4096: 32, 8192: 64}.get(length, 16)
+    return length // n2, n2
 
 
 def blocks(length: int, seqlen: int, taps: int, mode: str, state: bool) -> Blocks | None:
@@ -197,14 +195,21 @@ def lengths(itemsize: int) -> tuple[int, ...]:
     return tuple(1 << bits for bits in range(SHORTEST.bit_length() - 1, LONGEST[itemsize].bit_length()))
 
 
-def hoists(problem: Problem, length: int) -> bool:
-    """Whether a kernel keeps the operands that do not change in shared memory, rather than in registers.
+def hoists(problem: Problem, n1: int, rows: int, n2: int) -> bool:
+    """Whether a kernel keeps F1 [N1, ROWS] and F2 in shared memory, rather than loading them for every block.
 
     Where they fit, and not on Blackwell's data-centre parts, whose tensor memory the results of all products, which the
     compiler then keeps apart, would overflow.
     """
-    small = factors(length)[0] < 64  # rows, too few for the products that use it
-    return (problem.sm // 10 != 10 or small) and _HOISTED[problem.itemsize] * length <= problem.smem_block
+    small = n1 < 64  # rows, too few for the products that use it
+    return (problem.sm // 10 != 10 or small) and hoisted_bytes(problem.itemsize, n1, rows, n2) <= problem.smem_block
+
+
+def hoisted_bytes(itemsize: int, n1: int, rows: int, n2: int) -> int:
+    """Shared memory of a kernel that keeps F1 and F2 there: copies of both parts, negated, transposed, as the products
+    want them, and z; in float32 of two terms each. The most that was read off compiled kernels."""
+    terms, second = (2, 6) if itemsize == 4 else (1, 4)
+    return itemsize * terms * (6 * n1 * rows + second * n2 * n2 + 2 * n1 * n2)
 
 
 def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int) -> str | None:
@@ -265,7 +270,7 @@ def default(problem: Problem) -> Config:
     total = most_units(problem, outer, length)
     rows = outer // 2 + 1 if outer > 1 else 1
     parts = min(total, max(1, -(-2 * problem.sms // max(problem.heads * rows, 1))))
-    return Config(length, max(1, -(-total // parts)), warps(problem, outer, length), 1, outer)
+    return Config(length, max(1, -(-total // parts)), warps(length), 1, outer)
 
 
 def default_outer(problem: Problem) -> OuterConfig:
@@ -281,10 +286,9 @@ def fitted(config: OuterConfig, outer: int, length: int) -> OuterConfig:
     return replace(config, rows=rows, columns=min(max(config.columns, factors(length)[1]), length), depth=depth)
 
 
-def warps(problem: Problem, outer: int, length: int) -> int:
-    """Enough threads for the accumulators: both parts of a transform, in the backward pass twice."""
-    words = 2 * length * (2 if problem.kernel == "fft_conv_bwd" else 1) * (2 if problem.itemsize == 4 else 1)
-    return 4 if words <= 4096 else 8
+def warps(length: int) -> int:
+    """16 rows of the products to a warp."""
+    return min(8, factors(length)[0] // 16)
 
 
 def blocks_of(problem: Problem, length: int) -> Blocks | None:

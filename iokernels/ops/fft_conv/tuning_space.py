@@ -25,6 +25,7 @@ from .tuning import (
     lengths,
     most_units,
     table_key,
+    warps,
     work,
 )
 
@@ -50,7 +51,7 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
     once = problem.itemsize * 2 * config.length  # the spectrum
     sequences = 1 if config.outer > 1 else 2
     unit = sequences * work(problem, config.outer, config.length) / cover.chunks / rows
-    crowd = 1.0 + 0.1 * abs(config.num_warps - (4 if config.length <= 2048 else 8)) / 4
+    crowd = 1.0 + 0.1 * abs(config.num_warps - warps(config.length)) / 4
     return waves * (once + config.units * unit) * crowd * device.sms / device.dram_bandwidth
 
 
@@ -93,7 +94,7 @@ def _space(kernel: str) -> Space[Config]:
         axes=(
             Axis("length", lambda problem: lengths(problem.itemsize)),
             Axis("units", choices),
-            literals("num_warps", 4, 8, 16),
+            literals("num_warps", 1, 2, 4, 8, 16),
             literals("num_stages", 1, 2),
             Axis("outer", outers),
         ),
