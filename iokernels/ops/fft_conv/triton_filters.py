@@ -70,9 +70,7 @@ def _over_all(a_head: Tensor, planes: Tensor) -> Tensor:
     return a_head.view(-1, *[1] * (planes.dim() - 1))
 
 
-def taps_gradient(
-    sums: Tensor, taps: int, n: int, cover: Blocks | Through, options: Options
-) -> tuple[Tensor, Tensor]:
+def taps_gradient(sums: Tensor, taps: int, n: int, cover: Blocks | Through, options: Options) -> tuple[Tensor, Tensor]:
     """The gradients of the taps ``[H, Nk]`` and of skip ``[H]`` from the kernel's sums ``[parts, H, 2, N1, COLS]``,
     through memory ``[parts, H, N0 / 2 + 1, 2, N1, COLS]``."""
     total = sums.sum(0)

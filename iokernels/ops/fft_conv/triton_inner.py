@@ -14,7 +14,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_transform import exponent, inverted, matrices, power_of_two, root_of_unity, scale_back, transformed, twiddles
+from .triton_transform import (
+    exponent,
+    inverted,
+    matrices,
+    power_of_two,
+    root_of_unity,
+    scale_back,
+    transformed,
+    twiddles,
+)
 
 
 @triton.jit

@@ -234,9 +234,7 @@ def fft_conv_outer_fwd_out_kernel(
     head, sequence, chunk = row % heads, row // heads % batch, row // heads // batch
     n0 = (first + block) * ROWS + tl.arange(0, ROWS)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    y = _out_of_rows(
-        rows_ptr, scales_ptr, basis_ptr, row, n0, columns, OUTER, LENGTH, ROWS, COLUMNS, DEPTH, PRECISION
-    )
+    y = _out_of_rows(rows_ptr, scales_ptr, basis_ptr, row, n0, columns, OUTER, LENGTH, ROWS, COLUMNS, DEPTH, PRECISION)
     place = Place(chunk * step - overlap, overlap, seqlen, OUTER * LENGTH)
     offs = n0[:, None] * LENGTH + columns[None, :]
     times = place.start + offs
@@ -246,7 +244,7 @@ def fft_conv_outer_fwd_out_kernel(
     store_times(y_ptr, stride_y, sequence, head, place, times, y, mask, WIDE)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "seqlen", "past", "step", "blocks"])
+@triton.jit(do_not_specialize=["batch", "heads", "seqlen", "overlap", "step", "stop", "first", "blocks"])
 def fft_conv_outer_bwd_out_kernel(
     rows_ptr,  # [chunks, B, H, N0, M]
     scales_ptr,  # float32 [chunks, B, H, N0 / 2 + 1]
@@ -257,7 +255,7 @@ def fft_conv_outer_bwd_out_kernel(
     du_ptr,  # [B, H, N] or None
     dpre_ptr,  # [B, H, N] or None
     dpost_ptr,  # [B, H, N] or None
-    dstate_ptr,  # float32 [B, H, past] or None
+    dstate_ptr,  # float32 [B, H, overlap] or None
     stride_u,
     stride_pre,
     stride_dy,
@@ -267,9 +265,11 @@ def fft_conv_outer_bwd_out_kernel(
     batch,
     heads,
     seqlen,
-    past,
+    overlap,
     step,
-    blocks,  # tiles of rows n0 that are wanted, from the first
+    stop,  # positions from here on are no results
+    first,  # tile of rows n0 that is wanted
+    blocks,  # how many of them are
     SOURCE: tl.constexpr,
     WANTED: tl.constexpr,
     OUTER: tl.constexpr,
@@ -285,22 +285,21 @@ def fft_conv_outer_bwd_out_kernel(
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks % tiles
     row = tl.program_id(0) // blocks // tiles
     head, sequence, chunk = row % heads, row // heads % batch, row // heads // batch
-    n0 = block * ROWS + tl.arange(0, ROWS)
+    n0 = (first + block) * ROWS + tl.arange(0, ROWS)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    x = _out_of_rows(
-        rows_ptr, scales_ptr, basis_ptr, row, n0, columns, OUTER, LENGTH, ROWS, COLUMNS, DEPTH, PRECISION
-    )
-    place = Place(chunk * step - past, past, seqlen, OUTER * LENGTH)
+    x = _out_of_rows(rows_ptr, scales_ptr, basis_ptr, row, n0, columns, OUTER, LENGTH, ROWS, COLUMNS, DEPTH, PRECISION)
+    place = Place(chunk * step - overlap, overlap, seqlen, OUTER * LENGTH)
     offs = n0[:, None] * LENGTH + columns[None, :]
     times = place.start + offs
-    mask = (offs < step) & (times >= 0) & (times < seqlen)
+    mask = (offs < stop) & (times >= 0) & (times < seqlen)
     if WANTED.post:
+        mask = mask & (offs >= overlap)
         x *= load_times(dy_ptr, stride_dy, sequence, head, place, times, mask, WIDE)
         store_times(dpost_ptr, stride_dpost, sequence, head, place, times, x, mask, WIDE)
     else:
         if WANTED.state:
-            at = dstate_ptr + (tl.cast(sequence, tl.int64) * heads + head) * past + (times + past)
-            tl.store(at, x, mask=(offs < step) & (times < 0))
+            at = dstate_ptr + (tl.cast(sequence, tl.int64) * heads + head) * overlap + (times + overlap)
+            tl.store(at, x, mask=(offs < stop) & (times < 0))
         if WANTED.pre:
             u = load_times(u_ptr, stride_u, sequence, head, place, times, mask, WIDE)
             store_times(dpre_ptr, stride_dpre, sequence, head, place, times, x * u, mask, WIDE)

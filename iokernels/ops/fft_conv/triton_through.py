@@ -29,6 +29,8 @@ from .triton_outer import (
 WORKSPACE = 2**30
 """How many bytes of rows a pass keeps, unless those of a single head are more."""
 
+_POST = tuning.Wanted(False, False, False, True, False)
+
 
 class Rows(NamedTuple):
     """A of one signal, and later what became of it, with the scales of both."""
@@ -45,6 +47,7 @@ class Steps:
         self.launch, self.config, self.cover = launch, config, cover
         self.tile = launch.outer_config(cover)
         self.outer, self.length = cover.outer, cover.n1 * cover.n2
+        self.points = self.outer * self.length
         self.columns = launch.columns(cover)
 
     def rows(self, chunks: int) -> Rows:
@@ -67,7 +70,7 @@ class Steps:
 
     def wide(self, *tensors: Tensor | None) -> bool:
         """Whether offsets from a block's first position need 64 bits."""
-        return self.launch.wide(self.outer * self.length, *tensors)
+        return self.launch.wide(self.points, *tensors)
 
     @property
     def outer_constants(self) -> dict[str, Any]:
@@ -105,19 +108,19 @@ class Steps:
         )  # fmt: skip
         return rows
 
-    def forward(self, spectrum: list[Tensor], post: Tensor | None, y: Tensor) -> None:
-        """y, or with dy in the place of the gate dpost."""
+    def forward(self, spectrum: list[Tensor], y: Tensor) -> None:
+        """y."""
         launch, cover, tile, options = self.launch, self.cover, self.tile, self.launch.options
-        points = self.outer * self.length
         rows = self.first(
-            fft_conv_outer_fwd_in_kernel, launch.u, options.pre_gate, launch.state, cover.chunks, cover.overlap, points,
-            launch.n,
+            fft_conv_outer_fwd_in_kernel, launch.u, options.pre_gate, launch.state, cover.chunks, cover.overlap,
+            self.points, launch.n,
         )  # fmt: skip
         total = cover.chunks * launch.batch
         fft_conv_fwd_inner_kernel[(launch.heads * cover.rows * -(-total // self.config.units),)](
             *rows, *spectrum, *launch.roots(cover), total, launch.heads, self.config.units, **self.inner_constants
         )
-        first, blocks = self.results(cover.overlap, min(points, cover.overlap + launch.n))
+        post = options.post_gate
+        first, blocks = self.results(cover.overlap, cover.overlap + launch.n)
         fft_conv_outer_fwd_out_kernel[(rows.values.shape[0] * blocks * (self.length // tile.columns),)](
             rows.values, rows.out_scales, self.matrix(True), post, y, strides(post), strides(y),
             launch.batch, launch.heads, launch.n, cover.overlap, cover.step, first, blocks,
@@ -127,51 +130,64 @@ class Steps:
     def results(self, low: int, high: int) -> tuple[int, int]:
         """The tiles of rows n0 that hold positions from ``low`` up to ``high``: the first one, and how many."""
         size = self.length * self.tile.rows
-        return low // size, -(-high // size) - low // size
+        return low // size, -(-min(high, self.points) // size) - low // size
 
     def backward(self, dy: Tensor, spectrum: list[Tensor], wanted: tuning.Wanted, grads: Gradients) -> Tensor | None:
-        """All gradients but dk and dskip, of which the sums are returned; and dpost only where the blocks of v are the
-        same in both passes."""
+        """All gradients but dk and dskip, of which the sums are returned."""
         launch, cover, options = self.launch, self.cover, self.launch.options
+        kernel, signal = fft_conv_outer_bwd_in_kernel, (launch.u, options.pre_gate, launch.state)
+        together = wanted._replace(post=wanted.post and cover.same)
         v = g = None
-        if wanted.k or wanted.post:
-            v = self.first(
-                fft_conv_outer_bwd_in_kernel, launch.u, options.pre_gate, launch.state, cover.back_chunks, cover.past,
-                cover.step, launch.n,
-            )  # fmt: skip
+        if together.k or together.post:
+            v = self.first(kernel, *signal, cover.back_chunks, cover.past, cover.step, launch.n)
         if wanted.v or wanted.k:
             limit = launch.n + cover.overlap if cover.periodic else launch.n
             g = self.first(
-                fft_conv_outer_bwd_in_kernel, dy, options.post_gate, None, cover.back_chunks, cover.past,
-                self.outer * self.length, limit,
+                kernel, dy, options.post_gate, None, cover.back_chunks, cover.past, self.points, limit
             )  # fmt: skip
-        total = cover.back_chunks * launch.batch
+        sums = None
+        if any(together):
+            sums = self.gradients_of_rows(v, g, spectrum, together, cover.back_chunks)
+        if wanted.post and not cover.same:
+            v = self.first(kernel, *signal, cover.chunks, cover.overlap, self.points, launch.n)
+            self.gradients_of_rows(v, None, spectrum, _POST, cover.chunks)
+        if wanted.v:
+            assert g is not None
+            self.last(g, dy, wanted._replace(post=False), grads, cover.past, cover.step)
+        if wanted.post:
+            assert v is not None
+            self.last(v, dy, _POST, grads, cover.overlap, self.points)
+        return sums
+
+    def gradients_of_rows(
+        self, v: Rows | None, g: Rows | None, spectrum: list[Tensor], wanted: tuning.Wanted, chunks: int
+    ) -> Tensor | None:
+        """The rows of w in the place of those of v, and of dv in that of g; returns the sums of dK."""
+        launch, cover = self.launch, self.cover
+        total = chunks * launch.batch
         parts = -(-total // self.config.units)
         sums = None
         if wanted.k:
             shape = (parts, launch.heads, cover.rows, 2, cover.n1, self.columns)
-            sums = torch.empty(shape, dtype=torch.float32, device=dy.device)
+            sums = torch.empty(shape, dtype=torch.float32, device=launch.u.device)
         fft_conv_bwd_inner_kernel[(launch.heads * cover.rows * parts,)](
             *(v or (None,) * 3), *(g or (None,) * 3), *spectrum, *launch.roots(cover), sums,
             total, launch.heads, self.config.units, WANTED=wanted, **self.inner_constants,
         )  # fmt: skip
-        if wanted.v:
-            assert g is not None
-            self.last(g, dy, wanted._replace(post=False), grads)
-        if wanted.post:
-            assert v is not None
-            self.last(v, dy, tuning.Wanted(False, False, False, True, False), grads)
         return sums
 
-    def last(self, rows: Rows, dy: Tensor, wanted: tuning.Wanted, grads: Gradients) -> None:
+    def last(
+        self, rows: Rows, dy: Tensor, wanted: tuning.Wanted, grads: Gradients, overlap: int, stop: int
+    ) -> None:  # fmt: skip
         """The gradients that are made of dv, or dpost of w."""
-        launch, cover, tile, options = self.launch, self.cover, self.tile, self.launch.options
-        _, blocks = self.results(0, min(cover.step, launch.n + cover.past))
+        launch, tile, options = self.launch, self.tile, self.launch.options
+        first, blocks = self.results(overlap if wanted.post else 0, min(stop, launch.n + overlap))
         tensors = launch.u, options.pre_gate, dy, grads.u, grads.pre_gate, grads.post_gate
         fft_conv_outer_bwd_out_kernel[(rows.values.shape[0] * blocks * (self.length // tile.columns),)](
             rows.values, rows.out_scales, self.matrix(True), *tensors, grads.initial_state,
-            *(strides(x) for x in tensors), launch.batch, launch.heads, launch.n, cover.past, cover.step, blocks,
-            SOURCE=Source(options.pre_gate is not None, launch.state is not None, cover.periodic), WANTED=wanted,
+            *(strides(x) for x in tensors), launch.batch, launch.heads, launch.n, overlap, self.cover.step, stop,
+            first, blocks,
+            SOURCE=Source(options.pre_gate is not None, launch.state is not None, self.cover.periodic), WANTED=wanted,
             WIDE=self.wide(*tensors), **self.outer_constants,
         )  # fmt: skip
 
@@ -183,7 +199,7 @@ def forward(
     for group in _groups(launch, config, cover, cover.chunks):
         part, planes = _of_heads(launch, k, transformed, group)
         spectrum = part.spectrum(k[group], planes, cover)
-        Steps(part, config, cover).forward(spectrum, part.options.post_gate, y[:, group])
+        Steps(part, config, cover).forward(spectrum, y[:, group])
 
 
 def backward(
@@ -197,7 +213,6 @@ def backward(
     grads: Gradients,
 ) -> None:
     """The gradients of every head."""
-    apart = wanted.post and not cover.same
     for group in _groups(launch, config, cover, 2 * cover.back_chunks):
         part, planes = _of_heads(launch, k, transformed, group)
         spectrum = part.spectrum(k[group], planes, cover)
@@ -208,14 +223,9 @@ def backward(
         past = None if mine.initial_state is None else torch.empty_like(
             mine.initial_state, memory_format=torch.contiguous_format
         )  # fmt: skip
-        steps = Steps(part, config, cover)
-        if apart:
-            assert mine.post_gate is not None
-            steps.forward(spectrum, dy[:, group], mine.post_gate)
-        inside = wanted._replace(post=wanted.post and not apart)
-        if not any(inside):
-            continue
-        sums = steps.backward(dy[:, group], spectrum, inside, mine._replace(initial_state=past))
+        sums = Steps(part, config, cover).backward(
+            dy[:, group], spectrum, wanted, mine._replace(initial_state=past)
+        )  # fmt: skip
         if past is not None and mine.initial_state is not None:
             mine.initial_state.copy_(past)
         if sums is not None:
@@ -234,9 +244,7 @@ def _groups(launch: Launch, config: tuning.Config, cover: tuning.Through, chunks
         yield slice(start, start + count)
 
 
-def _of_heads(
-    launch: Launch, k: Tensor, transformed: list[Tensor], group: slice
-) -> tuple[Launch, list[Tensor]]:
+def _of_heads(launch: Launch, k: Tensor, transformed: list[Tensor], group: slice) -> tuple[Launch, list[Tensor]]:
     """The call of some of its heads."""
     options = launch.options
     cut = options._replace(

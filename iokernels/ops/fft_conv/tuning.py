@@ -19,8 +19,9 @@ OUTER_KERNEL = "fft_conv_outer"
 SHORTEST = 256
 """The shortest transform: two products of 16 by 16."""
 
-LONGEST = {2: 8192, 4: 4096}
-"""The longest transform on chip, by the bytes of an element."""
+LONGEST = {2: 8192, 4: 2048}
+"""The longest transform on chip, by the bytes of an element. In float32, with products of three terms, the next one keeps
+more in local memory than the way through memory would move."""
 
 LONGEST_ROW = 4096
 """The longest transform on chip of those that are part of one through memory."""
@@ -30,6 +31,7 @@ OUTERS = tuple(1 << bits for bits in range(4, 12))
 
 LONGEST_THROUGH = 1 << 23
 """The longest transform through memory. Angles are counted as whole numbers that float32 holds."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -95,8 +97,8 @@ class Blocks(NamedTuple):
 class Through(NamedTuple):
     """How transforms of ``outer n1 n2`` points through memory cover a sequence.
 
-    Forward as :class:`Blocks`: position i of block c is at time ``c step - overlap + i``, and positions from ``overlap``
-    on are results. Backward it is at time ``c step - past + i``: the first ``step`` positions of v, of which each is in
+    Forward as :class:`Blocks`: position i of block c is at time ``c step - overlap + i``, positions from ``overlap`` on
+    are results. Backward it is at time ``c step - past + i``: the first ``step`` positions of v, of which each is in
     one block alone, meet the gradients of all the block's positions; those that they reach are no more than that.
     """
 
@@ -133,7 +135,15 @@ class Wanted(NamedTuple):
 
 
 _ONE_PASS = {2: 2048, 4: 1024}
-"""The longest transform of which a thread holds the registers for all gradients at once, by the bytes of an element."""
+"""The longest transform of which a thread holds the registers for all gradients at once, by the bytes of an element.
+
+Of 4096 points, gated, it would keep 960 bytes a thread in local memory (sm_90; 2008 on sm_80), 240 KiB a thread block
+for every 56 KiB that a block of a pair moves; one after the other they keep 120 at most.
+"""
+
+
+_ROOMY = {2: 1024, 4: 512}
+"""The longest row of a transform through memory that leaves registers free on every GPU."""
 
 
 def passes(wanted: Wanted, length: int, itemsize: int) -> list[Wanted]:
@@ -220,8 +230,8 @@ def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int
         return None
     half = LONGEST_THROUGH // 2
     return (
-        f"its transforms of up to {LONGEST_THROUGH} points serve sequences up to {half} with any filter that reaches no "
-        f"further, and filters up to {half + 1} taps with any sequence; N is {seqlen} with {taps} taps"
+        f"its transforms of up to {LONGEST_THROUGH} points serve sequences up to {half} with any filter that reaches "
+        f"no further, and filters up to {half + 1} taps with any sequence; N is {seqlen} with {taps} taps"
     )
 
 
@@ -299,7 +309,7 @@ def blocks_of(problem: Problem, length: int) -> Blocks | None:
 def cover_of(problem: Problem, outer: int, length: int) -> Blocks | Through | None:
     """The blocks of a problem, on chip or through memory."""
     if outer == 1:
-        return blocks_of(problem, length)
+        return blocks_of(problem, length) if length <= LONGEST[problem.itemsize] else None
     return through(outer, length, problem.seqlen, problem.taps, problem.mode, problem.state)
 
 
@@ -319,9 +329,7 @@ def best_lengths(problem: Problem) -> tuple[int, int]:
     """
     able = [(1, length) for length in lengths(problem.itemsize) if blocks_of(problem, length) is not None]
     if not able:
-        able = [
-            (outer, length) for outer in OUTERS for length in row_lengths() if cover_of(problem, outer, length)
-        ]
+        able = [(outer, length) for outer in OUTERS for length in row_lengths() if cover_of(problem, outer, length)]
     return min(able, key=lambda pair: work(problem, *pair))
 
 
@@ -331,13 +339,16 @@ def row_lengths() -> tuple[int, ...]:
 
 
 def work(problem: Problem, outer: int, length: int) -> float:
-    """Arithmetic and bytes of a sequence in one measure: a byte moved is worth about 200 operations of matrix units."""
+    """Arithmetic and bytes of a sequence in one measure: a byte moved is worth about 200 operations of matrix units, or
+    a third of them where products have three terms."""
     cover = cover_of(problem, outer, length)
     assert cover is not None
+    worth = 200 / (3 if problem.itemsize == 4 else 1)
     if isinstance(cover, Through):
         points = outer * length
-        operations = 4 * outer * points + 8 * points * (cover.n1 + cover.n2)
-        return cover.chunks * (operations / 200 + (4 * points + 2 * cover.step) * problem.itemsize)
+        crowd = 1 if length <= _ROOMY[problem.itemsize] else 2
+        operations = 4 * outer * points + 8 * points * (cover.n1 + cover.n2) * crowd
+        return cover.chunks * (operations / worth + (4 * points + 2 * cover.step) * problem.itemsize)
     n1 = cover.n1 * (0.5 if cover.half else 1.0)
     touched = min(length, problem.seqlen + cover.overlap) + min(cover.step, problem.seqlen)
-    return cover.chunks * (8 * length * (n1 + cover.n2) / 200 + touched * problem.itemsize)
+    return cover.chunks * (8 * length * (n1 + cover.n2) / worth + touched * problem.itemsize)

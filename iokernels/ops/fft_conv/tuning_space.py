@@ -24,6 +24,7 @@ from .tuning import (
     fitted,
     lengths,
     most_units,
+    row_lengths,
     table_key,
     warps,
     work,
@@ -92,7 +93,7 @@ def _space(kernel: str) -> Space[Config]:
         name=kernel,
         version=2,
         axes=(
-            Axis("length", lambda problem: lengths(problem.itemsize)),
+            Axis("length", lambda problem: sorted({*lengths(problem.itemsize), *row_lengths()})),
             Axis("units", choices),
             literals("num_warps", 1, 2, 4, 8, 16),
             literals("num_stages", 1, 2),
