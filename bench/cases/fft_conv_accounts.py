@@ -9,17 +9,19 @@ import torch
 from iokernels.bench.accounts import Account, Accounts, Configs
 from iokernels.bench.cases import fft_conv_io as model
 from iokernels.bench.cases import fft_conv_kernels as kernels
+from iokernels.bench.cases import fft_conv_through_io as through
 from iokernels.bench.cases.fft_conv_shapes import VOCABULARY
 from iokernels.bench.shape import Shape
 from iokernels.ops.fft_conv.options import effective_taps
-from iokernels.ops.fft_conv.tuning import Config
+from iokernels.ops.fft_conv.tuning import OUTER_KERNEL, Blocks, Config, OuterConfig, Through, fitted, hoists
 
 
 def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Account]:
     """The account of every kernel."""
     launch = kernels.launcher(shape, dtype)
 
-    def problem(config: Config) -> model.Problem:
+    def problem(cover: Blocks | Through) -> model.Problem:
+        rows = cover.n1 // 2 if isinstance(cover, Blocks) and cover.half else cover.n1
         return model.Problem(
             batch=shape.b,
             heads=shape.h,
@@ -28,15 +30,24 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
             itemsize=dtype.itemsize,
             gated=bool(shape.gated),
             state=bool(shape.state),
-            columns=launch.columns(launch.blocks(config)),
+            columns=launch.columns(cover),
             members=1 if shape.invariant or shape.b == 1 else 2,
+            hoisted=hoists(launch.problem("fft_conv_fwd"), cover.n1, rows, cover.n2),
         )
 
-    forward, backward = configs["fft_conv_fwd"], configs["fft_conv_bwd"]
-    return {
-        "fft_conv_fwd_kernel": model.forward(problem(forward), forward, launch.blocks(forward)),
-        "fft_conv_bwd_kernel": model.backward(problem(backward), backward, launch.blocks(backward)),
-    }
+    found: dict[str, Account] = {}
+    for name, on_chip, step_by_step in (
+        ("fwd", model.forward, through.forward),
+        ("bwd", model.backward, through.backward),
+    ):
+        config: Config = configs[f"fft_conv_{name}"]
+        cover = launch.blocks(config)
+        if isinstance(cover, Through):
+            tile = fitted(configs[OUTER_KERNEL], cover.outer, cover.n1 * cover.n2)
+            found |= step_by_step(through.Sizes(problem(cover), config, cover, tile))
+        else:
+            found[f"fft_conv_{name}_kernel"] = on_chip(problem(cover), config, cover)
+    return found
 
 
 NAIVE = (
@@ -84,5 +95,9 @@ ACCOUNTS = Accounts(
     naive_bytes=naive_bytes,
     naive=NAIVE,
     shapes=tuple((VOCABULARY.parse(text), dtype) for text, dtype in _SHAPES),
-    test_configs={"fft_conv_fwd": _TEST_CONFIG, "fft_conv_bwd": _TEST_CONFIG},
+    test_configs={
+        "fft_conv_fwd": _TEST_CONFIG,
+        "fft_conv_bwd": _TEST_CONFIG,
+        OUTER_KERNEL: OuterConfig(rows=16, columns=64, depth=16, num_warps=4, num_stages=1),
+    },
 )

@@ -1,8 +1,8 @@
-"""How many bytes the Triton kernels of fft_conv should request from global memory: the model of their tiling.
+"""How many bytes the Triton kernels of fft_conv on chip should request from global memory: the model of their tiling.
 
 Counted as a thread block requests them: each address once a load instruction, whatever the caches serve. The model is
 exact, with every option; a test holds it to what the tracer counts. Filters are transformed, and their gradient brought
-back to taps, by ``torch.fft``: that is not in here.
+back to taps, by ``torch.fft``: that is not in here. :mod:`.fft_conv_through_io` has the transforms through memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from iokernels.bench.accounts import Account, Bytes
-from iokernels.ops.fft_conv.tuning import Blocks, Config, Wanted, passes
+from iokernels.ops.fft_conv.tuning import Blocks, Config, Through, Wanted, passes
 
 _SUM = 4  # bytes of a float32: a state, a scale, the filter's gradient
 
@@ -28,6 +28,7 @@ class Problem:
     state: bool
     columns: int
     members: int
+    hoisted: bool = False  # F1 and F2 are made once a thread block, not once a unit
 
     @property
     def compute_size(self) -> int:
@@ -65,56 +66,73 @@ def _positions(problem: Problem, cover: Blocks) -> tuple[int, int, int]:
     return inputs, past, rest
 
 
-def _once_a_block(problem: Problem, config: Config, cover: Blocks) -> tuple[int, int]:
-    """Thread blocks of the grid, and the bytes of F1, F2, spectrum and scale that one loads."""
-    n1, n2, columns = cover.n1, cover.n2, problem.columns
-    pairs = -(-problem.batch // problem.members)
-    grid = problem.heads * -(-pairs * cover.chunks // config.units)
-    rows = n1 // 2 if cover.half else n1
-    return grid, problem.compute_size * 2 * (n1 * rows + n2 * columns + n1 * columns) + _SUM
+def constants(problem: Problem, cover: Blocks | Through) -> tuple[int, int]:
+    """Bytes of the roots of unity that F1 and F2 are made of, and of the spectrum (of one row) with its scale."""
+    roots = problem.compute_size * 2 * (cover.n1 + cover.n2)
+    return roots, problem.compute_size * 2 * cover.n1 * problem.columns + _SUM
+
+
+def _programs(problem: Problem, config: Config, cover: Blocks, before: int = 0) -> tuple[int, int]:
+    """Thread blocks of the grid, and how often they load the roots of unity."""
+    units = -(-problem.batch // problem.members) * (cover.chunks + before)
+    grid = problem.heads * -(-units // config.units)
+    return grid, grid if problem.hoisted else problem.heads * units
+
+
+def floor_of_filter(problem: Problem) -> int:
+    """Bytes of the taps."""
+    return problem.heads * problem.taps * _SUM
 
 
 def forward(problem: Problem, config: Config, cover: Blocks) -> Account:
-    """F1, F2 and the spectrum once a thread block; u, pre and the past for every position; post and y once."""
+    """The spectrum once a thread block; u, pre and the past for every position; post and y once."""
     inputs, past, _ = _positions(problem, cover)
-    grid, once = _once_a_block(problem, config, cover)
+    roots, spectrum = constants(problem, cover)
+    grid, loads = _programs(problem, config, cover)
     rows = problem.batch * problem.heads
     gate = problem.tensor if problem.gated else 0
     read = rows * (inputs * problem.itemsize * (2 if problem.gated else 1) + past * _SUM) + gate
-    floor = problem.tensor * (3 if problem.gated else 1) + problem.heads * problem.taps * _SUM
+    floor = problem.tensor * (3 if problem.gated else 1) + floor_of_filter(problem)
     floor += rows * (problem.taps - 1) * _SUM if problem.state else 0
-    return Account("fwd", floor=Bytes(floor, problem.tensor), model=Bytes(read + grid * once, problem.tensor))
+    read += grid * spectrum + loads * roots
+    return Account("fwd", floor=Bytes(floor, problem.tensor), model=Bytes(read, problem.tensor))
 
 
 def backward(problem: Problem, config: Config, cover: Blocks) -> Account:
     """As the forward kernel, with dy and post for what a block makes and what comes after it; for the gates' gradients
-    u, pre and dy once more; du, dpre, dpost once, and a sum of the filter's frequencies a thread block.
+    u, pre and dy once more; du, dpre, dpost once, and a sum of the filter's frequencies a thread block. The gradient of
+    the initial state takes a block more of every sequence.
 
     Long transforms take a pass each for dv, dk and dpost: constants, spectrum, u, pre, dy and post more than once.
     """
     inputs, past, rest = _positions(problem, cover)
-    grid, once = _once_a_block(problem, config, cover)
+    roots, spectrum = constants(problem, cover)
     rows, gated = problem.batch * problem.heads, problem.gated
     tensors = 2 if gated else 1
-    spectrum = problem.compute_size * 2 * cover.n1 * problem.columns
-    wanted = Wanted(v=True, u=True, pre=gated, post=gated, k=True)
-    read = 0
+    wanted = Wanted(v=True, u=True, pre=gated, post=gated, k=True, state=problem.state)
+    read, written = 0, problem.tensor * (3 if gated else 1)
     for part in passes(wanted, cover.n1 * cover.n2, problem.itemsize):
-        read += grid * (once if part.v or part.post else once - spectrum)
+        before = int(part.state)
+        grid, loads = _programs(problem, config, cover, before)
+        read += grid * (spectrum if part.v or part.post else _SUM) + loads * roots
         if part.v or part.k:
             read += tensors * problem.tensor  # dy, and post with it
         if part.k or part.post:
-            read += rows * (inputs * problem.itemsize * tensors + past * _SUM)  # u, pre, the past
+            read += rows * (inputs * problem.itemsize * tensors + (past + before * cover.overlap) * _SUM)
         if part.v:
-            read += tensors * rows * rest * problem.itemsize + (2 * problem.tensor if gated else 0)
+            later = rest + before * min(cover.overlap, problem.seqlen)
+            read += tensors * rows * later * problem.itemsize + (2 * problem.tensor if gated else 0)
         if part.post:
             read += problem.tensor  # dy
-    written = problem.tensor * (3 if gated else 1)
-    sums = grid * 2 * cover.n1 * problem.columns * _SUM
-    floor = problem.tensor * (4 if gated else 2) + problem.heads * problem.taps * _SUM
-    floor += rows * (problem.taps - 1) * _SUM if problem.state else 0
-    return Account(
-        "bwd",
-        floor=Bytes(floor, written + problem.heads * problem.taps * _SUM),
-        model=Bytes(read, written + sums),
-    )
+        if part.k:
+            written += grid * 2 * cover.n1 * problem.columns * _SUM
+        written += rows * before * cover.overlap * _SUM
+    return Account("bwd", floor=backward_floor(problem), model=Bytes(read, written))
+
+
+def backward_floor(problem: Problem) -> Bytes:
+    """Every input of the backward pass read once, every gradient written once."""
+    rows = problem.batch * problem.heads
+    past = rows * (problem.taps - 1) * _SUM if problem.state else 0
+    read = problem.tensor * (4 if problem.gated else 2) + floor_of_filter(problem) + past
+    return Bytes(read, problem.tensor * (3 if problem.gated else 1) + floor_of_filter(problem) + past)

@@ -10,7 +10,7 @@ from iokernels.bench.case import Compilation, Pass
 from iokernels.bench.cases.fft_conv_shapes import VOCABULARY
 from iokernels.bench.shape import Shape
 from iokernels.ops.fft_conv.options import CAUSAL, CIRCULAR, TWO_SIDED, Needs, Options
-from iokernels.ops.fft_conv.tuning import KERNELS
+from iokernels.ops.fft_conv.tuning import KERNELS, OUTER_KERNEL, Through
 from iokernels.runtime.device import spec_of
 
 
@@ -55,7 +55,10 @@ def launcher(shape: Shape, dtype: torch.dtype) -> Any:
 def configs(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     """The configuration that each kernel would be launched with."""
     launch = launcher(shape, dtype)
-    return {kernel: launch.config(kernel) for kernel in KERNELS}
+    found: dict[str, Any] = {kernel: launch.config(kernel) for kernel in KERNELS}
+    covers = [launch.blocks(config) for config in found.values()]
+    through = [cover for cover in covers if isinstance(cover, Through)]
+    return found | ({OUTER_KERNEL: launch.outer_config(through[0])} if through else {})
 
 
 def launch(shape: Shape, dtype: torch.dtype, which: Pass) -> None:

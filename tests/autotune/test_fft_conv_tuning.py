@@ -16,7 +16,7 @@ def problems(draw: st.DrawFn) -> tuple[tuning.Problem, DeviceSpec]:
     device = draw(st.sampled_from(list(KNOWN.values())))
     precision = draw(st.sampled_from(["half", "tf32", "tf32x3"]))
     itemsize = 2 if precision == "half" else 4
-    half = tuning.LONGEST[itemsize] // 2
+    half = draw(st.sampled_from([tuning.LONGEST[itemsize], tuning.LONGEST_THROUGH])) // 2
     mode = draw(st.sampled_from([CAUSAL, CIRCULAR, TWO_SIDED]))
     if mode == TWO_SIDED:
         seqlen = draw(st.integers(1, half))
@@ -75,6 +75,44 @@ def test_blocks_cover_the_sequence(drawn: tuple[tuning.Problem, DeviceSpec]) -> 
             assert not cover.half or cover.chunks == 1
 
 
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.sampled_from(tuning.OUTERS), st.sampled_from(tuning.row_lengths()))
+def test_blocks_through_memory_cover_the_sequence(
+    drawn: tuple[tuning.Problem, DeviceSpec], outer: int, length: int
+) -> None:
+    problem, _ = drawn
+    cover = tuning.through(outer, length, problem.seqlen, problem.taps, problem.mode, problem.state)
+    if cover is None:
+        return
+    points = cover.outer * cover.n1 * cover.n2
+    assert points == outer * length <= tuning.LONGEST_THROUGH
+    assert cover.chunks * cover.step >= problem.seqlen
+    assert cover.back_chunks * cover.step >= problem.seqlen + cover.past
+    if cover.chunks > 1:
+        # What a block makes meets all of its taps inside the block.
+        assert cover.step + cover.overlap == points
+        assert cover.overlap == problem.taps - 1
+    elif problem.mode == CIRCULAR and problem.seqlen == points:
+        assert cover.overlap == 0
+    else:
+        assert points >= problem.seqlen + (problem.taps - 1 if problem.mode != TWO_SIDED else problem.seqlen - 1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(problems())
+def test_every_tile_of_the_outer_steps_fits_every_transform(drawn: tuple[tuning.Problem, DeviceSpec]) -> None:
+    problem, device = drawn
+    space = TUNABLES[tuning.OUTER_KERNEL].space
+    problem = problem._replace(kernel=tuning.OUTER_KERNEL)
+    assert space.refusal(problem, device, tuning.default_outer(problem)) is None
+    for config in space.ranked(problem, device):
+        for outer in tuning.OUTERS:
+            for length in tuning.row_lengths():
+                tile = tuning.fitted(config, outer, length)
+                assert outer % tile.rows == outer % tile.depth == length % tile.columns == 0
+                assert tile.columns % tuning.factors(length)[1] == 0
+
+
 def test_keys_lead_back_to_their_problem() -> None:
     device = named("h100-sxm")
     problem = tuning.Problem(
@@ -84,4 +122,5 @@ def test_keys_lead_back_to_their_problem() -> None:
 
 
 def test_what_changes_results_is_pinned() -> None:
-    assert all(tunable.pinned == ("length", "units") for tunable in TUNABLES.values())
+    assert all(TUNABLES[name].pinned == ("length", "units", "outer") for name in tuning.KERNELS)
+    assert TUNABLES[tuning.OUTER_KERNEL].pinned == ("rows", "columns", "depth")

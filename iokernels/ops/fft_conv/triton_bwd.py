@@ -9,8 +9,9 @@ With g = post dy, of the positions that a block makes (``now``) and of those aft
     dv = inverse(conj(K) (G + forward(g_rest)))          du = pre dv,  dpre = u dv
     w  = inverse(K V)                                    dpost = dy w
 
-A block whose first half is zero reaches nothing after it, so there ``rest`` is empty. Position i < overlap of a block
-stands for time ``start + i`` of v and for ``start + i + M`` of g: behind the block's last position comes its first.
+A block whose first half is zero reaches nothing after it, so there ``rest`` is empty. The gradient of the initial state
+is dv of a block before the first, at times -step to -1, of which only ``rest`` is not empty. Position i < overlap of a
+block stands for time ``start + i`` of v and for ``start + i + M`` of g: behind its last position comes its first.
 
 Scaling. G of a pair is scaled as v in the forward pass, each part by itself. In dK the parts of a pair are added up, so
 there V is scaled to the same product ``2^-e`` for both parts, e from the larger; the smaller part has less to add. For
@@ -30,18 +31,19 @@ import triton.language as tl
 
 from .triton_transform import (
     Place,
-    constants,
     exponent,
     inverted,
     load_inputs,
     load_spectrum,
     load_times,
+    matrices,
     positions,
     power_of_two,
     scale_back,
     stop_of,
     store_times,
     transformed,
+    twiddles,
 )
 
 
@@ -80,10 +82,16 @@ def _later(place, offs, stop, FEATURES: tl.constexpr):
 
 @triton.jit
 def _store_inputs(
-    dv, u_ptr, pre_ptr, du_ptr, dpre_ptr, stride_u, stride_pre, stride_du, stride_dpre, batch, head, place, times, mask,
+    dv, u_ptr, pre_ptr, du_ptr, dpre_ptr, dstate_ptr, stride_u, stride_pre, stride_du, stride_dpre,
+    batch, head, heads, stop, place, offs, mask,
     FEATURES: tl.constexpr, WANTED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """du and dpre of dv."""
+    """du, dpre and dstate of dv."""
+    times = place.start + offs
+    if WANTED.state:
+        at = dstate_ptr + (tl.cast(batch, tl.int64) * heads + head) * place.overlap + (times + place.overlap)
+        before = (offs >= place.overlap) & (times + place.overlap >= 0) & (times < 0) & (times < stop)
+        tl.store(at, dv, mask=before)
     if WANTED.pre:
         u = load_times(u_ptr, stride_u, batch, head, place, times, mask, WIDE)
         store_times(dpre_ptr, stride_dpre, batch, head, place, times, dv * u, mask, WIDE)
@@ -102,7 +110,7 @@ def _store_gate(w, dy_ptr, dpost_ptr, stride_dy, stride_dpost, batch, head, plac
 
 @triton.jit
 def _one_unit(
-    unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
+    unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, dstate_ptr, stride_dy, stride_u,
     stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap, step,
     scale,
     sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
@@ -114,11 +122,16 @@ def _one_unit(
     pairs = (batch + members - 1) // members
     offs = positions(N1, N2, ROWS)
     b0, chunk = unit % pairs * members, unit // pairs
+    if WANTED.state:
+        chunk -= 1  # one more, before time 0
     place = Place(chunk * step - overlap, overlap, seqlen, N1 * N2)
     times = place.start + offs
-    now0 = (offs >= overlap) & (times < seqlen)
+    makes = offs >= overlap
+    if WANTED.state:
+        makes = makes & (times >= 0)
+    now0 = makes & (times < seqlen)
     stop = stop_of(b0 + 1, batch, seqlen)
-    now1 = (offs >= overlap) & (times < stop)
+    now1 = makes & (times < stop)
 
     if WANTED.v or WANTED.k:
         g0 = _load_gradient(dy_ptr, post_ptr, stride_dy, stride_post, b0, head, place, times, now0, FEATURES, WIDE)
@@ -184,13 +197,13 @@ def _one_unit(
         pi = ((gi * kr - gr * ki) * MIDDLE).to(f1r.dtype)
         wr, wi = inverted(pr, pi, f1r, f1i, tr, ti, f2r, f2i, PRECISION)
         _store_inputs(
-            wr * scale * scale_back(c0), u_ptr, pre_ptr, du_ptr, dpre_ptr, stride_u, stride_pre, stride_du,
-            stride_dpre, b0, head, place, times, now0, FEATURES, WANTED, WIDE,
+            wr * scale * scale_back(c0), u_ptr, pre_ptr, du_ptr, dpre_ptr, dstate_ptr, stride_u, stride_pre, stride_du,
+            stride_dpre, b0, head, heads, seqlen, place, offs, now0, FEATURES, WANTED, WIDE,
         )  # fmt: skip
         if FEATURES.pair:
             _store_inputs(
-                wi * scale * scale_back(c1), u_ptr, pre_ptr, du_ptr, dpre_ptr, stride_u, stride_pre, stride_du,
-                stride_dpre, b0 + 1, head, place, times, now1, FEATURES, WANTED, WIDE,
+                wi * scale * scale_back(c1), u_ptr, pre_ptr, du_ptr, dpre_ptr, dstate_ptr, stride_u, stride_pre,
+                stride_du, stride_dpre, b0 + 1, head, heads, stop, place, offs, now1, FEATURES, WANTED, WIDE,
             )  # fmt: skip
 
     if WANTED.post:
@@ -220,11 +233,12 @@ def fft_conv_bwd_kernel(
     state_ptr,  # float32 [B, H, overlap] or None
     spectrum_ptr,  # [H, 2, N1, N2], real and imaginary
     scale_ptr,  # float32 [H], what the spectrum was divided by
-    f1_ptr,  # [2, N1, N1], roots of unity
-    f2_ptr,  # [2, N2, N2]
+    f1_ptr,  # [2, N1], roots of unity
+    f2_ptr,  # [2, N2]
     du_ptr,  # [B, H, N] or None
     dpre_ptr,  # [B, H, N] or None
     dpost_ptr,  # [B, H, N] or None
+    dstate_ptr,  # float32 [B, H, overlap] or None
     dk_ptr,  # float32 [parts, H, 2, N1, COLS] or None
     stride_dy,
     stride_u,
@@ -238,7 +252,7 @@ def fft_conv_bwd_kernel(
     seqlen,
     overlap,
     step,
-    chunks,
+    chunks,  # with the one before time 0, if the state's gradient is wanted
     units,  # blocks of pairs to a thread block
     FEATURES: tl.constexpr,
     WANTED: tl.constexpr,
@@ -259,7 +273,7 @@ def fft_conv_bwd_kernel(
     pairs = (batch + members - 1) // members
     last = tl.minimum(first + units, pairs * chunks)
 
-    f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
+    tr, ti = twiddles(N1, N2, f1_ptr.dtype.element_ty)
     if WANTED.v or WANTED.post:
         kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
     else:
@@ -269,19 +283,21 @@ def fft_conv_bwd_kernel(
     sum_i = tl.zeros([N1, COLS] if WANTED.k else [1, 1], tl.float32)
 
     if HOIST:
+        f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
         for unit in tl.range(first, last):
             sum_r, sum_i = _one_unit(
-                unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
-                stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,
+                unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, dstate_ptr, stride_dy,
+                stride_u, stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,
                 step, scale, sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
                 FEATURES, WANTED, REST, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip
     else:
         unit = first
         while unit < last:
+            f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
             sum_r, sum_i = _one_unit(
-                unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, stride_dy, stride_u,
-                stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,
+                unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, dstate_ptr, stride_dy,
+                stride_u, stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,
                 step, scale, sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
                 FEATURES, WANTED, REST, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip

@@ -22,18 +22,19 @@ import triton.language as tl
 
 from .triton_transform import (
     Place,
-    constants,
     exponent,
     inverted,
     load_inputs,
     load_spectrum,
     load_times,
+    matrices,
     positions,
     power_of_two,
     scale_back,
     stop_of,
     store_times,
     transformed,
+    twiddles,
 )
 
 
@@ -93,8 +94,8 @@ def fft_conv_fwd_kernel(
     state_ptr,  # float32 [B, H, overlap] or None
     spectrum_ptr,  # [H, 2, N1, N2], real and imaginary
     scale_ptr,  # float32 [H], what the spectrum was divided by
-    f1_ptr,  # [2, N1, N1], roots of unity
-    f2_ptr,  # [2, N2, N2]
+    f1_ptr,  # [2, N1], roots of unity
+    f2_ptr,  # [2, N2]
     y_ptr,  # [B, H, N]
     stride_u,
     stride_pre,
@@ -124,13 +125,14 @@ def fft_conv_fwd_kernel(
     pairs = (batch + members - 1) // members
     last = tl.minimum(first + units, pairs * chunks)
 
-    f1r, f1i, tr, ti, f2r, f2i = constants(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
+    tr, ti = twiddles(N1, N2, f1_ptr.dtype.element_ty)
     kr, ki = load_spectrum(spectrum_ptr, head, N1, N2, COLS)
     scale = tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
 
     # What does not change is moved out of a for loop: operands into shared memory, and the room of every product's
     # result, of which all together are more than Blackwell's tensor memory. Out of a while loop they are not.
     if HOIST:
+        f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
         for unit in tl.range(first, last):
             _one_unit(
                 unit, u_ptr, pre_ptr, post_ptr, state_ptr, y_ptr, stride_u, stride_pre, stride_post, stride_y,
@@ -140,6 +142,7 @@ def fft_conv_fwd_kernel(
     else:
         unit = first
         while unit < last:
+            f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
             _one_unit(
                 unit, u_ptr, pre_ptr, post_ptr, state_ptr, y_ptr, stride_u, stride_pre, stride_post, stride_y,
                 head, batch, heads, seqlen, overlap, step, scale, kr, ki, f1r, f1i, tr, ti, f2r, f2i,

@@ -96,17 +96,22 @@ def root_of_unity(power, ORDER: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def constants(f1_ptr, f2_ptr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """F1 [N1, ROWS] (of the last rows of a block), T [N1, N2], F2 [N2, COLS] (of the kept frequencies).
+def matrices(f1_ptr, f2_ptr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """F1 [N1, ROWS] (of the last rows of a block), F2 [N2, COLS] (of the kept frequencies), both parts of each.
 
-    Operands of products are loaded, because what is computed the compiler would keep in registers.
+    They are loaded, because what is computed the compiler would keep in registers; of the N roots of unity that a
+    matrix of N by N is made of, because those are few bytes.
     """
-    offs_1, offs_2 = tl.arange(0, N1), tl.arange(0, N2)
     rows, cols = N1 - ROWS + tl.arange(0, ROWS), kept_columns(N2, COLS)
-    f1 = f1_ptr + offs_1[:, None] * N1 + rows[None, :]
-    f2 = f2_ptr + offs_2[:, None] * N2 + cols[None, :]
-    tr, ti = root_of_unity(offs_1[:, None] * offs_2[None, :], N1 * N2, f1_ptr.dtype.element_ty)
-    return tl.load(f1), tl.load(f1 + N1 * N1), tr, ti, tl.load(f2), tl.load(f2 + N2 * N2)
+    f1 = f1_ptr + tl.arange(0, N1)[:, None] * rows[None, :] % N1
+    f2 = f2_ptr + tl.arange(0, N2)[:, None] * cols[None, :] % N2
+    return tl.load(f1), tl.load(f1 + N1), tl.load(f2), tl.load(f2 + N2)
+
+
+@triton.jit
+def twiddles(N1: tl.constexpr, N2: tl.constexpr, DTYPE: tl.constexpr):
+    """T [N1, N2]."""
+    return root_of_unity(tl.arange(0, N1)[:, None] * tl.arange(0, N2)[None, :], N1 * N2, DTYPE)
 
 
 @triton.jit
@@ -176,7 +181,8 @@ def load_inputs(
     if FEATURES.state:
         # [B, H, overlap] contiguous; the block that starts before time 0 sees it.
         past = state_ptr + (tl.cast(batch, tl.int64) * heads + head) * place.overlap
-        v += tl.load(past + (times + place.overlap), mask=(times < 0) & (times < stop), other=0.0)
+        mask = (times < 0) & (times < stop) & (times + place.overlap >= 0)
+        v += tl.load(past + (times + place.overlap), mask=mask, other=0.0)
     return v
 
 
@@ -189,7 +195,7 @@ def scale_back(e):
 @triton.jit
 def exponent(x):
     """e such that the largest magnitude of x is in [2^e, 2^(e + 1)); -127 of zeros."""
-    return (tl.max(tl.max(tl.abs(x), 1), 0).to(tl.int32, bitcast=True) >> 23) - 127
+    return (tl.max(tl.abs(x)).to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit
