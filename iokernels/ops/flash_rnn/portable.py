@@ -1,8 +1,8 @@
 """The backend ``torch``: a loop over time with one batched product a step, and a backward pass of its own.
 
 A step is one product of all heads, ``s = R h + b``, one addition that brings it, gate by gate, to what the inputs gave,
-and the cell's pointwise equations, whose results go straight to where they are kept. The backward pass is
-:mod:`.portable_bwd`.
+and the cell's pointwise equations, whose results go straight to where they are kept. The backward
+pass is :mod:`.portable_bwd`.
 
 Memory beyond what :class:`.options.Forward` keeps is that of a step. All of it is float32, float64 for float64 inputs.
 Where the inputs have that dtype too, the values are kept after their activations; else before, where rounding costs less.
@@ -10,10 +10,12 @@ Where the inputs have that dtype too, the values are kept after their activation
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .cells import ANYWHERE
+from .cells import ANYWHERE, Cell, States
 from .options import Forward, Options, empty_history, empty_out, empty_state, empty_values, state_dtype
 from .portable_bwd import backward
 from .portable_steps import by_gate, initial_of, join, offset_of, product, step_major, valid_of, weights_of
@@ -32,38 +34,38 @@ def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, o
         empty_history(gates, cell, keep),
     )
     batch, length, _, heads, width = gates.shape
-    weights, offset = weights_of(recurrent).transpose(1, 2), offset_of(bias, batch, kind)
+    weights, offset = weights_of(recurrent).transpose(1, 2).contiguous(), offset_of(bias, batch, kind)
     raw = gates.new_empty((heads, batch, cell.gates * width), dtype=kind)
-    s, scratch = by_gate(raw, cell), gates.new_empty((cell.values, heads, batch, width), dtype=kind)
-    runs, valid = cell.runs(), valid_of(gates, options)
+    s, valid = by_gate(raw, cell), valid_of(gates, options)
     inputs, outs = step_major(gates).unbind(0), step_major(result.out).unbind(0)
-    values = step_major(result.values).unbind(0)
+    values = step_major(result.values)
+    if keeps_values and same:
+        work = _steps(values, cell)
+    else:
+        work = _steps(gates.new_empty((1, cell.values, heads, batch, width), dtype=kind), cell) * length
     history = [step_major(x).unbind(0) for x in result.history.unbind(2)] if keep else []
     initial = initial_of(gates, options)
     states = cell.start(initial)
     for step in range(length):
         h = states[0] if same else states[0].to(gates.dtype).to(kind)
         product(h, weights, offset, raw)
-        now = values[step] if keeps_values and same else scratch
+        now, parts, separate = work[step]
         join(now, inputs[step], s, cell)
         if keeps_values and not same:
             values[step].copy_(now)
-        for some, activation in runs:
-            activation.in_place(now[some])
-        into = (outs[step], *(kept[step] for kept in history)) if keep else (outs[step], *ANYWHERE)
-        if valid is None and same:
-            states = cell.forward(now.unbind(0), states, into)
-            continue
-        following = cell.forward(now.unbind(0), states, ANYWHERE)
+        for part, in_place in parts:
+            in_place(part)
+        # h is read by the next product, which is faster where h is in one place.
+        into = (None, *(kept[step] for kept in history)) if valid is None and keep else ANYWHERE
+        following = cell.forward(separate, states, into)
         if valid is None:
             states = following
             outs[step].copy_(states[0])
-        else:
-            states = tuple(torch.where(valid[step], new, old) for new, old in zip(following, states, strict=True))
-            outs[step].copy_(states[0].masked_fill(~valid[step], 0.0))
-        for kept, state in zip(into[1:], states[1:], strict=False):
-            if kept is not None:
-                kept.copy_(state)
+            continue
+        states = tuple(torch.where(valid[step], new, old) for new, old in zip(following, states, strict=True))
+        outs[step].copy_(states[0].masked_fill(~valid[step], 0.0))
+        for kept, state in zip(history, states[1:], strict=False):
+            kept[step].copy_(state)
     if options.lengths is not None:
         # A sequence without a step ends with the states that were given, not with what the first step makes of them.
         begun = (options.lengths > 0)[None, :, None]
@@ -71,3 +73,17 @@ def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, o
     for index, state in enumerate(states if length else initial):
         result.state[index] = state.transpose(0, 1)
     return result
+
+
+_InPlace = tuple[Tensor, Callable[[Tensor], Tensor]]
+
+
+def _steps(values: Tensor, cell: Cell) -> list[tuple[Tensor, tuple[_InPlace, ...], States]]:
+    """Of every step of ``values [N, A, H, B, D]``: all, what an activation is applied to with it, and each of the A.
+
+    Such views cost as much as small operations; all of one kind at once are cheap.
+    """
+    runs = [(values[:, some].unbind(0), activation.in_place) for some, activation in cell.runs()]
+    separate = zip(*(x.unbind(0) for x in values.unbind(1)), strict=True)
+    parts = zip(*([(part, in_place) for part in of_steps] for of_steps, in_place in runs), strict=True)
+    return list(zip(values.unbind(0), parts if runs else [()] * len(values), separate, strict=True))

@@ -74,7 +74,8 @@ class _Walk:
     """The steps from the last to the first, up to ``most`` of them at a time, and what stays the same for all.
 
     ``dstates`` are the gradients of the states that the walk has come to. After :meth:`back` the gradients of the
-    values are in ``dvalues [most, A, H, B, D]``, and those of s, as products take them, in ``ds [H, most, B, G D]``.
+    values are in ``dvalues [most, A, H, B, D]``, and those of s in ``ds [H, most, B, G D]``, which is part of the same
+    memory: they lie as products take them.
     """
 
     def __init__(self, out: Tensor, weights: Tensor, dstate: Tensor | None, options: Options) -> None:
@@ -84,8 +85,9 @@ class _Walk:
         bytes_of_step = max(1, batch * cell.values * heads * width * weights.itemsize)
         self.most = most = max(1, min(CHUNK_BYTES // bytes_of_step, MOST_STEPS, length))
         self.h_before = weights.new_empty((heads, most, batch, width))
-        self.ds = weights.new_empty((heads, most, batch, cell.gates * width))
-        self.dvalues = weights.new_empty((most, cell.values, heads, batch, width))
+        dvalues = weights.new_empty((heads, most, batch, cell.values, width))
+        self.dvalues = dvalues.permute(1, 3, 0, 2, 4)
+        self.ds = dvalues.flatten(3)[..., : cell.gates * width]
         self.slopes = weights.new_empty((cell.values, most, heads, batch, width))
         # The gradient of h before the first step, and after every one.
         self.dh = weights.new_zeros((most + 1, heads, batch, width))
@@ -95,8 +97,7 @@ class _Walk:
             self.dstates = tuple(x.transpose(0, 1).contiguous() for x in dstate.to(weights.dtype).unbind(0))
         # Views of single steps. They are made once: small networks would spend much of their time on them.
         self._dh = self.dh.unbind(0)
-        self._ds = list(zip(self.ds.unbind(1), by_gate(self.ds, cell).unbind(2), strict=True))
-        self._dvalues = list(zip(self.dvalues.unbind(0), self.dvalues[:, : cell.gates].unbind(0), strict=True))
+        self._ds, self._dvalues = self.ds.unbind(1), self.dvalues.unbind(0)
         self._slopes = self.slopes.unbind(1)
 
     def back(
@@ -121,7 +122,7 @@ class _Walk:
 
     def _step(self, step: int, factors: States, valid: Tensor | None) -> None:
         after = (self._dh[step + 1], *self.dstates[1:])
-        (dvalues, of_gates), (ds, ds_of_gates) = self._dvalues[step], self._ds[step]
+        dvalues, ds = self._dvalues[step], self._ds[step]
         before = self.cell.backward(self._slopes[step], factors, after, dvalues)
         if valid is not None:
             dvalues.masked_fill_(~valid, 0.0)
@@ -130,7 +131,6 @@ class _Walk:
                 old.masked_fill(valid, 0.0) if new is None else torch.where(valid, new, old)
                 for new, old in zip(before, after, strict=True)
             )
-        ds_of_gates.copy_(of_gates)
         dh = self._dh[step]
         if before[0] is not None:
             dh.add_(before[0])
