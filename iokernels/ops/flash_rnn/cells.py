@@ -51,11 +51,11 @@ class Cell(NamedTuple):
     tensors of ``into`` where these are not None. It also runs under autograd, with :data:`ANYWHERE`.
 
     ``factors(values, previous, states)`` returns two tuples of coefficients for any number of steps. The first has one
-    for every value: what the caller multiplies with the slope of the value's activation to get ``slopes [A, ..., D]``.
-    The second is the cell's own. ``backward(slopes, factors, dstates, dvalues)`` takes both of one step and the
-    gradients of the states after it, fills ``dvalues [A, ..., D]`` with the gradients of the values before their
-    activations, and returns the gradients of the states before it as far as they do not come through R: None where
-    there is no such path.
+    for every value: what the caller multiplies with the slope of the value's activation to get the A ``slopes``. The
+    second is the cell's own. ``backward(slopes, factors, dstates, dvalues)`` takes both of one step and the gradients
+    of the states after it, fills the A ``dvalues`` with the gradients of the values before their activations, and
+    returns the gradients of the states before it as far as they do not come through R: None where there is no such
+    path.
 
     ``start(states)`` is what the first step reads in place of the initial states.
     """
@@ -65,7 +65,7 @@ class Cell(NamedTuple):
     activations: tuple[Activation | None, ...]
     forward: Callable[[Sequence[Tensor], States, Sequence[Tensor | None]], States]
     factors: Callable[[Sequence[Tensor], States, States], tuple[States, States]]
-    backward: Callable[[Tensor, States, States, Tensor], tuple[Tensor | None, ...]]
+    backward: Callable[[States, States, States, States], tuple[Tensor | None, ...]]
     apart: int = 0
     reads_h: bool = False  # whether ``factors`` looks at h of the step before
     start: Callable[[States], States] = lambda states: states
@@ -113,12 +113,12 @@ def _lstm_factors(values: Sequence[Tensor], previous: States, states: States) ->
     return (z, previous[1], i, t), (_tanh_backward(o, t), f)
 
 
-def _lstm_backward(slopes: Tensor, factors: States, dstates: States, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+def _lstm_backward(slopes: States, factors: States, dstates: States, dvalues: States) -> tuple[Tensor | None, ...]:
     h_of_c, f = factors
     dh, dc = dstates
     dc = torch.addcmul(dc, dh, h_of_c)
-    torch.mul(dc, slopes[:3], out=dvalues[:3])
-    torch.mul(dh, slopes[3], out=dvalues[3])
+    for gate, target in enumerate((dc, dc, dc, dh)):
+        torch.mul(target, slopes[gate], out=dvalues[gate])
     return None, dc * f
 
 
@@ -135,8 +135,9 @@ def _gru_factors(values: Sequence[Tensor], previous: States, states: States) -> 
     return (into_n * s, previous[0] - n, into_n * r, into_n), (z,)
 
 
-def _gru_backward(slopes: Tensor, factors: States, dstates: States, dvalues: Tensor) -> tuple[Tensor | None, ...]:
-    torch.mul(dstates[0], slopes, out=dvalues)
+def _gru_backward(slopes: States, factors: States, dstates: States, dvalues: States) -> tuple[Tensor | None, ...]:
+    for slope, dvalue in zip(slopes, dvalues, strict=True):
+        torch.mul(dstates[0], slope, out=dvalue)
     return (dstates[0] * factors[0],)
 
 
@@ -149,8 +150,8 @@ def _elman_factors(values: Sequence[Tensor], previous: States, states: States) -
     return (1 - h * h,), ()
 
 
-def _elman_backward(slopes: Tensor, factors: States, dstates: States, dvalues: Tensor) -> tuple[Tensor | None, ...]:
-    torch.mul(dstates[0], slopes, out=dvalues)
+def _elman_backward(slopes: States, factors: States, dstates: States, dvalues: States) -> tuple[Tensor | None, ...]:
+    torch.mul(dstates[0], slopes[0], out=dvalues[0])
     return (None,)
 
 
@@ -178,16 +179,17 @@ def _slstm_factors(values: Sequence[Tensor], previous: States, states: States) -
     kept = (-f).sigmoid_().mul_(decay)
     h_of_c, h_of_o = o / n, c / n
     into = i * z, kept * previous[1], i, h_of_o
-    return into, (h_of_c, (h_of_c * h_of_o).neg_(), torch.stack([i, kept * previous[2]], i.dim() - 3), decay)
+    return into, (h_of_c, (h_of_c * h_of_o).neg_(), i, kept * previous[2], decay)
 
 
-def _slstm_backward(slopes: Tensor, factors: States, dstates: States, dvalues: Tensor) -> tuple[Tensor | None, ...]:
-    h_of_c, h_of_n, into_n, decay = factors
+def _slstm_backward(slopes: States, factors: States, dstates: States, dvalues: States) -> tuple[Tensor | None, ...]:
+    h_of_c, h_of_n, n_of_i, n_of_f, decay = factors
     dh, dc, dn, _ = dstates
     dc, dn = torch.addcmul(dc, dh, h_of_c), torch.addcmul(dn, dh, h_of_n)
-    torch.mul(dc, slopes[:3], out=dvalues[:3])
-    dvalues[:2].addcmul_(dn, into_n)
-    torch.mul(dh, slopes[3], out=dvalues[3])
+    for gate, target in enumerate((dc, dc, dc, dh)):
+        torch.mul(target, slopes[gate], out=dvalues[gate])
+    dvalues[0].addcmul_(dn, n_of_i)
+    dvalues[1].addcmul_(dn, n_of_f)
     return None, dc * decay, dn * decay, None
 
 

@@ -30,7 +30,7 @@ def backward(
     weights, valid = weights_of(recurrent), valid_of(out, options)
     initial = cell.start(initial_of(out.unsqueeze(2), options))
     dgates = empty_gates(out, cell) if needs.gates else None
-    dweights, dbias = torch.zeros_like(weights), weights.new_zeros(heads, cell.gates * width)
+    dweights, dbias = weights.new_zeros(heads, width, cell.gates * width), weights.new_zeros(heads, cell.gates * width)
     hidden, douts = step_major(out), step_major(dout)
     history = [step_major(x) for x in saved.history.unbind(2)]
     walk = _Walk(out, weights, dstate, options)
@@ -53,7 +53,7 @@ def backward(
         walk.back(values.unbind(1), previous, states, douts[chunk], None if valid is None else valid[chunk])
         ds = walk.ds[:, :count].flatten(1, 2)
         if needs.recurrent:
-            dweights.baddbmm_(ds.transpose(1, 2), h_before.flatten(1, 2))
+            dweights.baddbmm_(h_before.flatten(1, 2).transpose(1, 2), ds)
         if needs.bias:
             dbias += ds.sum(1)
         if dgates is not None:
@@ -61,7 +61,7 @@ def backward(
             dx[:, : cell.joined] = dvalues[:, : cell.joined]
             if cell.apart:
                 dx[:, cell.joined :] = dvalues[:, cell.gates :]
-    per_gate = dweights.view(heads, cell.gates, width, width).transpose(0, 1)
+    per_gate = dweights.view(heads, width, cell.gates, width).permute(2, 0, 3, 1)
     return Gradients(
         gates=dgates,
         recurrent=per_gate.to(recurrent.dtype).contiguous() if needs.recurrent else None,
@@ -97,8 +97,9 @@ class _Walk:
             self.dstates = tuple(x.transpose(0, 1).contiguous() for x in dstate.to(weights.dtype).unbind(0))
         # Views of single steps. They are made once: small networks would spend much of their time on them.
         self._dh = self.dh.unbind(0)
-        self._ds, self._dvalues = self.ds.unbind(1), self.dvalues.unbind(0)
-        self._slopes = self.slopes.unbind(1)
+        self._ds = self.ds.unbind(1)
+        self._dvalues = list(zip(*(x.unbind(0) for x in self.dvalues.unbind(1)), strict=True))
+        self._slopes = list(zip(*(x.unbind(0) for x in self.slopes.unbind(0)), strict=True))
 
     def back(
         self, values: States, previous: States, states: States, dout: Tensor, valid: Tensor | None
@@ -125,7 +126,7 @@ class _Walk:
         dvalues, ds = self._dvalues[step], self._ds[step]
         before = self.cell.backward(self._slopes[step], factors, after, dvalues)
         if valid is not None:
-            dvalues.masked_fill_(~valid, 0.0)
+            self.dvalues[step].masked_fill_(~valid, 0.0)
             # A sequence that has ended passes its gradients on.
             before = tuple(
                 old.masked_fill(valid, 0.0) if new is None else torch.where(valid, new, old)
