@@ -11,6 +11,7 @@ Where the inputs have that dtype too, the values are kept after their activation
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from .cells import ANYWHERE, Cell, States
 from .options import Forward, Options, empty_history, empty_out, empty_state, empty_values, state_dtype
 from .portable_bwd import backward
-from .portable_steps import by_gate, initial_of, join, offset_of, product, step_major, valid_of, weights_of
+from .portable_steps import by_gate, initial_of, offset_of, product, step_major, valid_of, weights_of
 
 __all__ = ["backward", "forward"]
 
@@ -37,27 +38,32 @@ def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, o
     weights, offset = weights_of(recurrent).transpose(1, 2).contiguous(), offset_of(bias, batch, kind)
     raw = gates.new_empty((heads, batch, cell.gates * width), dtype=kind)
     s, valid = by_gate(raw, cell), valid_of(gates, options)
-    inputs, outs = step_major(gates).unbind(0), step_major(result.out).unbind(0)
+    inputs, outs = step_major(gates), step_major(result.out).unbind(0)
     values = step_major(result.values)
     if keeps_values and same:
         work = _steps(values, cell)
     else:
         work = _steps(gates.new_empty((1, cell.values, heads, batch, width), dtype=kind), cell) * length
+    x_joined, x_apart = inputs[:, : cell.joined].unbind(0), inputs[:, cell.joined :].unbind(0)
+    s_joined, s_apart = s[: cell.joined], s[cell.joined :]
     history = [step_major(x).unbind(0) for x in result.history.unbind(2)] if keep else []
     initial = initial_of(gates, options)
     states = cell.start(initial)
     for step in range(length):
         h = states[0] if same else states[0].to(gates.dtype).to(kind)
         product(h, weights, offset, raw)
-        now, parts, separate = work[step]
-        join(now, inputs[step], s, cell)
+        now = work[step]
+        torch.add(x_joined[step], s_joined, out=now.joined)
+        if cell.apart:
+            now.of_h.copy_(s_apart)
+            now.of_x.copy_(x_apart[step])
         if keeps_values and not same:
-            values[step].copy_(now)
-        for part, in_place in parts:
+            values[step].copy_(now.all)
+        for part, in_place in now.active:
             in_place(part)
         # h is read by the next product, which is faster where h is in one place.
         into = (None, *(kept[step] for kept in history)) if valid is None and keep else ANYWHERE
-        following = cell.forward(separate, states, into)
+        following = cell.forward(now.values, states, into)
         if valid is None:
             states = following
             outs[step].copy_(states[0])
@@ -75,15 +81,28 @@ def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, o
     return result
 
 
-_InPlace = tuple[Tensor, Callable[[Tensor], Tensor]]
+class _Step(NamedTuple):
+    """Views of the values ``[A, H, B, D]`` of a step."""
+
+    all: Tensor
+    joined: Tensor  # gates whose two parts are added
+    of_h: Tensor  # of the gates apart, if there are any, what h gives,
+    of_x: Tensor  # and what the inputs give
+    active: tuple[tuple[Tensor, Callable[[Tensor], Tensor]], ...]  # with the activation of each part
+    values: States  # one by one
 
 
-def _steps(values: Tensor, cell: Cell) -> list[tuple[Tensor, tuple[_InPlace, ...], States]]:
-    """Of every step of ``values [N, A, H, B, D]``: all, what an activation is applied to with it, and each of the A.
+def _steps(values: Tensor, cell: Cell) -> list[_Step]:
+    """The views of every step of ``values [N, A, H, B, D]``.
 
-    Such views cost as much as small operations; all of one kind at once are cheap.
+    A view costs as much as a small operation; all of one kind at once are cheap.
     """
-    runs = [(values[:, some].unbind(0), activation.in_place) for some, activation in cell.runs()]
+    everything = values.unbind(0)
+    views = [everything] * 4
+    if cell.apart:
+        some = slice(cell.joined), slice(cell.joined, cell.gates), slice(cell.gates, None)
+        views = [everything, *(values[:, each].unbind(0) for each in some)]
+    active = [[(x, activation.in_place) for x in values[:, each].unbind(0)] for each, activation in cell.runs()]
+    active = list(zip(*active, strict=True)) or [()] * len(values)
     separate = zip(*(x.unbind(0) for x in values.unbind(1)), strict=True)
-    parts = zip(*([(part, in_place) for part in of_steps] for of_steps, in_place in runs), strict=True)
-    return list(zip(values.unbind(0), parts if runs else [()] * len(values), separate, strict=True))
+    return [_Step(*each) for each in zip(*views, active, separate, strict=True)]
