@@ -82,6 +82,33 @@ class Part:
         assert self.dy is not None
         return self._stretch(self.dy, self.options.post_gate, None, start, length)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many sequences and heads."""
+        batch, heads = self.rows.index
+        return batch.stop - batch.start, heads.stop - heads.start
+
+    def fill_inputs(self, x: Tensor, past: int) -> Tensor:
+        """Store ``past`` steps of the state, v and zeros in ``x [b, h, L]``. Returns the view of v."""
+        if past:
+            assert self.options.initial_state is not None
+            x[..., :past] = self.options.initial_state[self.rows.index]
+        return self._fill(x, self.u, self.options.pre_gate, past)
+
+    def fill_gradients(self, x: Tensor, past: int) -> Tensor:
+        """Store ``past`` zeros, g and zeros in ``x [b, h, L]``. Returns the view of g."""
+        assert self.dy is not None
+        x[..., :past].zero_()
+        return self._fill(x, self.dy, self.options.post_gate, past)
+
+    def _fill(self, x: Tensor, source: Tensor, gate: Tensor | None, past: int) -> Tensor:
+        stop = past + source.shape[2]
+        inside = x[..., past:stop].copy_(source[self.rows.index])
+        if gate is not None:
+            inside.mul_(gate[self.rows.index])
+        x[..., stop:].zero_()
+        return inside
+
     def finish(self, w: Tensor, v: Tensor, start: int, stop: int, factor: Tensor | None, out: Tensor) -> None:
         """``out = factor * (w + skip * v)`` of the outputs from start to stop; w is changed."""
         if self.options.skip is not None:
