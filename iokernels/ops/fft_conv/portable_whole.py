@@ -20,13 +20,15 @@ def forward(u: Tensor, k: Tensor, spectrum: Tensor | None, options: Options, pla
     n, y = u.shape[2], u.new_empty(u.shape)
     for rows in tiles(u, plan):
         part = Part(u, options, rows)
-        count, heads = part.shape
+        count, heads = rows.shape
         x = _buffer(u, count + (spectrum is None), heads, plan)
         v = part.fill_inputs(x[:count], plan.overlap)
         if spectrum is None:
-            _place(k[rows.heads], x[count], n, options)
+            _place(rows.of_heads(k), x[count], n, options)
         frequencies = _kept(torch.fft.rfft(x), options, plan)
-        mine = frequencies[count] if spectrum is None else spectrum[rows.heads]
+        if options.skip is None:
+            x = v = None  # their memory serves the way back
+        mine = frequencies[count] if spectrum is None else rows.of_heads(spectrum)
         w = torch.fft.irfft(frequencies[:count].mul_(mine), n=plan.length)[..., plan.overlap : plan.width]
         part.finish(w, v, 0, n, options.post_gate, y)
     return y
@@ -44,7 +46,7 @@ def backward(
     dk = grads.k if grads.k is None or k.dtype == sums else k.new_empty(k.shape, dtype=sums)
     for rows in tiles(u, plan):
         part = Part(u, options, rows, dy)
-        count, heads = part.shape
+        count, heads = rows.shape
         # Rows of the buffer: v, g, filter.
         x = _buffer(u, 2 * count + (known is None), heads, plan)
         g = part.fill_gradients(x[count : 2 * count], past)
@@ -54,10 +56,10 @@ def backward(
         if not inputs and not others:
             continue
         if known is None:
-            _place(k[rows.heads], x[2 * count], n, options)
+            _place(rows.of_heads(k), x[2 * count], n, options)
         first = 0 if others else count
         frequencies = _kept(torch.fft.rfft(x[first:]), options, plan)
-        mine = frequencies[-1] if known is None else known[rows.heads]
+        mine = frequencies[-1] if known is None else rows.of_heads(known)
         of_v, of_g = frequencies[: count - first], frequencies[count - first : 2 * count - first]
         products = None
         if grads.k is not None:
@@ -77,11 +79,12 @@ def backward(
         if inputs:
             dv = results[count - first : 2 * count - first, :, : past + n]
             if grads.initial_state is not None:
-                grads.initial_state[rows.index] = dv[..., :past]
+                rows.of(grads.initial_state).copy_(dv[..., :past])
             part.store_inputs(dv[..., past:], g, 0, n, grads)
         if dk is not None:
             taps = unplaced(results[-1], k.shape[1], n, options)
-            dk[rows.heads] = taps if rows.batch.start == 0 else dk[rows.heads] + taps
+            mine = rows.of_heads(dk)
+            mine.copy_(taps) if rows.batch.start == 0 else mine.add_(taps)
     if grads.skip is not None:
         grads.skip.copy_(skips)
     if grads.k is not None and dk is not None and dk is not grads.k:
