@@ -106,8 +106,8 @@ def limit(name: str, dtype: torch.dtype) -> Limit:
 
 
 def peers(device: torch.device) -> Mapping[str, Prepare | str]:
-    """The loop that users write; torch's networks, where they are the same function; and flashrnn."""
-    found: dict[str, Prepare | str] = {"loop": _loop, "torch-rnn": _torch_rnn}
+    """Two loops that users write; torch's networks, where they are the same function; and flashrnn."""
+    found: dict[str, Prepare | str] = {"loop": _loop, "loop-bmm": _loop_bmm, "torch-rnn": _torch_rnn}
     if find_spec("flashrnn") is None:
         return found | {"flashrnn": "flashrnn is not installed"}
     return found | {"flashrnn": "its kernels run on GPUs only" if device.type != "cuda" else _flashrnn}
@@ -120,35 +120,90 @@ def _plain(inputs: Inputs) -> None:
 
 
 def _loop(inputs: Inputs) -> Callable[[], Outputs]:
-    """One product and the cell's pointwise operations a step, under autograd."""
+    """The equations, written down: a step is an einsum, two additions and the cell, under autograd.
+
+    The inputs' gates are taken apart by unbind: the gradient of ``gates[:, t]`` would cost a tensor of all steps, at
+    every step.
+    """
     _plain(inputs)
     gates, recurrent = inputs.tensors["gates"], inputs.tensors["recurrent"]
     bias, initial = inputs.tensors.get("bias"), inputs.tensors.get("initial_state")
-    kind, wide = CELLS[cell_of(inputs.shape)], state_dtype(gates.dtype)
-    _, heads, width, _ = recurrent.shape
+    wide, cell = state_dtype(gates.dtype), cell_of(inputs.shape)
 
     def call() -> Outputs:
-        weights = recurrent.transpose(0, 1).flatten(1, 2).transpose(1, 2)  # [H, D, G D]
-        states = tuple(gates.new_zeros((len(kind.states), gates.shape[0], heads, width), dtype=wide).unbind(0))
-        if initial is not None:
-            states = tuple(initial.unbind(0))
-        outs = []
+        states, outs = _start(gates, initial, cell), []
         for x in gates.unbind(1):
-            s = torch.bmm(states[0].to(gates.dtype).transpose(0, 1), weights)
-            s = s.unflatten(2, (kind.gates, width)).permute(1, 0, 2, 3).to(wide)
+            s = torch.einsum("bhi,ghoi->bgho", states[0].to(gates.dtype), recurrent).to(wide)
             if bias is not None:
-                s = s + bias.transpose(0, 1)
-            x = x.transpose(1, 2)
-            if kind.apart:
-                joined = x[:, :, : kind.joined] + s[:, :, : kind.joined]
-                values = torch.cat([joined, s[:, :, kind.joined :], x[:, :, kind.joined :].to(wide)], dim=2)
-            else:
-                values = x + s
-            states = kind.forward(values, states)
+                s = s + bias
+            states = _EQUATIONS[cell](x, s, states)
             outs.append(states[0])
         return {"h": torch.stack(outs, 1).to(gates.dtype), "state": torch.stack(states)}
 
     return call
+
+
+def _loop_bmm(inputs: Inputs) -> Callable[[], Outputs]:
+    """The same with care: the matrices are laid out once, and a step is one batched product of all heads and gates."""
+    _plain(inputs)
+    gates, recurrent = inputs.tensors["gates"], inputs.tensors["recurrent"]
+    bias, initial = inputs.tensors.get("bias"), inputs.tensors.get("initial_state")
+    wide, cell = state_dtype(gates.dtype), cell_of(inputs.shape)
+
+    def call() -> Outputs:
+        weights = recurrent.transpose(0, 1).flatten(1, 2).transpose(1, 2)  # [H, D, G D]
+        states, outs = _start(gates, initial, cell), []
+        for x in gates.unbind(1):
+            s = torch.bmm(states[0].to(gates.dtype).transpose(0, 1), weights)
+            s = s.unflatten(2, (-1, recurrent.shape[3])).permute(1, 2, 0, 3).to(wide)
+            if bias is not None:
+                s = s + bias
+            states = _EQUATIONS[cell](x, s, states)
+            outs.append(states[0])
+        return {"h": torch.stack(outs, 1).to(gates.dtype), "state": torch.stack(states)}
+
+    return call
+
+
+def _start(gates: Tensor, initial: Tensor | None, cell: str) -> tuple[Tensor, ...]:
+    """The states before the first step."""
+    if initial is not None:
+        return initial.unbind(0)
+    size = len(CELLS[cell].states), gates.shape[0], *gates.shape[3:]
+    return gates.new_zeros(size, dtype=state_dtype(gates.dtype)).unbind(0)
+
+
+_States = tuple[Tensor, ...]
+
+
+def _lstm(x: Tensor, s: Tensor, states: _States) -> _States:
+    i, f, z, o = (x + s).unbind(1)
+    c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(z)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru(x: Tensor, s: Tensor, states: _States) -> _States:
+    r, z = torch.sigmoid(x[:, :2] + s[:, :2]).unbind(1)
+    n = torch.tanh(x[:, 2] + r * s[:, 2])
+    return ((1 - z) * n + z * states[0],)
+
+
+def _elman(x: Tensor, s: Tensor, states: _States) -> _States:
+    return (torch.tanh(x + s).squeeze(1),)
+
+
+def _slstm(x: Tensor, s: Tensor, states: _States) -> _States:
+    i, f, z, o = (x + s).unbind(1)
+    _, c, n, m = states
+    f = torch.nn.functional.logsigmoid(f)
+    past = m.detach().masked_fill(n == 0, float("-inf"))  # nothing is stored yet
+    m = torch.maximum(f + past, i).detach()
+    i, f = torch.exp(i - m), torch.exp(f + past - m)
+    c, n = f * c + i * torch.tanh(z), f * n + i
+    return torch.sigmoid(o) * c / n, c, n, m
+
+
+_EQUATIONS = {"lstm": _lstm, "gru": _gru, "elman": _elman, "slstm": _slstm}
 
 
 def _torch_rnn(inputs: Inputs) -> Callable[[], Outputs]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import portable_whole
 from .options import Gradients, Needs, Options, effective_taps, kept_bins, placed, state_dtype, unplaced
 from .portable_lengths import Cut, cut
 from .portable_rows import Part, Rows, pieces, tiles
@@ -41,17 +42,18 @@ def transform(k: Tensor, n: int, dtype: torch.dtype, options: Options) -> list[T
 
 def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -> Tensor:
     """y as :class:`Options` defines it. ``transformed`` is what :func:`transform` made of k, or empty."""
-    y = u.new_empty(u.shape)
-    if y.numel() == 0:
-        return y
-    n = u.shape[2]
-    spectrum, plan = _spectrum(u, k, transformed, options)
+    if u.numel() == 0:
+        return u.new_empty(u.shape)
+    n, plan = u.shape[2], _plan(u, k, options)
+    if not plan.blocks:
+        return portable_whole.forward(u, k, transformed[0] if transformed else None, options, plan)
+    y, spectrum = u.new_empty(u.shape), _spectrum(u, k, transformed, options)
     for rows in tiles(u, plan):
         part = Part(u, options, rows)
         for start, count in pieces(u, rows, plan, n, plan.step):
             stop = min(start + count * plan.step, n)
             x = part.inputs(start - plan.overlap, plan.overlap + count * plan.step)
-            w = _inverse(_blocks(x, plan, spectrum).mul_(spectrum[rows.heads, None]), plan, plan.overlap)
+            w = _inverse(_blocks(x, plan).mul_(spectrum[rows.heads, None]), plan, plan.overlap)
             w = w[..., : stop - start]
             v = x[..., plan.overlap : plan.overlap + stop - start]
             part.finish(w, v, start, stop, options.post_gate, y)
@@ -60,15 +62,20 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
 
 def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], options: Options, needs: Needs) -> Gradients:
     """The gradients that ``needs`` names."""
+    plan, nothing = _plan(u, k, options), u.numel() == 0
+    make = torch.zeros_like if nothing or plan.blocks else torch.empty_like
     grads = Gradients(
         *(
-            x.new_zeros(x.shape) if need and x is not None else None
+            make(x, memory_format=torch.contiguous_format) if need and x is not None else None
             for x, need in zip((u, k, *options[:4]), needs, strict=True)
         )
     )
-    if u.numel() == 0:
+    if nothing:
         return grads
-    spectrum, plan = _spectrum(u, k, transformed, options)
+    if not plan.blocks:
+        portable_whole.backward(dy, u, k, transformed[0] if transformed else None, options, plan, grads)
+        return grads
+    spectrum = _spectrum(u, k, transformed, options)
     sums = state_dtype(u.dtype)
     filters = torch.zeros_like(spectrum)
     skips = torch.zeros(k.shape[0], dtype=sums, device=u.device)
@@ -89,13 +96,12 @@ def _inputs_gradients(part: Part, rows: Rows, spectrum: Tensor, plan: Cut, grads
     if grads.u is None and grads.pre_gate is None and grads.initial_state is None:
         return
     n, past = part.u.shape[2], 0 if part.options.initial_state is None else part.options.initial_state.shape[2]
-    step = plan.step if plan.blocks else past + n
     conjugate = spectrum[rows.heads, None].conj_physical()
-    for first, count in pieces(part.u, rows, plan, past + n, step):
-        start, stop = first - past, min(first + count * step, past + n) - past
-        g = part.gradients(start, (count - 1) * step + plan.width)
-        dv = _blocks(g, plan, spectrum).mul_(conjugate)
-        dv = _inverse(dv, plan, 0, step)[..., : stop - start]
+    for first, count in pieces(part.u, rows, plan, past + n, plan.step):
+        start, stop = first - past, min(first + count * plan.step, past + n) - past
+        g = part.gradients(start, (count - 1) * plan.step + plan.length)
+        dv = _blocks(g, plan).mul_(conjugate)
+        dv = _inverse(dv, plan, 0)[..., : stop - start]
         ahead = min(max(-start, 0), stop - start)
         if grads.initial_state is not None and ahead:
             grads.initial_state[rows.index][..., start + past : start + past + ahead] = dv[..., :ahead]
@@ -117,32 +123,32 @@ def _other_gradients(
             skips[rows.heads] += torch.linalg.vecdot(g[..., : stop - start], v).sum(0)
         if grads.k is None and grads.post_gate is None:
             continue
-        inputs = _blocks(x, plan, spectrum)
+        inputs = _blocks(x, plan)
         if grads.k is not None:
             dw = g.unflatten(2, (count, plan.step))
-            dw = torch.nn.functional.pad(dw, (plan.overlap, 0)) if plan.overlap else dw
-            dw = torch.fft.rfft(dw, n=plan.length)[..., : spectrum.shape[1]]
+            dw = torch.fft.rfft(torch.nn.functional.pad(dw, (plan.overlap, 0)))
             filters[rows.heads] += dw.mul_(inputs.conj_physical()).sum((0, 2))
         if grads.post_gate is not None:
             w = _inverse(inputs.mul_(spectrum[rows.heads, None]), plan, plan.overlap)[..., : stop - start]
             part.finish(w, v, start, stop, part.dy, grads.post_gate)
 
 
-def _spectrum(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -> tuple[Tensor, Cut]:
-    plan = cut(u.shape[2], effective_taps(u.shape[2], k.shape[1], options), options)
-    return (transformed or transform(k, u.shape[2], u.dtype, options))[0], plan
+def _plan(u: Tensor, k: Tensor, options: Options) -> Cut:
+    return cut(u.shape[2], effective_taps(u.shape[2], k.shape[1], options), options)
 
 
-def _blocks(x: Tensor, plan: Cut, spectrum: Tensor) -> Tensor:
+def _spectrum(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -> Tensor:
+    return (transformed or transform(k, u.shape[2], u.dtype, options))[0]
+
+
+def _blocks(x: Tensor, plan: Cut) -> Tensor:
     """Transforms ``[b, h, blocks, frequencies]`` of x ``[b, h, time]``."""
-    x = x.unfold(2, plan.width, plan.step) if plan.blocks else x[:, :, None]
-    return torch.fft.rfft(x, n=plan.length)[..., : spectrum.shape[1]]
+    return torch.fft.rfft(x.unfold(2, plan.length, plan.step))
 
 
-def _inverse(product: Tensor, plan: Cut, first: int, step: int | None = None) -> Tensor:
-    """``[b, h, time]``: of every block the ``step`` results from ``first`` on."""
-    step = plan.step if step is None else step
-    return torch.fft.irfft(product, n=plan.length)[..., first : first + step].flatten(2)
+def _inverse(product: Tensor, plan: Cut, first: int) -> Tensor:
+    """``[b, h, time]``: of every block the results from ``first`` on that are its own."""
+    return torch.fft.irfft(product, n=plan.length)[..., first : first + plan.step].flatten(2)
 
 
 def _taps(filters: Tensor, taps: int, n: int, plan: Cut, options: Options) -> Tensor:

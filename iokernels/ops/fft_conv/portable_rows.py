@@ -18,15 +18,33 @@ class Rows(NamedTuple):
     batch: slice
     heads: slice
     count: int
+    all: bool = False  # whether these are all there are
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many sequences and heads."""
+        return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
 
     @property
     def index(self) -> tuple[slice, slice]:
         """Of a ``[B, H, N]`` tensor."""
         return self.batch, self.heads
 
+    def of(self, x: Tensor) -> Tensor:
+        """Their part of x ``[B, H, ...]``."""
+        return x if self.all else x[self.batch, self.heads]
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """Their part of x ``[H, ...]``."""
+        return x if self.all else x[self.heads]
+
 
 _LEAST_TRANSFORMS = 32
 """Fewer at once, and the library's preparation of a transform, which it repeats in every call, takes too much."""
+
+
+_NOT_CUT = 4
+"""A call of up to so many workspaces is one tile: fewer calls of the library are worth more than the cache."""
 
 
 def workspace(u: Tensor) -> int:
@@ -40,15 +58,23 @@ def workspace(u: Tensor) -> int:
     return 2**22 if threads == 1 else 2**24 * threads
 
 
+def _bytes(u: Tensor, plan: Cut) -> int:
+    """What a transform works on, with what comes in and goes out."""
+    return 3 * state_dtype(u.dtype).itemsize * plan.length
+
+
 def _together(u: Tensor, plan: Cut) -> int:
-    """How many transforms make up :func:`workspace`, with what comes in and goes out."""
-    return max(_LEAST_TRANSFORMS, workspace(u) // (3 * state_dtype(u.dtype).itemsize * plan.length))
+    """How many transforms make up :func:`workspace`."""
+    return max(_LEAST_TRANSFORMS, workspace(u) // _bytes(u, plan))
 
 
 def tiles(u: Tensor, plan: Cut) -> Iterator[Rows]:
     """Heads a few at a time with the whole batch, or, where that is too much, one head with a few sequences."""
     batch, heads, _ = u.shape
     many = _together(u, plan)
+    if not plan.blocks and batch * heads * _bytes(u, plan) <= _NOT_CUT * workspace(u):
+        yield Rows(slice(0, batch), slice(0, heads), batch * heads, True)
+        return
     if plan.blocks:
         many = max(1, many // max(1, u.shape[2] // plan.step))
     sequences, together = min(batch, many), max(1, many // batch)
@@ -82,24 +108,50 @@ class Part:
         assert self.dy is not None
         return self._stretch(self.dy, self.options.post_gate, None, start, length)
 
-    def finish(self, w: Tensor, v: Tensor, start: int, stop: int, factor: Tensor | None, out: Tensor) -> None:
-        """``out = factor * (w + skip * v)`` of the outputs from start to stop; w is changed."""
-        if self.options.skip is not None:
+    def fill_inputs(self, x: Tensor, past: int) -> Tensor:
+        """Store ``past`` steps of the state, v and zeros in ``x [b, h, L]``. Returns the view of v."""
+        if past:
+            assert self.options.initial_state is not None
+            x[..., :past] = self.rows.of(self.options.initial_state)
+        return self._fill(x, self.u, self.options.pre_gate, past)
+
+    def fill_gradients(self, x: Tensor, past: int) -> Tensor:
+        """Store ``past`` zeros, g and zeros in ``x [b, h, L]``. Returns the view of g."""
+        assert self.dy is not None
+        if past:
+            x[..., :past].zero_()
+        return self._fill(x, self.dy, self.options.post_gate, past)
+
+    def _fill(self, x: Tensor, source: Tensor, gate: Tensor | None, past: int) -> Tensor:
+        stop = past + source.shape[2]
+        inside = x[..., past:stop].copy_(self.rows.of(source))
+        if gate is not None:
+            inside.mul_(self.rows.of(gate))
+        x[..., stop:].zero_()
+        return inside
+
+    def finish(self, w: Tensor, v: Tensor | None, start: int, stop: int, factor: Tensor | None, out: Tensor) -> None:
+        """``out = factor * (w + skip * v)`` of the outputs from start to stop; w is changed. Without skip, v is idle."""
+        if self.options.skip is not None and v is not None:
             w.addcmul_(self._skip(), v)
         if factor is not None:
-            w.mul_(factor[self.rows.index][..., start:stop])
-        out[self.rows.index][..., start:stop] = w
+            w.mul_(self._stretch_of(factor, start, stop))
+        self._stretch_of(out, start, stop).copy_(w)
 
     def store_inputs(self, dv: Tensor, g: Tensor, start: int, stop: int, grads: Gradients) -> None:
         """du and dpre from dv without its skip term, which is changed."""
         if self.options.skip is not None:
             dv.addcmul_(self._skip(), g)
         if grads.pre_gate is not None:
-            grads.pre_gate[self.rows.index][..., start:stop] = dv * self.u[self.rows.index][..., start:stop]
+            self._stretch_of(grads.pre_gate, start, stop).copy_(dv * self._stretch_of(self.u, start, stop))
         if grads.u is not None:
             if self.options.pre_gate is not None:
-                dv.mul_(self.options.pre_gate[self.rows.index][..., start:stop])
-            grads.u[self.rows.index][..., start:stop] = dv
+                dv.mul_(self._stretch_of(self.options.pre_gate, start, stop))
+            self._stretch_of(grads.u, start, stop).copy_(dv)
+
+    def _stretch_of(self, x: Tensor, start: int, stop: int) -> Tensor:
+        x = self.rows.of(x)
+        return x if stop - start == x.shape[2] else x[..., start:stop]
 
     def _skip(self) -> Tensor:
         assert self.options.skip is not None

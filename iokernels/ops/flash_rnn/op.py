@@ -44,7 +44,7 @@ def _forward_fake(
     return (
         empty_out(gates),
         empty_state(gates, cell),
-        empty_values(gates, cell, keep and not opts.recompute_gates),
+        empty_values(gates, cell, keep and not opts.recompute_gates, gates_outside=backend == "torch"),
         empty_history(gates, cell, keep),
     )
 

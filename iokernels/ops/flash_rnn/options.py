@@ -52,7 +52,8 @@ class Forward(NamedTuple):
     ``out [B, N, H, D]``; ``state [S, B, H, D]`` after the last step; and, where a gradient will be taken, ``values
     [B, N, A, H, D]`` (see :mod:`.cells`) in the dtype of the inputs, empty where they are recomputed, and ``history
     [B, N, S - 1, H, D]``, the states after h behind every step, of the states' dtype. The last two lie in memory as
-    ``[N, H, B, A, D]`` and ``[S - 1, N, H, B, D]``, so that what a step of a head touches is in one place.
+    ``[N, H, B, A, D]`` and ``[S - 1, N, H, B, D]``, so that what a step of a head touches is in one place; on the
+    backend ``torch``, which works on all heads of a gate at once, the values lie as ``[N, A, H, B, D]``.
     """
 
     out: Tensor
@@ -106,10 +107,13 @@ def empty_state(gates: Tensor, cell: Cell) -> Tensor:
     return gates.new_empty((len(cell.states), batch, heads, width), dtype=state_dtype(gates.dtype))
 
 
-def empty_values(gates: Tensor, cell: Cell, kept: bool = True) -> Tensor:
+def empty_values(gates: Tensor, cell: Cell, kept: bool = True, gates_outside: bool = False) -> Tensor:
     """Uninitialised values [B, N, A, H, D] of every step; of no step unless ``kept``."""
     batch, length, _, heads, width = gates.shape
-    return gates.new_empty((length if kept else 0, heads, batch, cell.values, width)).permute(2, 0, 3, 1, 4)
+    length = length if kept else 0
+    if gates_outside:
+        return gates.new_empty((length, cell.values, heads, batch, width)).permute(3, 0, 1, 2, 4)
+    return gates.new_empty((length, heads, batch, cell.values, width)).permute(2, 0, 3, 1, 4)
 
 
 def empty_history(gates: Tensor, cell: Cell, kept: bool = True) -> Tensor:

@@ -1,213 +1,108 @@
 """The backend ``torch``: a loop over time with one batched product a step, and a backward pass of its own.
 
-Forward, a step is one product of all heads, ``s = h R^T``, added in place to what the inputs gave, and the cell's
-pointwise equations. Backward, what the pointwise gradients are made of does not depend on the gradient that comes back
-(:mod:`.cells`), so it is computed for CHUNK steps at a time, in whole-tensor operations; a step is then a handful of
-products and one batched product, ``dh = ds R``. The gradients of R and b take one product and one sum a chunk. Memory
-beyond what :class:`.options.Forward` keeps is that of a chunk. All of it is float32, float64 for float64 inputs.
+A step is one product of all heads, ``s = R h + b``, one addition that brings it, gate by gate, to what the inputs gave,
+and the cell's pointwise equations, whose results go straight to where they are kept. The backward
+pass is :mod:`.portable_bwd`.
+
+Memory beyond what :class:`.options.Forward` keeps is that of a step. All of it is float32, float64 for float64 inputs.
+Where the inputs have that dtype too, the values are kept after their activations; else before, where rounding costs less.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .cells import Cell, States
-from .options import (
-    Forward,
-    Gradients,
-    Needs,
-    Options,
-    empty_gates,
-    empty_history,
-    empty_out,
-    empty_state,
-    empty_values,
-    initial_states,
-    state_dtype,
-    valid_steps,
-)
+from .cells import ANYWHERE, Cell, States
+from .options import Forward, Options, empty_history, empty_out, empty_state, empty_values, state_dtype
+from .portable_bwd import backward
+from .portable_steps import by_gate, initial_of, offset_of, product, step_major, valid_of, weights_of
 
-CHUNK = 8
-"""Steps whose pointwise work shares whole-tensor operations: what they touch should stay in a cache."""
+__all__ = ["backward", "forward"]
 
 
 def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, options: Options) -> Forward:
     """Run all steps. See :class:`.options.Forward` for what is returned; ``keep`` asks for its last two."""
     cell, kind = options.kind(), state_dtype(gates.dtype)
-    keeps_values = keep and not options.recompute_gates
+    keeps_values, same = keep and not options.recompute_gates, gates.dtype == kind
     result = Forward(
         empty_out(gates),
         empty_state(gates, cell),
-        empty_values(gates, cell, keeps_values),
+        empty_values(gates, cell, keeps_values, gates_outside=True),
         empty_history(gates, cell, keep),
     )
     batch, length, _, heads, width = gates.shape
-    weights = _weights(recurrent, kind).transpose(1, 2)
-    valid = _valid(gates, options)
-    states = tuple(x.transpose(0, 1).contiguous() for x in initial_states(gates, options).to(kind).unbind(0))
-    values, history, out = _step_major(result.values), _step_major(result.history), _step_major(result.out)
-    scratch = gates.new_empty((CHUNK, heads, batch, cell.values, width), dtype=kind)
-    for first in range(0, length, CHUNK):
-        chunk = slice(first, min(first + CHUNK, length))
-        in_place = keeps_values and result.values.dtype == kind
-        work = values[chunk] if in_place else scratch[: chunk.stop - first]
-        _add_inputs(work, gates[:, chunk], bias, cell)
-        steps: list[States] = []
-        for step in range(first, chunk.stop):
-            now = work[step - first]
-            _add_product(now, states[0].to(gates.dtype).to(kind), weights, cell)
-            following = cell.forward(now, states)
-            if valid is not None:
-                following = tuple(
-                    torch.where(valid[step], new, old) for new, old in zip(following, states, strict=True)
-                )
+    weights, offset = weights_of(recurrent).transpose(1, 2).contiguous(), offset_of(bias, batch, kind)
+    raw = gates.new_empty((heads, batch, cell.gates * width), dtype=kind)
+    s, valid = by_gate(raw, cell), valid_of(gates, options)
+    inputs, outs = step_major(gates), step_major(result.out).unbind(0)
+    values = step_major(result.values)
+    if keeps_values and same:
+        work = _steps(values, cell)
+    else:
+        work = _steps(gates.new_empty((1, cell.values, heads, batch, width), dtype=kind), cell) * length
+    x_joined, x_apart = inputs[:, : cell.joined].unbind(0), inputs[:, cell.joined :].unbind(0)
+    s_joined, s_apart = s[: cell.joined], s[cell.joined :]
+    history = [step_major(x).unbind(0) for x in result.history.unbind(2)] if keep else []
+    initial = initial_of(gates, options)
+    states = cell.start(initial)
+    for step in range(length):
+        h = states[0] if same else states[0].to(gates.dtype).to(kind)
+        product(h, weights, offset, raw)
+        now = work[step]
+        torch.add(x_joined[step], s_joined, out=now.joined)
+        if cell.apart:
+            now.of_h.copy_(s_apart)
+            now.of_x.copy_(x_apart[step])
+        if keeps_values and not same:
+            values[step].copy_(now.all)
+        for part, in_place in now.active:
+            in_place(part)
+        # h is read by the next product, which is faster where h is in one place.
+        into = (None, *(kept[step] for kept in history)) if valid is None and keep else ANYWHERE
+        following = cell.forward(now.values, states, into)
+        if valid is None:
             states = following
-            steps.append(states)
-        h = torch.stack([now[0] for now in steps])
-        out[chunk] = h if valid is None else h.masked_fill(~valid[chunk], 0.0)
-        if keep:
-            for index in range(1, len(cell.states)):
-                torch.stack([now[index] for now in steps], out=history[chunk, :, :, index - 1])
-        if keeps_values and not in_place:
-            values[chunk] = work
-    for index, state in enumerate(states):
+            outs[step].copy_(states[0])
+            continue
+        states = tuple(torch.where(valid[step], new, old) for new, old in zip(following, states, strict=True))
+        outs[step].copy_(states[0].masked_fill(~valid[step], 0.0))
+        for kept, state in zip(history, states[1:], strict=False):
+            kept[step].copy_(state)
+    if options.lengths is not None:
+        # A sequence without a step ends with the states that were given, not with what the first step makes of them.
+        begun = (options.lengths > 0)[None, :, None]
+        states = tuple(torch.where(begun, new, old) for new, old in zip(states, initial, strict=True))
+    for index, state in enumerate(states if length else initial):
         result.state[index] = state.transpose(0, 1)
     return result
 
 
-def backward(
-    dout: Tensor, dstate: Tensor | None, gates: Tensor | None, recurrent: Tensor, bias: Tensor | None, saved: Forward,
-    options: Options, needs: Needs,
-) -> Gradients:  # fmt: skip
-    """Returns the gradients that ``needs`` asks for. ``gates`` is None unless the values are to be recomputed."""
-    cell, out = options.kind(), saved.out
-    kind = state_dtype(out.dtype)
-    batch, length, heads, width = out.shape
-    weights = _weights(recurrent, kind)
-    valid = _valid(out, options)
-    initial = initial_states(dout.unsqueeze(2), options).to(kind).transpose(1, 2)
-    if dstate is None:
-        dstates = tuple(torch.zeros_like(initial).unbind(0))
-    else:
-        dstates = tuple(dstate.to(kind).transpose(1, 2).contiguous().unbind(0))
-    dgates = empty_gates(out, cell) if needs.gates else None
-    dweights = torch.zeros_like(weights)
-    dbias = weights.new_zeros(heads, cell.gates * width)
-    values, history, hidden = _step_major(saved.values), _step_major(saved.history), _step_major(out)
-    douts = _step_major(dout)
-    scratch = weights.new_empty((heads, CHUNK, batch, cell.values, width))
-    for first in reversed(range(0, length, CHUNK)):
-        chunk = slice(first, min(first + CHUNK, length))
-        count = chunk.stop - first
-        # States before and after every step of the chunk. h: as the product saw it, rounded.
-        h_before = _shifted(hidden, initial[0].to(out.dtype), chunk).to(kind)
-        if gates is None:
-            now = values[chunk].to(kind)
-        else:
-            now = weights.new_empty((count, heads, batch, cell.values, width))
-            _add_inputs(now, gates[:, chunk], bias, cell)
-            for step in range(count):
-                _add_product(now[step], h_before[step], weights.transpose(1, 2), cell)
-        others = range(1, len(cell.states))
-        previous = (h_before, *(_shifted(history[..., k - 1, :], initial[k], chunk) for k in others))
-        states = (hidden[chunk], *(history[chunk, ..., k - 1, :] for k in others))
-        factors = cell.factors(now, previous, states)
-        dh_chunk = douts[chunk].to(kind)
-        dvalues = scratch[:, :count]
-        for step in reversed(range(count)):
-            dstates = _step_back(
-                cell, tuple(x[step] for x in factors), dstates, dh_chunk[step], dvalues[:, step], weights, options,
-                None if valid is None else valid[first + step],
-            )  # fmt: skip
-        ds = dvalues[..., : cell.gates, :].reshape(heads, count * batch, cell.gates * width)
-        if needs.recurrent:
-            dweights.baddbmm_(ds.transpose(1, 2), h_before.transpose(0, 1).reshape(heads, count * batch, width))
-        if needs.bias:
-            dbias += ds.sum(1)
-        if dgates is not None:
-            # [H, C, B, A, D] to [B, C, A, H, D].
-            dx = dvalues.permute(2, 1, 3, 0, 4)
-            dgates[:, chunk, : cell.joined] = dx[:, :, : cell.joined]
-            dgates[:, chunk, cell.joined :] = dx[:, :, cell.gates :] if cell.apart else dx[:, :, cell.joined :]
-    per_gate = dweights.view(heads, cell.gates, width, width).transpose(0, 1)
-    return Gradients(
-        gates=dgates,
-        recurrent=per_gate.to(recurrent.dtype).contiguous() if needs.recurrent else None,
-        bias=dbias.view(heads, cell.gates, width).transpose(0, 1).to(out.dtype).contiguous() if needs.bias else None,
-        initial_state=torch.stack(dstates).transpose(1, 2).contiguous() if needs.initial_state else None,
-    )
+class _Step(NamedTuple):
+    """Views of the values ``[A, H, B, D]`` of a step."""
+
+    all: Tensor
+    joined: Tensor  # gates whose two parts are added
+    of_h: Tensor  # of the gates apart, if there are any, what h gives,
+    of_x: Tensor  # and what the inputs give
+    active: tuple[tuple[Tensor, Callable[[Tensor], Tensor]], ...]  # with the activation of each part
+    values: States  # one by one
 
 
-def _step_back(
-    cell: Cell, factors: States, dstates: States, dout: Tensor, dvalues: Tensor, weights: Tensor, options: Options,
-    valid: Tensor | None,
-) -> States:  # fmt: skip
-    """Fill ``dvalues [H, B, A, D]`` of one step, and return the gradients of the states before it."""
-    after = (dstates[0] + (dout if valid is None else dout.masked_fill(~valid, 0.0)), *dstates[1:])
-    before = cell.backward(factors, after, dvalues)
-    if valid is not None:
-        dvalues.masked_fill_(~valid.unsqueeze(-1), 0.0)
-    dh = before[0]
-    if not options.recurrent_cut:
-        through = torch.bmm(dvalues[..., : cell.gates, :].flatten(-2), weights)
-        if options.recurrent_clip > 0.0:
-            through.clamp_(-options.recurrent_clip, options.recurrent_clip)
-        dh = through if dh is None else through.add_(dh)
-    found = (dh, *before[1:])
-    if valid is None:
-        return tuple(torch.zeros_like(after[0]) if new is None else new for new in found)
-    return tuple(
-        old.masked_fill(valid, 0.0) if new is None else torch.where(valid, new, old)
-        for new, old in zip(found, dstates, strict=True)
-    )
+def _steps(values: Tensor, cell: Cell) -> list[_Step]:
+    """The views of every step of ``values [N, A, H, B, D]``.
 
-
-def _weights(recurrent: Tensor, kind: torch.dtype) -> Tensor:
-    """R as one matrix a head, [H, G D, D] (out, in)."""
-    return recurrent.to(kind).transpose(0, 1).flatten(1, 2).contiguous()
-
-
-def _valid(x: Tensor, options: Options) -> Tensor | None:
-    """Which steps belong to their sequence, [N, 1, B, 1]; None where all do."""
-    if options.lengths is None:
-        return None
-    return valid_steps(x, options.lengths).t()[:, None, :, None]
-
-
-def _step_major(x: Tensor) -> Tensor:
-    """[B, N, H, D] as [N, H, B, D], and [B, N, A, H, D] as [N, H, B, A, D]."""
-    return x.permute(1, 2, 0, 3) if x.dim() == 4 else x.permute(1, 3, 0, 2, 4)
-
-
-def _shifted(x: Tensor, initial: Tensor, chunk: slice) -> Tensor:
-    """What stood before every step of a chunk, of x ``[N, H, B, D]`` and what stood before the first."""
-    if chunk.start > 0:
-        return x[chunk.start - 1 : chunk.stop - 1]
-    return torch.cat([initial.unsqueeze(0), x[: chunk.stop - 1]])
-
-
-def _add_inputs(work: Tensor, gates: Tensor, bias: Tensor | None, cell: Cell) -> None:
-    """Fill ``work [C, H, B, A, D]`` with all that does not depend on h."""
-    x = gates.permute(1, 3, 0, 2, 4)
-    bias = None if bias is None else bias.to(work.dtype).permute(1, 0, 2)[None, :, None]
-    _fill(work[..., : cell.joined, :], x[..., : cell.joined, :], None if bias is None else bias[..., : cell.joined, :])
+    A view costs as much as a small operation; all of one kind at once are cheap.
+    """
+    everything = values.unbind(0)
+    views = [everything] * 4
     if cell.apart:
-        recurrent = work[..., cell.joined : cell.gates, :]
-        _fill(recurrent, work.new_zeros(()).expand_as(recurrent), None if bias is None else bias[..., cell.joined :, :])
-        work[..., cell.gates :, :] = x[..., cell.joined :, :]
-
-
-def _fill(work: Tensor, x: Tensor, bias: Tensor | None) -> None:
-    if bias is None:
-        work.copy_(x)
-    else:
-        torch.add(x, bias, out=work)
-
-
-def _add_product(work: Tensor, h: Tensor, weights: Tensor, cell: Cell) -> None:
-    """Add ``R h`` to the values ``work [H, B, A, D]`` of one step; ``weights`` are [H, D, G D]."""
-    if cell.apart:
-        work[..., : cell.gates, :] += torch.bmm(h, weights).unflatten(-1, (cell.gates, -1))
-    else:
-        work.flatten(-2).baddbmm_(h, weights)
+        some = slice(cell.joined), slice(cell.joined, cell.gates), slice(cell.gates, None)
+        views = [everything, *(values[:, each].unbind(0) for each in some)]
+    active = [[(x, activation.in_place) for x in values[:, each].unbind(0)] for each, activation in cell.runs()]
+    active = list(zip(*active, strict=True)) or [()] * len(values)
+    separate = zip(*(x.unbind(0) for x in values.unbind(1)), strict=True)
+    return [_Step(*each) for each in zip(*views, active, separate, strict=True)]

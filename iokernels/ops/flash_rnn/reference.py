@@ -23,13 +23,12 @@ def run(gates: Tensor, recurrent: Tensor, bias: Tensor | None, options: Options)
     outs = [states[0].new_zeros((gates.shape[0], 0, *states[0].shape[1:]))]
     for step in range(gates.shape[1]):
         h = _recurrent_path(states[0], options).to(gates.dtype)
-        s = einsum(recurrent, h, "g h i j, b h j -> b h g i").to(kind)
+        s = einsum(recurrent, h, "g h i j, b h j -> g b h i").to(kind)
         if bias is not None:
-            s = s + rearrange(bias.to(kind), "g h d -> h g d")
-        x = rearrange(gates[:, step].to(kind), "b g h d -> b h g d")
-        values = torch.cat([x[:, :, : cell.joined] + s[:, :, : cell.joined], s[:, :, cell.joined :],
-                            x[:, :, cell.joined :]], dim=2)  # fmt: skip
-        following = cell.forward(values, states)
+            s = s + rearrange(bias.to(kind), "g h d -> g 1 h d")
+        x = rearrange(gates[:, step].to(kind), "b g h d -> g b h d")
+        values = torch.cat([x[: cell.joined] + s[: cell.joined], s[cell.joined :], x[cell.joined :]])
+        following = cell.step(values, cell.start(states))
         if valid is None:
             states = following
             outs.append(states[0].unsqueeze(1))
