@@ -127,6 +127,7 @@ class Loaded:
         pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
         x, y, z = extents(grid)
         with guard(self.device):
+            _enter(driver, self.device)
             stream = torch.cuda.current_stream(self.device).cuda_stream
             given = (x, y, z, block, 1, 1, smem, stream, ctypes.addressof(pointers))
             try:
@@ -142,6 +143,12 @@ class Loaded:
                     f"{self.kernel.name}: the driver refused a {'cooperative ' if cooperative else ''}launch of "
                     f"{(x, y, z)} blocks of {block} threads with {smem} bytes of shared memory: {error}"
                 ) from error
+
+
+def _enter(driver: Any, device: torch.device) -> None:
+    """See that the driver has a context in this thread: a thread that has only been handed tensors has none."""
+    if not driver.ctxGetCurrent():
+        torch.cuda.set_device(device)
 
 
 def _packed(loaded: Loaded, name: str, value: Argument) -> tuple[Any, ...]:
@@ -190,7 +197,7 @@ def loaded(kernel: CudaKernel, device: torch.device) -> Loaded:
     image = cubin(kernel, 10 * major + minor).read_bytes()
     _, driver = _bindings()
     with guard(device):
-        torch.cuda.current_stream(device).query()  # the driver's context exists from here on
+        _enter(driver, device)
         try:
             module = driver.moduleLoadData(image)
             function = driver.moduleGetFunction(module, kernel.name)

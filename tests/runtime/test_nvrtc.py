@@ -114,6 +114,10 @@ class Driver:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.values: list[bytes] = []
+        self.context = 1
+
+    def ctxGetCurrent(self) -> int:
+        return self.context
 
     def funcSetAttribute(self, *given: int) -> None:
         self.calls.append(("attribute", *given))
@@ -160,6 +164,16 @@ def test_large_shared_memory_is_asked_for_once(driver: Driver) -> None:
     assert [call[0] for call in driver.calls].count("cooperative") == 3
 
 
+def test_thread_without_a_context_gets_one(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+    monkeypatch.setattr(torch.cuda, "set_device", entered.append)
+    loaded = nvrtc.Loaded(MATMUL, torch.device("cpu"), 1, 2)
+    loaded.launch((1,), 32, 0, {}, True)
+    driver.context = 0
+    loaded.launch((1,), 32, 0, {}, True)
+    assert entered == [torch.device("cpu")]
+
+
 def test_driver_error_is_named(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "launchKernel", lambda *given: 1 // 0)
     loaded = nvrtc.Loaded(MATMUL, torch.device("cpu"), 1, 2)
@@ -200,6 +214,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "cxx", lambda: None)
     assert "g++" in str(cuda_refusal(torch.device("cpu")))
     monkeypatch.setattr(devices, "cxx", lambda: "g++")
+    assert cuda_refusal(torch.device("cpu")) is None
+    monkeypatch.setattr(devices, "EMULATE", False)
+    assert devices.emulate_cuda()
     assert cuda_refusal(torch.device("cpu")) is None
     assert "not on meta" in str(cuda_refusal(torch.device("meta")))
     monkeypatch.setattr(devices, "has_cupy", lambda: False)
