@@ -9,6 +9,7 @@ imports that backend when it is first called. Gradients stay outside, in an ``au
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -26,9 +27,25 @@ def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any])
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _outside_autocast(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.iokernels, name).default
+
+
+def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """``impl`` with autocast off inside: the public function has cast the inputs, and the products within an operator
+    are in the precision that it says."""
+
+    def run(*arguments: Any) -> Any:
+        on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not on:
+            return impl(*arguments)
+        with ExitStack() as off:
+            for kind in on:
+                off.enter_context(torch.autocast(kind, enabled=False))
+            return impl(*arguments)
+
+    return run
 
 
 def lazily(package: str | None, **modules: str) -> Callable[[str], Any]:
