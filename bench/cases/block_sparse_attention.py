@@ -133,7 +133,7 @@ def _flex(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 NAIVE = (
-    "dense attention with a mask: S = q k^T, P = softmax(S) where the mask [b, lists, n, nk] of bytes shows, "
+    "dense attention with a mask: S = q k^T, P = softmax(S) where a mask of b x lists x n x nk bytes shows, "
     "out = P v; then dv = P^T dO, dP = dO v^T, dS = P (dP - delta), dq = dS k, dk = dS^T q. Each product and "
     "each softmax reads its operands and writes its result once, in the inputs' dtype, for hidden scores too"
 )
