@@ -91,9 +91,8 @@ def default(problem: SelectProblem) -> SelectConfig:
     if problem.lists > 64 and problem.tensor_cores and problem.block_d <= 128:
         # Hopper's products read operands from shared memory, which frees registers.
         chunks = 64 if problem.sm // 10 == 9 else 32
-    config = SelectConfig(
-        rows, chunks, 8 if rows * max(problem.block_d, 2 * chunks) >= 8192 or not problem.tensor_cores else 4
-    )
+    wide = rows * max(problem.block_d, 2 * chunks) >= 8192
+    config = SelectConfig(rows, chunks, 8 if wide or not problem.tensor_cores else 4)
     while shared_bytes(problem, config) > problem.smem_block and max(config.block_r, config.block_c) > 16:
         name = "block_c" if config.block_c > 16 else "block_r"
         config = replace(config, **{name: getattr(config, name) // 2})
