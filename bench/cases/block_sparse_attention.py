@@ -133,7 +133,7 @@ def _flex(inputs: Inputs) -> Callable[[], Outputs]:
 
 
 NAIVE = (
-    "dense attention with a mask: S = q k^T, P = softmax(S) where the mask [b, lists, n, nk] of bytes shows, "
+    "dense attention with a mask: S = q k^T, P = softmax(S) where a mask of b x lists x n x nk bytes shows, "
     "out = P v; then dv = P^T dO, dP = dO v^T, dS = P (dP - delta), dq = dS k, dk = dS^T q. Each product and "
     "each softmax reads its operands and writes its result once, in the inputs' dtype, for hidden scores too"
 )
@@ -151,41 +151,42 @@ def naive_bytes(shape: Shape, dtype: torch.dtype, which: Literal["fwd", "bwd"]) 
 
 
 def _point(name: str, *, quick: bool = False, **given: float) -> Point:
-    usual = {"b": 1, "h": 4, "hkv": 2, "n": 100, "d": 16, "bq": 32, "bk": 16, "budget": 32, "sink": 5, "window": 20}
+    usual = {"b": 1, "h": 2, "hkv": 1, "n": 80, "d": 16, "bq": 32, "bk": 16, "budget": 32, "sink": 5, "window": 20}
     return Point(name, VOCABULARY.shape(**(usual | given)), quick)
 
 
 def check_points() -> tuple[Point, ...]:
     """Every option alone, its edges, and all together. Lengths straddle the kernels' tiles."""
     return (
-        _point("plain", b=2, n=150, quick=True),
-        _point("one list for all heads", lists=0),
+        _point("plain", b=2, h=4, hkv=2, n=100, quick=True),
+        _point("one list for all heads", lists=0, h=4, hkv=2),
         _point("one list a query head", lists=2),
         _point("lists of all lengths", ragged=1, lse=1, quick=True),
         _point("lists alone", sink=0, window=0, ragged=1, lse=1),
         _point("sink and window alone", budget=0),
         _point("dense rows", dense=1),
-        _point("all blocks listed", budget=100, n=90),
-        _point("not causal", causal=0, nk=130, ragged=1),
+        _point("all blocks listed", budget=90, n=90),
+        _point("not causal", causal=0, nk=110, ragged=1),
         _point("fewer queries than keys", n=40, nk=150, lse=1),
         _point("rows without keys", n=90, nk=40, lse=1),
-        _point("blocks of 8 keys", bk=8, n=90),
-        _point("blocks of 128 keys", bk=128, n=200, budget=128, bq=48),
-        _point("query blocks of 16 rows", bq=16, lists=2, n=70),
+        _point("blocks of 8 keys", bk=8),
+        _point("blocks of 128 keys", bk=128, n=150, budget=128, bq=48),
+        _point("query blocks of 16 rows", bq=16, lists=2, n=50),
         _point("one query (decoding)", n=1, nk=200, bq=16),
-        _point("5 queries (decoding)", n=5, nk=300, bq=16, b=2, lists=0, bk=64, budget=128),
-        _point("eight query heads a key head", h=8, hkv=1, n=70),
-        _point("a head each", h=2, hkv=2, n=70, lists=2),
-        _point("gradient of the LSE", lse=1),
-        _point("tensors [b, n, h, d]", bnhd=1, b=2, n=70),
-        _point("v wider than q", d=24, dv=40, n=70),
-        _point("width 128", d=128, n=70),
-        _point("width 256", d=256, n=40, h=2, hkv=1),
+        _point("5 queries (decoding)", n=5, nk=200, bq=16, b=2, lists=0, bk=64, budget=128),
+        _point("eight query heads a key head", h=8, n=40),
+        _point("a head each", h=2, hkv=2, n=50, lists=2),
+        _point("tensors [b, n, h, d]", bnhd=1, b=2, n=50),
+        _point("v wider than q", d=24, dv=40, n=50),
+        _point("width 128", d=128, n=50),
+        _point("width 256", d=256, n=40),
         _point(
             "all options",
             b=2,
-            n=70,
-            nk=90,
+            h=4,
+            hkv=2,
+            n=50,
+            nk=70,
             d=24,
             dv=40,
             lists=2,

@@ -10,8 +10,9 @@ How long the lists are is read from the tensors, to gather no more than that: on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,20 @@ class Batch(NamedTuple):
     shown: Tensor  # bool [n, R, L]
 
 
+def _in_full(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Outside autocast, which would round the float32 operands of a product."""
+
+    @wraps(function)
+    def outside(first: Tensor, *others: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *others)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *others)
+
+    return outside
+
+
+@_in_full
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Returns (out, lse). See :class:`Options` for the arguments."""
     dtype = lse_dtype(q.dtype)
@@ -52,6 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     return _in_order_of(q, out), lse.view(q.shape[:3])
 
 
+@_in_full
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     options: Options, needs: tuple[bool, ...],
@@ -179,14 +195,14 @@ def _batches(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Iterator[Batc
 def _listed(items: _Items, widths: int) -> Iterator[Batch]:
     """Items with a list, several at a time."""
     options, device = items.options, items.device
-    room = min(int(options.counts.max()), options.indices.shape[3])
-    if room < 0:
-        return
+    room = min(max(int(options.counts.max()), 0), options.indices.shape[3])
     most_sink = min(int(items.sink.max()), options.kv_len)
     most_window = min(int(items.window.max()), options.kv_len)
     behind = most_window + items.rows - 1 if most_window else 0
     offsets = [torch.arange(size, device=device) for size in (room * options.block_k, most_sink, behind)]
     part = torch.cat([torch.full_like(x, number) for number, x in enumerate(offsets)])
+    if part.shape[0] == 0:
+        return
     rows = items.rows * items.packed
     step = max(_MOST_ELEMENTS // max(part.shape[0] * (widths + 3 * rows), 1), 1)
     total = items.batch * items.packs * items.query_blocks

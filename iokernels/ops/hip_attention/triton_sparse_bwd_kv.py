@@ -113,10 +113,6 @@ def block_sparse_bwd_dkv_kernel(
     stride_lse,  # of delta too
     stride_dk,
     stride_dv,
-    stride_starts,
-    stride_entries,
-    stride_dense,
-    stride_dense_counts,
     packed,  # query heads that share a list
     kv_heads,
     group,  # query heads of a key head
@@ -126,6 +122,8 @@ def block_sparse_bwd_dkv_kernel(
     seqlen_q,
     seqlen_k,
     key_tiles,
+    spans,  # tiles of the transposed lists
+    entries,  # room in the transposed lists of a key head
     sink,
     window,
     scale,
@@ -164,10 +162,14 @@ def block_sparse_bwd_dkv_kernel(
 
     # The walk. A row's position is row + shift.
     shift = seqlen_k - seqlen_q
-    starts = at_head(starts_ptr, stride_starts, batch, kv_head, first_key // SPAN)
+    # The transposed lists are contiguous: those of key heads within sequences, or one a sequence.
+    owner = tl.cast(batch_head, tl.int64)
+    if SHARED:
+        owner = tl.cast(batch, tl.int64)
+    starts = starts_ptr + owner * (spans + 1) + first_key // SPAN
     start = tl.load(starts)
     list_slots = (tl.load(starts + 1) - start) * (packed * rows)
-    dense_slots = tl.load(at_head(dense_counts_ptr, stride_dense_counts, batch, kv_head, 0)) * (packed * rows)
+    dense_slots = tl.load(dense_counts_ptr + owner) * (packed * rows)
     most_sink = _largest(sink_ptr, sink, first_list, lists, FEATURES.sink_heads, BLOCK_L)
     most_window = tl.minimum(_largest(window_ptr, window, first_list, lists, FEATURES.window_heads, BLOCK_L), 1 << 29)
     sink_row = 0
@@ -184,9 +186,8 @@ def block_sparse_bwd_dkv_kernel(
         start, list_slots, list_steps, dense_slots, dense_steps, sink_row, sink_slots, sink_steps, window_row,
         window_slots, steps,
     )  # fmt: skip
-    own_entries = at_head(entries_ptr, stride_entries, batch, kv_head, 0)
-    own_listed = at_head(listed_ptr, stride_entries, batch, kv_head, 0)
-    own_dense = at_head(dense_ptr, stride_dense, batch, kv_head, 0)
+    own_entries, own_listed = entries_ptr + owner * entries, listed_ptr + owner * entries
+    own_dense = dense_ptr + owner * (lists * query_blocks)
 
     q_rows, dout_rows = at_head(q_ptr, stride_q, batch, 0, 0), at_head(dout_ptr, stride_dout, batch, 0, 0)
     lse_rows, delta_rows = at_head(lse_ptr, stride_lse, batch, 0, 0), at_head(delta_ptr, stride_lse, batch, 0, 0)

@@ -108,9 +108,8 @@ def _launch_dkv(
     block_sparse_bwd_dkv_kernel[(batch * kv_heads * key_tiles,)](
         q, k, v, dout, lse, delta, dk, dv, *found, launch.sink, launch.window,
         strides(q), strides(k), strides(v), strides(dout), strides(lse), strides(dk), strides(dv),
-        strides(found.starts), strides(found.entries), strides(found.dense),
-        strides(found.dense_counts),
         launch.packed, kv_heads, launch.group, launch.rows, launch.query_blocks, lists, q.shape[2], keys, key_tiles,
+        found.starts.shape[2] - 1, found.entries.shape[2],
         clamp(options.sink), clamp(options.window), options.scale, launch.qk_scale,
         FEATURES=launch.features(q, k, v, dout, dk, dv), SHARED=options.counts.shape[1] == 1,
         SPAN=max(config.block_n, options.block_k), BLOCK_L=triton.next_power_of_2(lists),
