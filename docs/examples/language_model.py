@@ -496,9 +496,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (asked.out / "results.json").write_text(json.dumps(report, indent=1))
     drawn = plot(results, known, asked.out / "loss.png")
     pictures = ["loss.png", *("budget.png" for result in sparse if plot_budget(result, asked.out / "budget.png"))]
-    console.print(
-        f"In {asked.out}: results.json, {' and '.join(pictures) if drawn else 'and no plot: matplotlib is not installed'}"
-    )
+    wrote = " and ".join(pictures) if drawn else "and no plot: matplotlib is not installed"
+    console.print(f"In {asked.out}: results.json, {wrote}")
     if asked.json:
         print(json.dumps(report))
 

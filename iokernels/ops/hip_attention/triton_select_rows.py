@@ -56,17 +56,22 @@ def load_rows(
     base = at_head(q_ptr, stride_q, batch, rows.head, rows.first)
     # A group's heads and a block's rows may lie further apart than 32 bits reach.
     offsets = member.to(tl.int64)[:, None] * stride_q.h + columns.to(tl.int64)[None, :] * stride_q.d
-    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for step in tl.static_range(STRIDE_Q):
-        mask = (inside & (start + step < after))[:, None] & (columns[None, :] < HEAD_DIM)
-        moved = offsets + (start + step - rows.first).to(tl.int64)[:, None] * stride_q.n
-        total += tl.load(base + moved, mask=mask, other=0.0).to(tl.float32)
-    held = tl.maximum(after - start, 1).to(tl.float32)
+    if STRIDE_Q == 1:
+        moved = offsets + (start - rows.first).to(tl.int64)[:, None] * stride_q.n
+        q = tl.load(base + moved, mask=inside[:, None] & (columns[None, :] < HEAD_DIM), other=0.0)
+    else:
+        total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for step in tl.static_range(STRIDE_Q):
+            mask = (inside & (start + step < after))[:, None] & (columns[None, :] < HEAD_DIM)
+            moved = offsets + (start + step - rows.first).to(tl.int64)[:, None] * stride_q.n
+            total += tl.load(base + moved, mask=mask, other=0.0).to(tl.float32)
+        held = tl.maximum(after - start, 1).to(tl.float32)
+        q = (total / held[:, None]).to(q_ptr.dtype.element_ty)
     if CAUSAL:
         limits = tl.where(inside, after - 1 + rows.shift, -1)
     else:
         limits = tl.where(inside, rows.shift, -1)
-    return (total / held[:, None]).to(q_ptr.dtype.element_ty), limits
+    return q, limits
 
 
 @triton.jit

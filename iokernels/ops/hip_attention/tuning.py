@@ -82,12 +82,20 @@ def default(problem: SelectProblem) -> SelectConfig:
         return SelectConfig(1, 1, max(1, min(16, bucket(problem.candidates) // 256)))
     if problem.kernel == BOUNDS:
         return SelectConfig(1, max(1, min(16, 4096 // problem.block_d)), 4)
-    rows = max(16, min(64 if problem.tensor_cores else 32, bucket(problem.rows)))
+    # All rows of a list in one tile, where that fits: another tile is loaded again in every step of a search.
+    elements = 32768 if problem.kernel == STAGE else 16384
+    most = 32 if not problem.tensor_cores else 2 * elements // (problem.block_d * problem.itemsize)
+    rows = max(16, min(most, 256, bucket(problem.rows)))
     # One new token has few lists: smaller blocks, so that there are enough of them.
-    chunks = 32 if problem.lists > 64 and problem.tensor_cores and problem.block_d <= 128 else 16
-    config = SelectConfig(rows, chunks, 8 if rows * problem.block_d >= 8192 or not problem.tensor_cores else 4)
-    while shared_bytes(problem, config) > problem.smem_block and config.block_r > 16:
-        config = replace(config, block_r=config.block_r // 2)
+    chunks = 16
+    if problem.lists > 64 and problem.tensor_cores and problem.block_d <= 128:
+        # Hopper's products read operands from shared memory, which frees registers.
+        chunks = 64 if problem.sm // 10 == 9 else 32
+    wide = rows * max(problem.block_d, 2 * chunks) >= 8192
+    config = SelectConfig(rows, chunks, 8 if wide or not problem.tensor_cores else 4)
+    while shared_bytes(problem, config) > problem.smem_block and max(config.block_r, config.block_c) > 16:
+        name = "block_c" if config.block_c > 16 else "block_r"
+        config = replace(config, **{name: getattr(config, name) // 2})
     return config
 
 
@@ -95,5 +103,5 @@ def shared_bytes(problem: SelectProblem, config: SelectConfig) -> int:
     """An upper estimate of the shared memory that the compiler takes, in bytes."""
     if problem.kernel in (BEST, BOUNDS):
         return 4096
-    operands = problem.itemsize * problem.block_d * (2 * config.block_r + 2 * config.block_c)
+    operands = problem.itemsize * problem.block_d * (config.block_r + 2 * config.block_c)
     return operands + 4 * config.block_r * config.block_c

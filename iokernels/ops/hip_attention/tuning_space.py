@@ -25,8 +25,8 @@ def words(kernel: str, problem: SelectProblem, rows: int, chunks: int) -> int:
         return 8 * problem.candidates
     if kernel == BOUNDS:
         return 3 * chunks * problem.block_d
-    # Rows are averaged in float32 before they are an operand.
-    return 2 * rows * chunks + rows * problem.block_d + chunks * problem.block_d * problem.itemsize // 2
+    halves = problem.block_d * problem.itemsize // 4
+    return 2 * rows * chunks + (rows + 2 * chunks) * halves
 
 
 _LATENCY = 1e-6
@@ -66,7 +66,7 @@ def _space(kernel: str) -> Space[SelectConfig]:
         name=kernel,
         version=1,
         axes=(
-            powers_of_two("block_r", 16, 128) if scores else literals("block_r", 1),
+            powers_of_two("block_r", 16, 256) if scores else literals("block_r", 1),
             powers_of_two("block_c", 16, 128) if scores else literals("block_c", *((1,) if kernel == BEST else _PAGES)),
             literals("num_warps", *((1, 2, 4, 8, 16) if kernel == BEST else (2, 4, 8))),
         ),
