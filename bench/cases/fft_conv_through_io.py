@@ -1,7 +1,7 @@
 """How many bytes the Triton kernels of fft_conv request where transforms go through memory: the model of their tiling.
 
-Counted as in :mod:`.fft_conv_io`. A is what lies in memory between the steps: N0 M elements of the kernels' own dtype for
-a block of a sequence, written by the first step, read and written in place by that of the rows, read by the last.
+Counted as in :mod:`.fft_conv_io`. A is what lies in memory between the steps: N0 M elements of the kernels' own dtype
+for a block of a sequence, written by the first step, read and written in place by that of the rows, read by the last.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _loaded(sizes: Sizes, start: int, filled: int) -> int:
 
 def _rows(sizes: Sizes, chunks: int, signals: int, results: int, *, spectrum: bool, sums: bool) -> Bytes:
     """Every row of ``signals`` read, of ``results`` written, with their scales; what a thread block loads once."""
-    problem, config, cover, tile = sizes
+    problem, config, cover, _ = sizes
     total = problem.batch * chunks
     parts = -(-total // config.units)
     programs = problem.heads * cover.rows * parts

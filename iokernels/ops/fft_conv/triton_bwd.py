@@ -287,8 +287,8 @@ def fft_conv_bwd_kernel(
         for unit in tl.range(first, last):
             sum_r, sum_i = _one_unit(
                 unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, dstate_ptr, stride_dy,
-                stride_u, stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,
-                step, scale, sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
+                stride_u, stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen,
+                overlap, step, scale, sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
                 FEATURES, WANTED, REST, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip
     else:
@@ -297,8 +297,8 @@ def fft_conv_bwd_kernel(
             f1r, f1i, f2r, f2i = matrices(f1_ptr, f2_ptr, N1, N2, ROWS, COLS)
             sum_r, sum_i = _one_unit(
                 unit, dy_ptr, u_ptr, pre_ptr, post_ptr, state_ptr, du_ptr, dpre_ptr, dpost_ptr, dstate_ptr, stride_dy,
-                stride_u, stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen, overlap,
-                step, scale, sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
+                stride_u, stride_pre, stride_post, stride_du, stride_dpre, stride_dpost, head, batch, heads, seqlen,
+                overlap, step, scale, sum_r, sum_i, kr, ki, f1r, f1i, tr, ti, f2r, f2i,
                 FEATURES, WANTED, REST, N1, N2, ROWS, MIDDLE, WIDE, PRECISION,
             )  # fmt: skip
             unit += 1

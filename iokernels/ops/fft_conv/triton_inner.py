@@ -1,12 +1,12 @@
 """Transforms longer than a tile, through memory: the convolution of the rows in between.
 
 Row k0 of A (:mod:`.triton_outer`) with its twiddle factors, ``w_L^(m k0) A[k0, m]``, is transformed on chip as the
-blocks of :mod:`.triton_fwd` are, multiplied by the filter's frequencies ``k0 + N0 k``, brought back, and written where it
-came from. Rows 0 and N0 / 2 hold real numbers: one part is loaded and stored. Each row is scaled by itself.
+blocks of :mod:`.triton_fwd` are, multiplied by the filter's frequencies ``k0 + N0 k``, brought back, and written where
+it came from. Rows 0 and N0 / 2 hold real numbers: one part is loaded and stored. Each row is scaled by itself.
 
-A thread block owns a row of a head and runs through ``units`` sequences and blocks of them. Bytes it requests: F1, F2
-and its part of the filter's frequencies once (and of the sum of dK); of each unit its row once, and its result; two rows
-and one or two results in the backward pass. FLOPs of a row: 16 M (N1 + N2) a convolution, 8 M (N1 + N2) a transform.
+A thread block owns a row of a head and runs through ``units`` sequences and blocks of them. Bytes it requests: its part
+of the filter's frequencies once (and of the sum of dK); of each unit its row once, and its result; two rows and one or
+two results in the backward pass. FLOPs of a row: 16 M (N1 + N2) a convolution, 8 M (N1 + N2) a transform.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ With L = N0 M points, of which position ``n = M n0 + m``, and ``w_L = exp(-2 pi 
     X[k0 + N0 k] = sum_m w_M^(m k) w_L^(m k0) A[k0, m],        A[k0, m] = sum_n0 w_N0^(n0 k0) x[n0, m]
 
 The kernels here make A of x, and x of A; those of :mod:`.triton_inner` work on the rows of A, each a transform of M
-points on chip. x is real, so A[N0 - k0] = conj(A[k0]): the rows from 0 to N0 / 2 are all there is. Rows 0 and N0 / 2 are
-real, and the second of them takes the place of the first one's imaginary part. So A is a matrix [N0, M] of real numbers
-(first the real, then the imaginary parts), and both ways are one product with a real matrix [N0, N0]: half the
+points on chip. x is real, so A[N0 - k0] = conj(A[k0]): the rows from 0 to N0 / 2 are all there is. Rows 0 and N0 / 2
+are real, and the second of them takes the place of the first one's imaginary part. So A is a matrix [N0, M] of real
+numbers (first the real, then the imaginary parts), and both ways are one product with a real matrix [N0, N0]: half the
 operations of complex ones on pairs of sequences, as many bytes, and no sequence meets another.
 
 In memory A is of the kernels' own dtype, each tile divided by a power of two that is kept beside it, so that 16-bit

@@ -20,8 +20,8 @@ SHORTEST = 256
 """The shortest transform: two products of 16 by 16."""
 
 LONGEST = {2: 8192, 4: 2048}
-"""The longest transform on chip, by the bytes of an element. In float32, with products of three terms, the next one keeps
-more in local memory than the way through memory would move."""
+"""The longest transform on chip, by the bytes of an element. In float32, with products of three terms, the next one
+keeps more in local memory than the way through memory would move."""
 
 LONGEST_ROW = 4096
 """The longest transform on chip of those that are part of one through memory."""
