@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import portable_taps
 from .short_options import (
     ShortGradients,
     ShortNeeds,
@@ -25,8 +26,14 @@ from .short_options import (
 def forward(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
     """Returns (out, final state). See :class:`ShortOptions`."""
     width = weight.shape[1]
-    extended = _Extended(x, weight, options)
     final_state = empty_state(x, width, options)
+    if _by_taps(x, width, options):
+        if options.return_state:
+            kept = min(x.shape[2], width - 1)
+            final_state[:, :, : width - 1 - kept].zero_()
+            final_state[:, :, width - 1 - kept :] = x[:, :, x.shape[2] - kept :]
+        return portable_taps.forward(x, weight, options), final_state
+    extended = _Extended(x, weight, options)
     result = extended.before_activation(weight, options)
     if options.silu:
         result = F.silu(result, inplace=True)
@@ -40,8 +47,11 @@ def backward(
     dout: Tensor | None, dfinal: Tensor | None, x: Tensor, weight: Tensor, options: ShortOptions, needs: ShortNeeds
 ) -> ShortGradients:
     """Returns the gradients that ``needs`` asks for. An output gradient is None where nobody used that output."""
+    width = weight.shape[1]
+    if dout is not None and _by_taps(x, width, options):
+        return _backward_by_taps(dout, dfinal, x, weight, options, needs)
     extended = _Extended(x, weight, options)
-    width, dtype = weight.shape[1], extended.rows.dtype
+    dtype = extended.rows.dtype
     if dout is None:
         dpre = extended.rows.new_zeros((*x.shape[:2], out_length(x.shape[2], width, options)))
     else:
@@ -64,6 +74,27 @@ def backward(
     if needs.bias and options.bias is not None:
         dbias = dpre.sum((0, 2)).to(options.bias.dtype)
     return ShortGradients(dx, dweight, dbias, dstate)
+
+
+def _by_taps(x: Tensor, width: int, options: ShortOptions) -> bool:
+    """Whether the call is one for :mod:`.portable_taps`."""
+    few = width <= portable_taps.MOST_TAPS
+    return few and options.cu_seqlens is None and options.initial_state is None and x.numel() > 0
+
+
+def _backward_by_taps(
+    dout: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, options: ShortOptions, needs: ShortNeeds
+) -> ShortGradients:
+    dx, dweight, dbias = portable_taps.backward(dout, x, weight, options, (needs.x, needs.weight))
+    if dx is not None and dfinal is not None:
+        kept = min(x.shape[2], weight.shape[1] - 1)
+        dx[:, :, x.shape[2] - kept :] += dfinal[:, :, dfinal.shape[2] - kept :]
+    return ShortGradients(
+        dx,
+        None if dweight is None else dweight.to(weight.dtype),
+        dbias.to(options.bias.dtype) if needs.bias and options.bias is not None else None,
+        None,
+    )
 
 
 def step(
