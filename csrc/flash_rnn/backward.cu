@@ -75,22 +75,11 @@ flash_rnn_bwd(const Element* recurrent_ptr,  // [G, H, D, D], out by in
         commit_copies();
         Quad dvalues[VALUES][SEQ_TILES];
         if (at.leads()) {
-            Quad v[VALUES][SEQ_TILES], dh[1][SEQ_TILES], before[STATES][SEQ_TILES] = {}, found[1][SEQ_TILES] = {};
+            Quad v[VALUES][SEQ_TILES], dh[1][SEQ_TILES], before[STATES][SEQ_TILES] = {};
             values.read(v, turn, at);
             dout.read(dh, turn, at);
-            h.read(found, turn, at);
-            if constexpr (OTHERS > 0) {
-                Quad earlier[OTHERS][SEQ_TILES];
-                others.read(earlier, turn, at);
-#pragma unroll
-                for (int e = 0; e < OTHERS * SEQ_TILES * 4; ++e)
-                    before[1 + e / (SEQ_TILES * 4)][e / 4 % SEQ_TILES][e / 2 % 2][e % 2] =
-                        earlier[e / (SEQ_TILES * 4)][e / 4 % SEQ_TILES][e / 2 % 2][e % 2];
-            }
-            if constexpr (READS_H) {
-#pragma unroll
-                for (int e = 0; e < SEQ_TILES * 4; ++e) before[0][e / 4][e / 2 % 2][e % 2] = found[0][e / 4][e / 2 % 2][e % 2];
-            }
+            h.read(before, turn, at);
+            others.read(&before[STATES > 1], turn, at);
             if (step == 0) load_states<1 - READS_H>(before, initial_ptr, at, batch, heads);
 #pragma unroll
             for (int e = 0; e < SEQ_TILES * 4; ++e) {

@@ -50,7 +50,7 @@ load_ends(ends, lengths, at);
     }
 
     // x = the tiles of this turn, as far as they are the lane's. Registers then take those of the next turn.
-    DEVICE void read(float (&x)[most(COUNT, 1)][SEQ_TILES][2][2], int turn, const Place& at) {
+    DEVICE void read(Quad (*x)[SEQ_TILES], int turn, const Place& at) {
         if constexpr (COUNT > 0) {
 #pragma unroll
             for (int c = 0; c < COUNT; ++c)
