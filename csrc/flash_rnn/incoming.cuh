@@ -39,7 +39,7 @@ struct Incoming {
                 const int chunk = threadIdx.x + e * THREADS;
                 const int unit = at.part * UNITS + chunk % (UNITS / CHUNK) * CHUNK;
                 const int row = chunk / (UNITS / CHUNK), x = row / TILE;
-                until[e] = unit < WIDTH && chunk < CHUNKS ? lengths.of(row % TILE) : 0;
+                until[e] = inside(unit) && chunk < CHUNKS ? lengths.of(row % TILE) : 0;
                 from[e] = ptr + (at.first + row % TILE) * steps.b + x * steps.x + at.head * steps.h + unit;
             }
         } else if constexpr (COUNT > 0) {
@@ -92,7 +92,7 @@ load_ends(ends, lengths, at);
                     for (int s = 0; s < 2; ++s)
 #pragma unroll
                         for (int u = 0; u < 2; ++u) {
-                            const bool exists = step >= 0 && step < ends[t][s] && at.unit + u < WIDTH && at.leads();
+                            const bool exists = step >= 0 && step < ends[t][s] && inside(at.unit + u) && at.leads();
                             ahead[c][t][s][u] =
                                 exists ? load_global(own + step * stride + c * strides.x + (8 * t + s) * strides.b +
                                                      u * strides.d)

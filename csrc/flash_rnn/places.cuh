@@ -30,6 +30,9 @@ struct Matrices {  // of the recurrent matrices [G, H, D, D]
     i64 g, h, o, i;
 };
 
+// Whether a unit of the padded width is one of the head's.
+DEVICE bool inside(int unit) { return WIDTH == PADDED || unit < WIDTH; }
+
 using Quad = float[2][2];  // [sequence][unit]
 
 struct Place {
@@ -97,10 +100,10 @@ DEVICE void load_ends(int (&ends)[SEQ_TILES][2], const Lengths& lengths, const P
 template <class T>
 DEVICE void store_pair(T* p, const float (&x)[2], i64 stride, int unit) {
     if constexpr (VECTORS) {
-        if (unit < WIDTH) store_global_vector<2>(p, Vector<T, 2>{{T(x[0]), T(x[1])}});
+        if (inside(unit)) store_global_vector<2>(p, Vector<T, 2>{{T(x[0]), T(x[1])}});
     } else {
-        if (unit < WIDTH) store_global(p, T(x[0]));
-        if (unit + 1 < WIDTH) store_global(p + stride, T(x[1]));
+        if (inside(unit)) store_global(p, T(x[0]));
+        if (inside(unit + 1)) store_global(p + stride, T(x[1]));
     }
 }
 
@@ -108,13 +111,13 @@ template <bool WHOLE, class T>
 DEVICE void load_pair(float (&x)[2], const T* p, i64 stride, int unit, bool exists) {
     x[0] = x[1] = 0.0f;
     if constexpr (WHOLE) {
-        if (exists && unit < WIDTH) {
+        if (exists && inside(unit)) {
             const Vector<T, 2> pair = load_global_vector<2>(p);
             x[0] = float(pair.at[0]), x[1] = float(pair.at[1]);
         }
     } else {
-        if (exists && unit < WIDTH) x[0] = float(load_global(p));
-        if (exists && unit + 1 < WIDTH) x[1] = float(load_global(p + stride));
+        if (exists && inside(unit)) x[0] = float(load_global(p));
+        if (exists && inside(unit + 1)) x[1] = float(load_global(p + stride));
     }
 }
 

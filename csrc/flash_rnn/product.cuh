@@ -64,7 +64,11 @@ struct Weights {
 #pragma unroll
         for (int g = 0; g < GATES; ++g) {
 #pragma unroll
-            for (int k = 0; k < HELD; ++k) load(held[g][k], first + g * stride.g, row, column, k, at);
+            for (int k = 0; k < HELD; ++k) {
+                load(held[g][k], first + g * stride.g, row, column, k, at);
+                // A compiler that has more loads than these under way runs out of registers.
+                if (k % 2 == 1) __syncwarp();
+            }
             for (int k = HELD; k < K_TILES; ++k) {
                 u32 a[4];
                 load(a, first + g * stride.g, row, column, k, at);
@@ -90,7 +94,7 @@ struct Weights {
     }
 
     DEVICE static Element element(const Element* matrix, i64 row, i64 column, int unit, int k) {
-        return unit < WIDTH && k < WIDTH ? load_global(matrix + unit * row + k * column) : Element(0.0f);
+        return inside(unit) && inside(k) ? load_global(matrix + unit * row + k * column) : Element(0.0f);
     }
 
     DEVICE void fragment(u32 (&a)[4], int g, int k) const {
