@@ -17,7 +17,7 @@
 
 constexpr int READS_H = Cell::READS_H ? 1 : 0;
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 flash_rnn_bwd(const Element* recurrent_ptr,  // [G, H, D, D], out by in
               const float* initial_ptr,      // [S, B, H, D], contiguous, or null
               const int* lengths_ptr,        // [B], contiguous, or null
@@ -37,9 +37,9 @@ flash_rnn_bwd(const Element* recurrent_ptr,  // [G, H, D, D], out by in
               int cuts) {
     const Place at(heads);
     SharedMemory arena;
+    Weights<true> weights(arena, recurrent_ptr, stride_recurrent, at, !cuts);
     const Lengths lengths(arena, lengths_ptr, at, batch, length);
     Exchange<GATES> exchange(arena, exchange_ptr, arrived_ptr);
-    Weights<true> weights(arena, recurrent_ptr, stride_recurrent, at, !cuts);
     Gathering<1> gathering(arena);
     int ends[SEQ_TILES][2];
     load_ends(ends, lengths, at);

@@ -15,7 +15,7 @@
 #include "exchange.cuh"
 #include "incoming.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 flash_rnn_fwd(const Element* gates_ptr,      // [B, N, G, H, D]
               const Element* recurrent_ptr,  // [G, H, D, D], out by in
               const Element* bias_ptr,       // [G, H, D], contiguous, or null
@@ -31,9 +31,9 @@ flash_rnn_fwd(const Element* gates_ptr,      // [B, N, G, H, D]
               int batch, int heads, int length) {
     const Place at(heads);
     SharedMemory arena;
+    Weights<false> weights(arena, recurrent_ptr, stride_recurrent, at);
     const Lengths lengths(arena, lengths_ptr, at, batch, length);
     Exchange<1> exchange(arena, exchange_ptr, arrived_ptr);
-    Weights<false> weights(arena, recurrent_ptr, stride_recurrent, at);
     Gathering<GATES> gathering(arena);
     Incoming<Element, GATES> gates(arena, gates_ptr, stride_gates, at, lengths, 0, 1);
 

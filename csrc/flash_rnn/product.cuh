@@ -67,7 +67,7 @@ struct Weights {
             for (int k = 0; k < HELD; ++k) {
                 load(held[g][k], first + g * stride.g, row, column, k, at);
                 // A compiler that has more loads than these under way runs out of registers.
-                if (k % 2 == 1) __syncwarp();
+                __syncwarp();
             }
             for (int k = HELD; k < K_TILES; ++k) {
                 u32 a[4];

@@ -7,7 +7,7 @@
 #include "cells.cuh"
 #include "product.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 flash_rnn_values(const Element* gates_ptr,      // [B, N, G, H, D]
                  const Element* recurrent_ptr,  // [G, H, D, D], out by in
                  const Element* bias_ptr,       // [G, H, D], contiguous, or null

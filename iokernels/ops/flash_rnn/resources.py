@@ -32,8 +32,8 @@ ROWS, SEQUENCES, COLUMN_BYTES = 16, 8, 32
 MOST_WARPS = 16
 KERNELS = ("flash_rnn_fwd_cuda", "flash_rnn_bwd_cuda", "flash_rnn_values_cuda")
 
-_OWN = 56
-"""Registers that a thread needs for addresses and counters: an allowance, of compiled kernels."""
+_OWN = 48
+"""Registers that a thread needs for addresses and counters: an allowance, after compiled kernels."""
 
 
 class Problem(NamedTuple):
@@ -140,9 +140,14 @@ def shared_bytes(problem: Problem, blocks: int, tile: int, split: int, eighths: 
 
 
 def registers(problem: Problem, tile: int, split: int, eighths: int) -> int:
-    """An estimate of the registers of a thread: its operands, the tiles of a step, and its own."""
-    tiles = 2 * problem.gates + problem.values + problem.states * (1 + problem.backward)
-    return _OWN + 4 * problem.gates * held(problem, split, eighths) + tile // 2 * tiles
+    """An estimate of the registers of a thread: its operands, the tiles of a step, and its own.
+
+    Products in full float32 are three of TF32, so an operand is two numbers.
+    """
+    tiles = 2 * problem.gates + problem.values + problem.states * (3 if problem.backward else 1)
+    precise = not problem.tensor_cores
+    operands = problem.gates * held(problem, split, eighths) * (8 if precise else 4)
+    return _OWN * (2 if precise else 1) + operands + tile // 2 * tiles
 
 
 def most_registers(threads: int, device: DeviceSpec) -> int:
@@ -173,7 +178,7 @@ def _whole_operands(problem: Problem, device: DeviceSpec, split: int, eighths: i
 
 def _fit_registers(
     problem: Problem, device: DeviceSpec, blocks: int, tile: int, split: int, eighths: int
-) -> bool:
+) -> bool:  # fmt: skip
     threads = 32 * warps(problem, blocks, split)
     return registers(problem, tile, split, eighths) <= most_registers(threads, device)
 
@@ -187,7 +192,7 @@ def seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
 
     The weights are guesses of latencies, not measured figures.
     """
-    exchange = {"block": 1e-7, "barrier": 1.2e-6}[config.regime]
+    exchange = 1e-7 if config.blocks == 1 else 1.2e-6 + 4e-9 * config.blocks
     threads = config.threads(problem)
     fragments = problem.fragments // config.split
     # A warp's instructions follow one another; up to four warps have matrix units of their own.
