@@ -87,7 +87,8 @@ def _compile(kernel: CudaKernel, unit: str, options: tuple[str, ...]) -> bytes:
     program = nvrtc.createProgram(unit, f"{kernel.name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
-        return nvrtc.getCUBIN(program)
+        # CuPy 14 drops the last byte, as if it ended a string. It is a zero, and one too many is harmless.
+        return nvrtc.getCUBIN(program) + b"\0"
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program).strip()
         raise KernelCompileError(f"{kernel.name}: NVRTC refused it ({error}; {' '.join(options)}):\n{log}") from error

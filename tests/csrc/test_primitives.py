@@ -114,6 +114,7 @@ def test_blocks_in_step() -> None:
         with warp_order(seed):
             run("in_step", args, grid=blocks, block=64, cooperative=True)
         assert torch.equal(held[steps % 2].long(), expected)
+        assert counter.item() == 0
 
 
 def test_last_block_merges_and_leaves_the_counter_as_it_was() -> None:
