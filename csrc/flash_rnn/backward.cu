@@ -18,23 +18,23 @@
 constexpr int READS_H = Cell::READS_H ? 1 : 0;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-flash_rnn_bwd(const Element* recurrent_ptr,  // [G, H, D, D], out by in
-              const float* initial_ptr,      // [S, B, H, D], contiguous, or null
-              const int* lengths_ptr,        // [B], contiguous, or null
-              const Element* out_ptr,        // [B, N, H, D]
-              const Element* values_ptr,     // [B, N, A, H, D]
-              const float* history_ptr,      // [B, N, S - 1, H, D], or null
-              const Element* dout_ptr,       // [B, N, H, D]
-              const float* dstate_ptr,       // [S, B, H, D], contiguous, or null
-              Element* dgates_ptr,           // [B, N, G, H, D]
-              Element* dapart_ptr,           // [B, N, APART, H, D], or null
-              float* dinitial_ptr,           // [S, B, H, D], contiguous, or null
-              Element* exchange_ptr,         // [groups, 2, G, TILE, PADDED], or null for one block a head
-              u32* arrived_ptr,              // [groups], zeros, or null
-              Matrices stride_recurrent, Steps stride_out, Steps stride_values, Steps stride_history, Steps stride_dout,
-              Steps stride_dgates, Steps stride_dapart, int batch, int heads, int length,
-              float clip,  // infinite: none
-              int cuts) {
+flash_rnn_bwd_cuda(const Element* recurrent_ptr,  // [G, H, D, D], out by in
+                   const float* initial_ptr,      // [S, B, H, D], contiguous, or null
+                   const int* lengths_ptr,        // [B], contiguous, or null
+                   const Element* out_ptr,        // [B, N, H, D]
+                   const Element* values_ptr,     // [B, N, A, H, D]
+                   const float* history_ptr,      // [B, N, S - 1, H, D], or null
+                   const Element* dout_ptr,       // [B, N, H, D]
+                   const float* dstate_ptr,       // [S, B, H, D], contiguous, or null
+                   Element* dgates_ptr,           // [B, N, G, H, D]
+                   Element* dapart_ptr,           // [B, N, APART, H, D], or null
+                   float* dinitial_ptr,           // [S, B, H, D], contiguous, or null
+                   Element* exchange_ptr,         // [groups, 2, G, TILE, PADDED], or null for one block a head
+                   u32* arrived_ptr,              // [groups], zeros, or null
+                   Matrices stride_recurrent, Steps stride_out, Steps stride_values, Steps stride_history, Steps stride_dout,
+                   Steps stride_dgates, Steps stride_dapart, int batch, int heads, int length,
+                   float clip,  // infinite: none
+                   int cuts) {
     const Place at(heads);
     SharedMemory arena;
     Weights<true> weights(arena, recurrent_ptr, stride_recurrent, at, !cuts);

@@ -16,19 +16,19 @@
 #include "incoming.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-flash_rnn_fwd(const Element* gates_ptr,      // [B, N, G, H, D]
-              const Element* recurrent_ptr,  // [G, H, D, D], out by in
-              const Element* bias_ptr,       // [G, H, D], contiguous, or null
-              const float* initial_ptr,      // [S, B, H, D], contiguous, or null
-              const int* lengths_ptr,        // [B], contiguous, or null
-              Element* out_ptr,              // [B, N, H, D]; zeros where there are lengths
-              float* state_ptr,              // [S, B, H, D], contiguous
-              Element* values_ptr,           // [B, N, A, H, D], or null
-              float* history_ptr,            // [B, N, S - 1, H, D], or null
-              Element* exchange_ptr,         // [groups, 2, TILE, PADDED], or null for one block a head
-              u32* arrived_ptr,              // [groups], zeros, or null
-              Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values, Steps stride_history,
-              int batch, int heads, int length) {
+flash_rnn_fwd_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
+                   const Element* recurrent_ptr,  // [G, H, D, D], out by in
+                   const Element* bias_ptr,       // [G, H, D], contiguous, or null
+                   const float* initial_ptr,      // [S, B, H, D], contiguous, or null
+                   const int* lengths_ptr,        // [B], contiguous, or null
+                   Element* out_ptr,              // [B, N, H, D]; zeros where there are lengths
+                   float* state_ptr,              // [S, B, H, D], contiguous
+                   Element* values_ptr,           // [B, N, A, H, D], or null
+                   float* history_ptr,            // [B, N, S - 1, H, D], or null
+                   Element* exchange_ptr,         // [groups, 2, TILE, PADDED], or null for one block a head
+                   u32* arrived_ptr,              // [groups], zeros, or null
+                   Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values, Steps stride_history,
+                   int batch, int heads, int length) {
     const Place at(heads);
     SharedMemory arena;
     Weights<false> weights(arena, recurrent_ptr, stride_recurrent, at);

@@ -8,15 +8,15 @@
 #include "product.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-flash_rnn_values(const Element* gates_ptr,      // [B, N, G, H, D]
-                 const Element* recurrent_ptr,  // [G, H, D, D], out by in
-                 const Element* bias_ptr,       // [G, H, D], contiguous, or null
-                 const float* initial_ptr,      // [S, B, H, D], contiguous, or null
-                 const Element* out_ptr,        // [B, N, H, D]
-                 Element* values_ptr,           // [B, N, A, H, D]
-                 Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values, int batch,
-                 int heads, i64 rows,
-                 int walkers) {  // blocks that share the rows of a head's part
+flash_rnn_values_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
+                      const Element* recurrent_ptr,  // [G, H, D, D], out by in
+                      const Element* bias_ptr,       // [G, H, D], contiguous, or null
+                      const float* initial_ptr,      // [S, B, H, D], contiguous, or null
+                      const Element* out_ptr,        // [B, N, H, D]
+                      Element* values_ptr,           // [B, N, A, H, D]
+                      Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values, int batch,
+                      int heads, i64 rows,
+                      int walkers) {  // blocks that share the rows of a head's part
     const Place at(heads);
     SharedMemory arena;
     Shared<Element> operand = arena.take<Element>(OPERAND_TILE);

@@ -91,9 +91,7 @@ def _recomputed(gates: Tensor, recurrent: Tensor, bias: Tensor | None, out: Tens
     values = empty_values(gates, options.kind())
     launch = Launch("flash_rnn_values_cuda", out, options)
     rows = launch.batch * launch.length
-    # As many blocks as fill the GPU twice: each fetches R once.
-    shared = max(1, 2 * spec_of(out.device).sms // (launch.heads * launch.config.blocks))
-    walkers = min(shared, -(-rows // launch.config.tile))
+    walkers = resources.walkers(launch.problem, launch.config, rows)
     launch(
         walkers,
         gates_ptr=gates, recurrent_ptr=recurrent, bias_ptr=None if bias is None else bias.contiguous(),
@@ -140,7 +138,7 @@ class Launch:
         if self.batch == 0 or walkers == 0:
             return
         kernel = cuda_kernel(
-            f"flash_rnn/{_SOURCE[self.kernel]}.cu", self.kernel.removesuffix("_cuda"),
+            f"flash_rnn/{_SOURCE[self.kernel]}.cu", self.kernel,
             Element=self.out.dtype, Cell=f"struct {CELLS[self.options.cell]}", WIDTH=self.width,
             UNITS=config.units(self.problem), BLOCKS=config.blocks, TILE=config.tile, SPLIT=config.split,
             HELD=config.held(self.problem), STAGES=config.stages, VECTORS=vectors(self.width, args),

@@ -121,6 +121,13 @@ def grid(problem: Problem, blocks: int, tile: int) -> int:
     return problem.heads * blocks * -(-problem.batch // tile)
 
 
+def walkers(problem: Problem, config: Config, rows: int) -> int:
+    """Into how many blocks flash_rnn_values_cuda divides the rows of a head: as many as fill the GPU twice, for each of
+    them fetches R."""
+    shared = max(1, 2 * problem.sms // (problem.heads * config.blocks))
+    return min(shared, -(-rows // config.tile))
+
+
 def shared_bytes(problem: Problem, blocks: int, tile: int, split: int, eighths: int, stages: int) -> int:
     """Shared memory of a block, array by array as ``csrc/flash_rnn`` takes them."""
     units, resting = problem.padded_width // blocks, problem.fragments // split - held(problem, split, eighths)
