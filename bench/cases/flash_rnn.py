@@ -11,6 +11,8 @@ from torch import Tensor
 
 from iokernels.bench.case import Case, Implementation, Inputs, Limit, Outputs, Pass, Point, Prepare
 from iokernels.bench.cases.flash_rnn_accounts import ACCOUNTS, floor_bytes
+from iokernels.bench.cases.flash_rnn_cuda import ACCOUNTS as CUDA_ACCOUNTS
+from iokernels.bench.cases.flash_rnn_cuda import COMPILATION as CUDA_COMPILATION
 from iokernels.bench.cases.flash_rnn_kernels import COMPILATION, TUNING
 from iokernels.bench.cases.flash_rnn_shapes import VOCABULARY, cell_of, lengths
 from iokernels.bench.shape import Shape, UsageError
@@ -324,6 +326,7 @@ CASE = Case(
         "reference": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
         "torch": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
         "triton": Implementation((*_HALVES, torch.float32), f"1-{MAX_WIDTH[2]} (fp32: {MAX_WIDTH[4]}), by the GPU"),
+        "cuda": Implementation((*_HALVES, torch.float32), "by the GPU, H and B"),
     },
     suites=SUITES,
     make_inputs=make_inputs,
@@ -336,6 +339,8 @@ CASE = Case(
     peers=peers,
     accounts=ACCOUNTS,
     compilation=COMPILATION,
+    cuda_accounts=CUDA_ACCOUNTS,
+    cuda_compilation=CUDA_COMPILATION,
     tuning=TUNING,
     limit=limit,
 )

@@ -17,9 +17,9 @@ from iokernels.ops.flash_rnn.tuning import KERNELS, Config
 _STATE = 4  # bytes of an element of a state
 
 
-def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Account]:
-    """The account of every kernel."""
-    problem = model.Problem(
+def problem_of(shape: Shape, dtype: torch.dtype) -> model.Problem:
+    """The problem of a forward and a backward pass."""
+    return model.Problem(
         cell=cell_of(shape),
         lengths=tuple(lengths(shape)),
         steps=shape.n,
@@ -34,7 +34,11 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
         recompute=bool(shape.recompute),
         cut=bool(shape.cut),
     )
-    return model.accounts(problem, configs)
+
+
+def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Account]:
+    """The account of every kernel."""
+    return model.accounts(problem_of(shape, dtype), configs)
 
 
 def _sizes(shape: Shape, dtype: torch.dtype) -> tuple[int, int, int, int]:

@@ -12,9 +12,9 @@ from iokernels import flash_rnn
 from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.runtime import device as devices
 
-from .flash_rnn_calls import draw, prove, results
+from .flash_rnn_calls import CUDA, draw, prove, results
 
-KERNELS = ["torch"] + (["triton"] if devices.INTERPRET or torch.cuda.is_available() else [])
+KERNELS = ["torch"] + (["triton"] if devices.INTERPRET or torch.cuda.is_available() else []) + CUDA
 
 
 def of(*values: int) -> Tensor:

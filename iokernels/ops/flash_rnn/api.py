@@ -89,7 +89,7 @@ def flash_rnn(
             step are kept, in the dtype of gates, and the gates themselves are not. With True the gates are kept, which
             costs nothing where they live on anyway, and the values are made again by one large product; the backward
             pass then needs that much memory for itself.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
 
     Returns:
         ``h [B, N, H, D]`` in the dtype of gates, or ``(h, state)`` with ``state [S, B, H, D]`` float32 (float64 for
@@ -173,6 +173,7 @@ def _plan(
         gates.device.type,
         {
             "triton": partial(triton_refusal, cell, gates.shape[4], gates.dtype, gates.device),
+            "cuda": partial(cuda_refusal, cell, gates.shape[0], gates.shape[3], gates.shape[4], gates.dtype, gates.device),
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -193,6 +194,33 @@ def triton_refusal(cell: str, width: int, dtype: torch.dtype, device: torch.devi
             f"{cell} in {short(dtype)} to {most} on {devices.spec_of(device).name}"
         )
     return devices.triton_refusal(device)
+
+
+def cuda_refusal(
+    cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why the backend ``cuda`` cannot run such a call, as the end of a sentence; None where it can."""
+    if dtype == torch.float64:
+        return "its kernels take float16, bfloat16 and float32, not float64"
+    return devices.cuda_refusal(device) or _too_large(cell, batch, heads, width, dtype, device)
+
+
+def _too_large(cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    from .resources import KERNELS, fits, problem_for
+
+    spec = devices.spec_of(device)
+    precise = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    for kernel in KERNELS:
+        if not fits(problem_for(kernel, CELLS[cell], width, heads, batch, dtype.itemsize, not precise, spec)):
+            return (
+                f"{heads} heads of D = {width} for {batch} sequences are more recurrent matrices than all blocks that "
+                f"{spec.name} runs at once hold on chip ({kernel})"
+            )
+    return None
+
+
+# The answer does not change, and Dynamo need not trace it.
+_too_large.__dict__["_dynamo_marked_constant"] = True
 
 
 def _shared_memory(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """``flash_rnn`` as ``torch.library`` operators with an ``autograd.Function`` outside.
 
-One forward and one backward operator serve the backends ``torch`` and ``triton``. This file imports torch alone; the
+One forward and one backward operator serve the backends ``torch``, ``triton`` and ``cuda``. This file imports torch alone; the
 backend's module is imported when it first runs.
 """
 
@@ -27,7 +27,7 @@ from .options import (
     empty_values,
 )
 
-_backend = lazily(__package__, torch=".portable", triton=".triton_launch")
+_backend = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
 
 
 def _forward(

@@ -30,6 +30,7 @@ from .triton_fwd import flash_rnn_fwd_kernel
 from .triton_steps import Matrices, Steps
 from .triton_values import flash_rnn_values_kernel
 from .tuning_space import TUNABLES
+from .weight_gradients import weight_gradients
 
 
 def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, options: Options) -> Forward:
@@ -90,17 +91,7 @@ def backward(
                 **launch.widths, **launch.tile(config, out, values, history, dout, dgates, dapart),
                 **resources(config),
             )  # fmt: skip
-    drecurrent = dbias = None
-    if needs.recurrent or needs.bias:
-        parts = [dgates[:, :, g] for g in range(cell.joined)]
-        if dapart is not None:
-            parts += dapart.unbind(2)
-        order = _time_first if out.stride(1) > out.stride(0) else _batch_first
-        rows = [order(part) for part in parts]
-        if needs.recurrent:
-            drecurrent = _recurrent_gradient(rows, order(_before(out, launch.initial)))
-        if needs.bias:
-            dbias = torch.stack([part.sum(0, dtype=torch.float32) for part in rows]).to(out.dtype)
+    drecurrent, dbias = weight_gradients(dgates, dapart, out, launch.initial, options, needs)
     return Gradients(
         gates=dgates if needs.gates else None, recurrent=drecurrent, bias=dbias, initial_state=dinitial
     )  # fmt: skip
@@ -121,27 +112,6 @@ def _recomputed(
                 GATES=cell.gates, APART=cell.apart, **launch.widths, BLOCK_M=config.block, **resources(config),
             )  # fmt: skip
     return values
-
-
-def _recurrent_gradient(ds: list[Tensor], before: Tensor) -> Tensor:
-    """``dR_g = sum ds_g h^T`` over all steps: a product for each gate, of all heads, ``[rows, H, D]`` each."""
-    return torch.stack([torch.bmm(part.permute(1, 2, 0), before.transpose(0, 1)) for part in ds])
-
-
-def _before(out: Tensor, initial: Tensor | None) -> Tensor:
-    """h before every step, as the products saw it, in the order of ``out [B, N, H, D]``."""
-    before = torch.empty_like(out)
-    before[:, 1:] = out[:, :-1]
-    before[:, :1] = 0.0 if initial is None else initial[0].unsqueeze(1)
-    return before
-
-
-def _batch_first(x: Tensor) -> Tensor:
-    return x.flatten(0, 1)
-
-
-def _time_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).flatten(0, 1)
 
 
 class Launch:

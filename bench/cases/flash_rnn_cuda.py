@@ -1,0 +1,90 @@
+"""The CUDA kernels of flash_rnn without data: which configurations a call takes, their bytes, and compiling them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from iokernels.bench.accounts import Account, Accounts, Configs
+from iokernels.bench.case import Compilation, Pass
+from iokernels.bench.cases import flash_rnn_cuda_io as model
+from iokernels.bench.cases.flash_rnn_accounts import NAIVE, naive_bytes, problem_of
+from iokernels.bench.cases.flash_rnn_kernels import meta_call
+from iokernels.bench.cases.flash_rnn_shapes import VOCABULARY, cell_of
+from iokernels.bench.shape import Shape
+from iokernels.ops.flash_rnn import cuda
+from iokernels.ops.flash_rnn.cells import CELLS
+from iokernels.ops.flash_rnn.options import Forward, Needs, empty_history, empty_out, empty_state, empty_values
+from iokernels.ops.flash_rnn.resources import KERNELS, Config, fits, problem_for, walkers
+from iokernels.runtime.device import spec_of
+
+
+def configs(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration that each kernel would be launched with."""
+    gates, _, _, options = meta_call(shape, dtype)
+    return {kernel: cuda.Launch(kernel, empty_out(gates), options).config for kernel in KERNELS}
+
+
+def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Account]:
+    """The account of every kernel."""
+    gates, _, _, options = meta_call(shape, dtype)
+    launch = cuda.Launch("flash_rnn_values_cuda", empty_out(gates), options)
+    shared = walkers(launch.problem, configs["flash_rnn_values_cuda"], shape.b * shape.n)
+    return model.accounts(problem_of(shape, dtype), configs, shared)
+
+
+def launch(shape: Shape, dtype: torch.dtype, which: Pass) -> None:
+    """Launch the kernels of a pass with meta tensors; nothing where the GPU cannot hold the matrices."""
+    gates, recurrent, bias, options = meta_call(shape, dtype)
+    spec, kind = spec_of(gates.device), CELLS[cell_of(shape)]
+    precise = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    for kernel in KERNELS:
+        if not fits(problem_for(kernel, kind, shape.d, shape.h, shape.b, dtype.itemsize, not precise, spec)):
+            return
+    if which != "bwd":
+        cuda.forward(gates, recurrent, bias, True, options)
+    if which != "fwd":
+        state, kept = empty_state(gates, kind), not options.recompute_gates
+        saved = Forward(empty_out(gates), state, empty_values(gates, kind, kept), empty_history(gates, kind))
+        cuda.backward(
+            empty_out(gates), state if shape.state else None, None if kept else gates, recurrent, bias, saved, options,
+            Needs(True, False, False, bool(shape.state)),
+        )  # fmt: skip
+
+
+COMPILATION = Compilation(
+    launch=launch,
+    points=tuple(
+        (VOCABULARY.parse(text), dtype)
+        for text, dtype in (
+            ("d=64", torch.bfloat16),
+            ("d=128,h=6", torch.bfloat16),
+            ("d=64,cell=3,state=1,lengths=1,recompute=1", torch.float16),
+            ("d=96,cell=1,h=8,state=1,nb=1", torch.float16),
+            ("d=32,cell=2,lengths=1,cut=1,bias=0", torch.bfloat16),
+            ("d=256,h=1", torch.bfloat16),
+            ("d=768,h=1", torch.bfloat16),
+            ("d=64,cell=1,lengths=1", torch.float32),
+            ("d=21,cell=3,state=1", torch.float32),
+        )
+    ),
+)
+
+# Every cell; tiles of 8 sequences that are not full; a width of no whole 16 bytes; a head over two blocks.
+_SHAPES = (
+    ("b=9,n=4,h=2,d=16", torch.bfloat16),
+    ("b=3,n=7,h=1,d=24,cell=1,state=1,lengths=1", torch.float16),
+    ("b=2,n=5,h=2,d=5,cell=2,bias=0,cut=1", torch.float32),
+    ("b=9,n=5,h=1,d=16,cell=3,state=1,lengths=1,empty=1", torch.bfloat16),
+    ("b=3,n=5,h=1,d=16,cell=1,recompute=1,lengths=1", torch.float16),
+)
+
+ACCOUNTS = Accounts(
+    model=accounts,
+    configs=configs,
+    naive_bytes=naive_bytes,
+    naive=NAIVE,
+    shapes=tuple((VOCABULARY.parse(text), dtype) for text, dtype in _SHAPES),
+    test_configs=dict.fromkeys(KERNELS, Config(blocks=1, tile=8, split=1, eighths=8, stages=2)),
+)

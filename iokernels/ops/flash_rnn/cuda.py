@@ -1,0 +1,184 @@
+"""Launches the CUDA kernels of this room, ``csrc/flash_rnn``: the backend ``cuda`` of the operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iokernels import autotune
+from iokernels.runtime.device import guard, spec_of
+from iokernels.runtime.launch import Argument, Int64, cuda_kernel
+
+from . import resources
+from .options import (
+    Forward,
+    Gradients,
+    Needs,
+    Options,
+    empty_gates,
+    empty_history,
+    empty_out,
+    empty_state,
+    empty_values,
+)
+from .resources import TUNABLES
+from .weight_gradients import weight_gradients
+
+CELLS = {"lstm": "Lstm", "gru": "Gru", "elman": "Elman", "slstm": "Slstm"}
+"""The structures of ``csrc/flash_rnn/cells.cuh``."""
+
+
+def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, options: Options) -> Forward:
+    """Run all steps. See :class:`.options.Forward` for what is returned; ``keep`` asks for its last two."""
+    cell = options.kind()
+    keeps_values, keeps_history = keep and not options.recompute_gates, keep and len(cell.states) > 1
+    result = Forward(
+        empty_out(gates),
+        empty_state(gates, cell),
+        empty_values(gates, cell, keeps_values),
+        empty_history(gates, cell, keep),
+    )
+    launch = Launch("flash_rnn_fwd_cuda", result.out, options)
+    if options.lengths is not None:
+        result.out.zero_()
+    values, history = (result.values if keeps_values else None), (result.history if keeps_history else None)
+    launch(
+        gates_ptr=gates, recurrent_ptr=recurrent, bias_ptr=None if bias is None else bias.contiguous(),
+        initial_ptr=launch.initial, lengths_ptr=launch.lengths, out_ptr=result.out, state_ptr=result.state,
+        values_ptr=values, history_ptr=history, **launch.exchange(1), stride_gates=steps_of(gates),
+        stride_recurrent=matrices_of(recurrent), stride_out=steps_of(result.out), stride_values=steps_of(values),
+        stride_history=steps_of(history), **launch.sizes,
+    )  # fmt: skip
+    return result
+
+
+def backward(
+    dout: Tensor, dstate: Tensor | None, gates: Tensor | None, recurrent: Tensor, bias: Tensor | None, saved: Forward,
+    options: Options, needs: Needs,
+) -> Gradients:  # fmt: skip
+    """Returns the gradients that ``needs`` asks for. ``gates`` is None unless the values are to be recomputed."""
+    cell, out = options.kind(), saved.out
+    values = saved.values if gates is None else _recomputed(gates, recurrent, bias, out, options)
+    history = saved.history if len(cell.states) > 1 else None
+    dgates = empty_gates(out, cell)
+    batch, length, heads, width = out.shape
+    dapart = out.new_empty((batch, length, cell.apart, heads, width)) if cell.apart else None
+    dinitial = empty_state(dgates, cell) if needs.initial_state else None
+    if options.lengths is not None:
+        for grad in (dgates, dapart):
+            if grad is not None:
+                grad.zero_()
+    launch = Launch("flash_rnn_bwd_cuda", out, options)
+    launch(
+        recurrent_ptr=recurrent, initial_ptr=launch.initial, lengths_ptr=launch.lengths, out_ptr=out,
+        values_ptr=values, history_ptr=history, dout_ptr=dout,
+        dstate_ptr=None if dstate is None else dstate.contiguous(), dgates_ptr=dgates, dapart_ptr=dapart,
+        dinitial_ptr=dinitial, **launch.exchange(cell.gates), stride_recurrent=matrices_of(recurrent),
+        stride_out=steps_of(out), stride_values=steps_of(values), stride_history=steps_of(history),
+        stride_dout=steps_of(dout), stride_dgates=steps_of(dgates), stride_dapart=steps_of(dapart), **launch.sizes,
+        clip=options.recurrent_clip or math.inf, cuts=int(options.recurrent_cut),
+    )  # fmt: skip
+    drecurrent, dbias = weight_gradients(dgates, dapart, out, launch.initial, options, needs)
+    return Gradients(
+        gates=dgates if needs.gates else None, recurrent=drecurrent, bias=dbias, initial_state=dinitial
+    )  # fmt: skip
+
+
+def _recomputed(gates: Tensor, recurrent: Tensor, bias: Tensor | None, out: Tensor, options: Options) -> Tensor:
+    values = empty_values(gates, options.kind())
+    launch = Launch("flash_rnn_values_cuda", out, options)
+    rows = launch.batch * launch.length
+    walkers = resources.walkers(launch.problem, launch.config, rows)
+    launch(
+        walkers,
+        gates_ptr=gates, recurrent_ptr=recurrent, bias_ptr=None if bias is None else bias.contiguous(),
+        initial_ptr=launch.initial, out_ptr=out, values_ptr=values, stride_gates=steps_of(gates),
+        stride_recurrent=matrices_of(recurrent), stride_out=steps_of(out), stride_values=steps_of(values),
+        batch=launch.batch, heads=launch.heads, rows=Int64(rows), walkers=walkers,
+    )  # fmt: skip
+    return values
+
+
+class Launch:
+    """One launch of one kernel: its configuration, from shapes and options only, and the arguments all share."""
+
+    def __init__(self, kernel: str, out: Tensor, options: Options) -> None:
+        self.kernel, self.options, self.out = kernel, options, out
+        self.batch, self.length, self.heads, self.width = out.shape
+        # Small tensors, which the kernels index without strides.
+        self.initial = None if options.initial_state is None else options.initial_state.contiguous()
+        self.lengths = None if options.lengths is None else options.lengths.contiguous()
+        self.sizes: dict[str, Any] = {"batch": self.batch, "heads": self.heads, "length": self.length}
+        self.precise = out.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        device = spec_of(out.device)
+        self.problem = resources.problem_for(
+            kernel, options.kind(), self.width, self.heads, self.batch, out.element_size(), not self.precise, device
+        )
+        self.config = autotune.select(TUNABLES[kernel], self.problem, device)
+
+    @property
+    def groups(self) -> int:
+        """Tiles of sequences of all heads."""
+        return self.heads * -(-self.batch // self.config.tile)
+
+    def exchange(self, count: int) -> dict[str, Any]:
+        """Where several blocks of a head meet: memory for ``count`` tiles, twice, and counters."""
+        if self.config.blocks == 1:
+            return {"exchange_ptr": None, "arrived_ptr": None}
+        size = self.groups, 2, count, self.config.tile, self.problem.padded_width
+        counters = torch.zeros(self.groups, dtype=torch.int32, device=self.out.device)
+        return {"exchange_ptr": self.out.new_empty(size), "arrived_ptr": counters}
+
+    def __call__(self, walkers: int | None = None, /, **args: Argument) -> None:
+        """Launch it, for a block or a group of blocks for each tile, or ``walkers`` for each head."""
+        config = self.config
+        if self.batch == 0 or walkers == 0:
+            return
+        kernel = cuda_kernel(
+            f"flash_rnn/{_SOURCE[self.kernel]}.cu", self.kernel,
+            Element=self.out.dtype, Cell=f"struct {CELLS[self.options.cell]}", WIDTH=self.width,
+            UNITS=config.units(self.problem), BLOCKS=config.blocks, TILE=config.tile, SPLIT=config.split,
+            HELD=config.held(self.problem), STAGES=config.stages, VECTORS=vectors(self.width, args),
+            PRECISE=self.precise,
+        )  # fmt: skip
+        smem = resources.shared_bytes(
+            self.problem, config.blocks, config.tile, config.split, config.eighths, config.stages
+        )
+        groups = self.groups if walkers is None else self.heads * walkers
+        with guard(self.out.device):
+            kernel.launch((groups * config.blocks,), config.threads(self.problem), smem, args,
+                          cooperative=config.blocks > 1 and walkers is None)  # fmt: skip
+
+
+_SOURCE = {"flash_rnn_fwd_cuda": "forward", "flash_rnn_bwd_cuda": "backward", "flash_rnn_values_cuda": "values"}
+
+
+_UNALIGNED = ("recurrent_ptr", "bias_ptr", "initial_ptr", "dstate_ptr", "lengths_ptr")
+"""What is fetched once, element by element."""
+
+
+def vectors(width: int, args: dict[str, Argument]) -> bool:
+    """Whether all rows that come and go with a step are whole, aligned 16 bytes."""
+    tensors = [x for name, x in args.items() if isinstance(x, Tensor) and name not in _UNALIGNED]
+    return width % 8 == 0 and all(_aligned(x) for x in tensors)
+
+
+def _aligned(x: Tensor) -> bool:
+    steps = [step * x.element_size() for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(step % 16 == 0 for step in steps)
+
+
+def steps_of(x: Tensor | None) -> tuple[int, ...]:
+    """Element strides of ``[B, N, X, H, D]`` or ``[B, N, H, D]``: the structure ``Steps`` of the kernels."""
+    if x is None:
+        return 0, 0, 0, 0, 0
+    steps = x.stride()
+    return steps if x.dim() == 5 else (*steps[:2], 0, *steps[2:])
+
+
+def matrices_of(x: Tensor) -> tuple[int, ...]:
+    """Element strides of ``[G, H, D, D]``."""
+    return x.stride()
