@@ -17,7 +17,10 @@
 // each partial result, written and read; the lengths twice a block.
 //
 // Constants: Element (fp16, bf16), Cache (Element, or u8 where CODE is INT8 or E4M3), HEAD_DIM, VALUE_DIM, BLOCK_N,
-// ROW_WARPS, KEY_WARPS, STAGES, PAGED, K_BY_KEY, V_BY_KEY (a factor for every key), ALIGNED (16-byte rows).
+// ROW_WARPS, KEY_WARPS, STAGES, PAGED, K_BY_KEY, V_BY_KEY (a factor for every key), ALIGNED (16-byte rows), OF_PREFIX.
+//
+// OF_PREFIX: the pass over the keys that all sequences have in front of their own. An item is BLOCK_M rows of the whole
+// batch, and its sum goes to prefix_ptr, where the pass over the sequences' own keys finds it.
 #include "results.cuh"
 #include "schedule.cuh"
 #include "tiles.cuh"
@@ -26,6 +29,16 @@
 constexpr int TILE_BYTES = STAGES * KEY_WARPS * KEYS_BYTES;
 constexpr int SUM_BYTES = KEY_WARPS * BLOCK_M * (MERGE_ROW + 2) * 4;
 constexpr int POOL = TILE_BYTES > SUM_BYTES ? TILE_BYTES : SUM_BYTES;
+
+// A row of q: of which sequence, which head, and which of its newest positions.
+struct Reader {
+    int sequence, head, row;
+
+    template <class S>
+    DEVICE i64 in(const S& stride) const {
+        return sequence * stride.b + head * stride.h + row * stride.n;
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
@@ -38,6 +51,7 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
                        const float* sinks_ptr,      // [Hq] or null
                        const float* k_scale_ptr,    // [Hkv], one for each key, or null
                        const float* v_scale_ptr,    // the same
+                       float* prefix_ptr,           // [B * Hq * Nq, 2], then [B * Hq * Nq, Dv]; or null
                        float* partial_ptr,          // [slots, BLOCK_M * (2 + Dv)]
                        u32* arrivals_ptr,           // [items], all 0 before and after
                        Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out, KeyStrides stride_lse,
@@ -45,7 +59,8 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
                        int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page,
                        float qk_scale, float softcap_log2, int window_left, int window_right,
                        int fewest_tiles, int most_parts,  // of a share, and of an item
-                       int part_tiles) {                  // of a fixed part; 0: equal shares
+                       int part_tiles,                    // of a fixed part; 0: equal shares
+                       int prefix) {                      // keys before those of every sequence
     SharedMemory arena;
     const Shared<Element> q_tile = arena.take<Element>(BLOCK_M * Q_ROW);
     const Shared<u8> pool = arena.take<u8>(POOL);
@@ -56,6 +71,7 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
     if constexpr (V_BY_KEY) rings.v_factors = arena.take<float>(STAGES * BLOCK_N);
     const Gathered gathered{pool.as<Vector<float, 2>>(), pool.as<float>() + 2 * KEY_WARPS * BLOCK_M};
 
+    const int readers = group * rows;  // of the keys of one head of one sequence
     const Sizes sizes{batch, rows, kv_heads, row_tiles, capacity, window_left};
     Line line{};
     if (part_tiles == 0) {
@@ -73,18 +89,21 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
     }
     Segment segment;
     bool more = part_tiles == 0 ? next_segment(line, segment, seqlens_ptr, sizes)
-                                : fixed_part(segment, seqlens_ptr, sizes, part_tiles, most_parts);
+                                : fixed_part(segment, seqlens_ptr, sizes, part_tiles, most_parts, prefix);
     while (more) {
         const int head = segment.lane / row_tiles, first_row = segment.lane % row_tiles * BLOCK_M;
-        const int used = least(group * rows - first_row, BLOCK_M);
-        const i64 sequence = segment.sequence, at = PAGED ? 0 : sequence;
+        const int used = least(OF_PREFIX ? readers * batch - first_row : readers - first_row, BLOCK_M);
+        const i64 at = PAGED || OF_PREFIX ? 0 : segment.sequence;
+        auto reader_of = [&](int row) {
+            const int index = first_row + row, own = OF_PREFIX ? index % readers : index;
+            return Reader{OF_PREFIX ? index / readers : segment.sequence, head * group + own / rows, own % rows};
+        };
 
         constexpr int CHUNKS = BLOCK_D / 8;
         for (int chunk = static_cast<int>(threadIdx.x); chunk < BLOCK_M * CHUNKS; chunk += THREADS) {
-            const int row = chunk / CHUNKS, column = chunk % CHUNKS * 8, index = first_row + row;
-            const i64 offset = (head * group + index / rows) * stride_q.h + index % rows * stride_q.n;
-            fetch_chunk<HEAD_DIM>(q_tile + (row * Q_ROW + column), q_ptr + sequence * stride_q.b,
-                                  row < used ? offset : 0, stride_q.d, column, row < used);
+            const int row = chunk / CHUNKS, column = chunk % CHUNKS * 8;
+            fetch_chunk<HEAD_DIM>(q_tile + (row * Q_ROW + column), q_ptr, reader_of(least(row, used - 1)).in(stride_q),
+                                  stride_q.d, column, row < used);
         }
         commit_copies();
         const Shared<Element> q_rows = q_tile + 16 * row_warp() * Q_ROW;
@@ -104,19 +123,33 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
             return fragment;
         };
 
-        Softmax softmax{qk_scale * UNDECODED, softcap_log2, window_left, window_right, rows};
+        Softmax softmax;
+        softmax.scale = qk_scale * UNDECODED;
+        softmax.softcap_log2 = softcap_log2;
         if (k_scale_ptr && !K_BY_KEY) softmax.scale *= load_global_uniform(k_scale_ptr + head);
         const Keys keys{
             k_ptr + at * stride_k.b + head * stride_k.h,
             v_ptr + at * stride_v.b + head * stride_v.h,
             K_BY_KEY ? k_scale_ptr + at * stride_k_scale.b + head * stride_k_scale.h : nullptr,
             V_BY_KEY ? v_scale_ptr + at * stride_v_scale.b + head * stride_v_scale.h : nullptr,
-            PAGED ? table_ptr + sequence * stride_table : nullptr,
+            PAGED ? table_ptr + segment.sequence * stride_table : nullptr,
             stride_k, stride_v, stride_k_scale, stride_v_scale, page,
         };
-        const int index = first_row + 16 * row_warp() + lane_id() / 4;
-        const int position[2] = {segment.length - rows + index % rows, segment.length - rows + (index + 8) % rows};
-        Sums sums = walk(get_q, q_of, keys, rings, softmax, position, sizes.first_tile(segment.length) + segment.begin,
+        int position[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const Reader reader = reader_of(least(16 * row_warp() + lane_id() / 4 + 8 * half, used - 1));
+            position[half] = segment.length - rows + reader.row;
+            if constexpr (OF_PREFIX) {
+                // A position is counted from the prefix's first key, and each row's sequence has its own length.
+                int own = 0;
+                if (lane_id() % 4 == 0) own = sizes.length(load_global(seqlens_ptr + reader.sequence));
+                position[half] += shuffle(own, lane_id() / 4 * 4);
+            }
+        }
+        softmax.see(position, window_left, window_right, segment.length);
+        Sums sums = walk(get_q, q_of, keys, rings, softmax,
+                         (OF_PREFIX ? 0 : sizes.first_tile(segment.length)) + segment.begin,
                          segment.end - segment.begin, segment.length);
         if constexpr (!V_BY_KEY) {
             const float unit = v_scale_ptr ? UNDECODED * load_global_uniform(v_scale_ptr + head) : UNDECODED;
@@ -131,11 +164,16 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
         __syncthreads();
 
         auto finish_row = [&](Row& row, int number) {
-            const int head_of_row = head * group + (first_row + number) / rows;
-            const int i = (first_row + number) % rows;
-            finish(row, out_ptr + sequence * stride_out.b + head_of_row * stride_out.h + i * stride_out.n, stride_out.d,
-                   lse_ptr + sequence * stride_lse.b + head_of_row * stride_lse.h + i * stride_lse.n,
-                   sinks_ptr ? sinks_ptr + head_of_row : nullptr);
+            const Reader reader = reader_of(number);
+            const i64 all = static_cast<i64>(batch) * kv_heads * readers;
+            const i64 index = (static_cast<i64>(reader.sequence) * kv_heads * group + reader.head) * rows + reader.row;
+            if constexpr (OF_PREFIX) {
+                store_sum(prefix_ptr, all, index, row);
+            } else {
+                if (prefix_ptr) merge_stored(row, prefix_ptr, all, index);
+                finish(row, out_ptr + reader.in(stride_out), stride_out.d, lse_ptr + reader.in(stride_lse),
+                       sinks_ptr ? sinks_ptr + reader.head : nullptr);
+            }
         };
         if (segment.whole()) {
             for (int number = warp_id(); number < used; number += WARPS) {
@@ -145,9 +183,9 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
         } else {
             float* slot = partial_ptr + static_cast<i64>(segment.own) * SLOT;
             for (int number = warp_id(); number < used; number += WARPS) {
-                store_partial(slot, number, gathered.row(number));
+                store_sum(slot, BLOCK_M, number, gathered.row(number));
             }
-            u32* counter = arrivals_ptr + sequence * sizes.lanes() + segment.lane;
+            u32* counter = arrivals_ptr + static_cast<i64>(segment.sequence) * sizes.lanes() + segment.lane;
             if (last_arriver(counter, static_cast<u32>(segment.count), flag)) {
                 for (int number = warp_id(); number < used; number += WARPS) {
                     Row row = merge_partials(partial_ptr, segment, number);

@@ -91,15 +91,25 @@ struct Gathered {
     }
 };
 
-DEVICE void store_partial(float* slot, int index, const Row& row) {
+// Puts a sum down in a slot of `rows` rows: m and l of all, then acc.
+DEVICE void store_sum(float* slot, i64 rows, i64 index, const Row& row) {
     if (lane_id() == 0) store_global_vector(slot + 2 * index, Vector<float, 2>{{row.m, row.l}});
-    float* to = slot + 2 * BLOCK_M + index * PARTIAL_ROW;
+    float* to = slot + 2 * rows + index * PARTIAL_ROW;
 #pragma unroll
     for (int vector = 0; vector < VECTORS; ++vector) {
         if (Row::column(vector) >= PARTIAL_ROW) continue;
         store_global_vector(to + Row::column(vector), Vector<float, 4>{{row.acc[vector][0], row.acc[vector][1],
                                                                         row.acc[vector][2], row.acc[vector][3]}});
     }
+}
+
+// Merges in the sum that an earlier launch put down.
+DEVICE void merge_stored(Row& row, const float* slot, i64 rows, i64 index) {
+    Vector<float, 2> own{{-infinity(), 0.0f}};
+    if (lane_id() == 0) own = load_global_vector<2>(slot + 2 * index);
+    row.merge(own.at[0], own.at[1], 1, [&](int, int column) {
+        return load_global_vector<4>(slot + 2 * rows + index * PARTIAL_ROW + column);
+    });
 }
 
 // The sum of an item's partial results, always in the order of their slots.

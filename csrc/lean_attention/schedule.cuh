@@ -122,14 +122,21 @@ DEVICE bool next_segment(Line& line, Segment& segment, const int* seqlens_ptr, c
     return true;
 }
 
-// Part blockIdx % most_parts of item blockIdx / most_parts; false where the item has no such part.
-DEVICE bool fixed_part(Segment& segment, const int* seqlens_ptr, const Sizes& sizes, int part_tiles, int most_parts) {
+// Part blockIdx % most_parts of item blockIdx / most_parts; false where the item has no such part. The keys of a prefix
+// are those of no one sequence: all of `prefix`.
+DEVICE bool fixed_part(Segment& segment, const int* seqlens_ptr, const Sizes& sizes, int part_tiles, int most_parts,
+                       [[maybe_unused]] int prefix) {
     const int block = static_cast<int>(blockIdx.x);
     const int item = block / most_parts, part = block % most_parts;
     segment.sequence = item / sizes.lanes();
     segment.lane = item % sizes.lanes();
-    segment.length = sizes.length(load_global_uniform(seqlens_ptr + segment.sequence));
-    segment.tiles = sizes.tiles(segment.length);
+    if constexpr (OF_PREFIX) {
+        segment.length = prefix;
+        segment.tiles = most(ceil_div(prefix, BLOCK_N), 1);
+    } else {
+        segment.length = sizes.length(load_global_uniform(seqlens_ptr + segment.sequence));
+        segment.tiles = sizes.tiles(segment.length);
+    }
     segment.begin = part * part_tiles;
     segment.end = least(segment.begin + part_tiles, segment.tiles);
     segment.own = block;

@@ -47,10 +47,21 @@ struct Rings {
 };
 
 struct Softmax {
-    float scale;          // scale * log2 e, or scale / softcap
-    float softcap_log2;   // softcap * log2 e; 0: there is none
-    int left, right;      // of the window; -1: unbounded
-    int rows;             // Nq
+    float scale;         // scale * log2 e, or scale / softcap
+    float softcap_log2;  // softcap * log2 e; 0: there is none
+    int low[2], high[2];  // the first and the last key that each of the lane's rows sees
+    int lowest, highest;  // the last of the firsts, and the first of the lasts, of the warp's 16 rows
+
+    // Rows at these positions of `length` keys; -1 is an unbounded side of the window.
+    DEVICE void see(const int (&position)[2], int left, int right, int length) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            low[row] = left < 0 ? 0 : position[row] - left;
+            high[row] = right < 0 ? length - 1 : least(position[row] + right, length - 1);
+        }
+        lowest = warp_reduce(most(low[0], low[1]), Max{});
+        highest = -warp_reduce(-least(high[0], high[1]), Max{});
+    }
 };
 
 // One lane's share of 16 rows: lane / 4 and lane / 4 + 8.
@@ -125,11 +136,9 @@ struct Factors {
     }
 };
 
-// One tile: scores of the warp's keys from `first` on, and what they add to the sums. `position` are those of the
-// lane's two rows.
+// One tile: scores of the warp's keys from `first` on, and what they add to the sums.
 template <class Q>
-DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const Softmax& softmax,
-                 const int (&position)[2], int first, int length) {
+DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const Softmax& softmax, int first) {
     const int pair = lane_id() % 4;
     float scores[KEYS / 16][2][4] = {};
 #pragma unroll
@@ -155,17 +164,13 @@ DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const
     }
 
     // Only tiles at the edge of what some row sees need a mask.
-    const int highest = length - softmax.rows + softmax.right, lowest = length - 1 - softmax.left;
-    const int last = first + KEYS - 1;
-    if (last >= length || (softmax.right >= 0 && last > highest) || (softmax.left >= 0 && first < lowest)) {
+    if (first + KEYS - 1 > softmax.highest || first < softmax.lowest) {
 #pragma unroll
         for (int jj = 0; jj < KEYS / 16; ++jj) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int key = first + 16 * jj + 8 * (i / 4) + 2 * pair + i % 2, row = i % 4 / 2;
-                const bool seen = key < length && (softmax.right < 0 || key <= position[row] + softmax.right) &&
-                                  (softmax.left < 0 || key >= position[row] - softmax.left);
-                if (!seen) scores[jj][i / 4][i % 4] = -infinity();
+                if (key < softmax.low[row] || key > softmax.high[row]) scores[jj][i / 4][i % 4] = -infinity();
             }
         }
     }
@@ -216,8 +221,8 @@ DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const
 // The sums of this warp's rows over its keys of the tiles `tile` to `tile + tiles` of a sequence of `length` keys.
 // get_q() waits for q, which is on its way, while the first tiles are too; STAGES - 1 younger groups of copies are.
 template <class GetQ, class Q>
-DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings& rings, const Softmax& softmax, const int (&position)[2],
-                 int tile, int tiles, int length) {
+DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings& rings, const Softmax& softmax, int tile,
+                 int tiles, int length) {
     constexpr int AHEAD = STAGES - 1;
     const int stop = least((tile + tiles) * BLOCK_N, length);
     auto first_of = [&](int t) { return (tile + t) * BLOCK_N + key_warp() * KEYS; };
@@ -250,7 +255,7 @@ DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings
             next = place_of(keys, first_of(t + STAGES), t + STAGES < tiles ? stop : 0);
         }
         commit_copies();
-        if (first_of(t) < stop) fold(sums, q_of, rings, stage, softmax, position, first_of(t), length);
+        if (first_of(t) < stop) fold(sums, q_of, rings, stage, softmax, first_of(t));
         if (more) factors.put(rings, free);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         free = free + 1 == STAGES ? 0 : free + 1;

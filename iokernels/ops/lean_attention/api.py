@@ -239,19 +239,17 @@ def _backend(backend: str | None, grad: bool, sizes: dict[str, Any], tensors: tu
         q.device.type,
         {
             "triton": lambda: no_gradient or devices.kernel_refusal(q, widths, MAX_HEAD_DIM),
-            "cuda": lambda: no_gradient or _cuda_refusal(q, widths, tensors[6]),
+            "cuda": lambda: no_gradient or _cuda_refusal(q, widths),
             "torch": lambda: no_gradient,
             "reference": lambda: None,
         },
     )
 
 
-def _cuda_refusal(q: Tensor, widths: dict[str, Any], k_prefix: Tensor | None) -> str | None:
+def _cuda_refusal(q: Tensor, widths: dict[str, Any]) -> str | None:
     """Why the kernel in CUDA C++ cannot run a call, as the end of a sentence, or None when it can."""
     if q.dtype not in CUDA_DTYPES:
         return f"its kernel takes queries of float16 and bfloat16, not {short(q.dtype)}"
-    if k_prefix is not None:
-        return "its kernel reads no common prefix (k_prefix)"
     for name, width in widths.items():
         if width > MAX_HEAD_DIM:
             return f"{name} is {width}, and its kernel holds heads up to {MAX_HEAD_DIM} wide"

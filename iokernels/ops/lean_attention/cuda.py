@@ -15,9 +15,6 @@ from . import tuning_cuda as tuning
 from .arrivals import ARRIVALS, arrivals_of
 from .options import Options, as_bytes, capacity, empty_lse, empty_out, per_key
 
-MOST_ROWS = 64
-"""Rows of a row tile: more heads and positions of a key head make several, each of which reads the keys."""
-
 CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 """How a quantised cache is decoded; 0 where there is nothing to decode."""
 
@@ -27,79 +24,105 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     out, lse = empty_out(q, v_cache), empty_lse(q)
     if out.numel() == 0:
         return out, lse
-    launch = Launch(q, k_cache, v_cache, options)
-    table = options.block_table
-    if table is not None and table.stride(1) != 1 and table.shape[1] != 1:
-        table = table.contiguous()
-    scales = [x if x is None or per_key(x) else x.contiguous() for x in (options.k_scale, options.v_scale)]
-    softcap = options.softcap
+    most = capacity(k_cache, options)
     with guard(q.device):
-        arrivals = arrivals_of(q.device, launch.items)
-        args = {
-            "q_ptr": q,
-            "k_ptr": as_bytes(k_cache),
-            "v_ptr": as_bytes(v_cache),
-            "out_ptr": out,
-            "lse_ptr": lse,
-            "seqlens_ptr": options.cache_seqlens.contiguous(),
-            "table_ptr": table,
-            "sinks_ptr": None if options.sinks is None else options.sinks.to(torch.float32).contiguous(),
-            "k_scale_ptr": scales[0],
-            "v_scale_ptr": scales[1],
-            "partial_ptr": launch.workspace(),
-            "arrivals_ptr": arrivals,
-            "stride_q": q.stride(),
-            "stride_k": k_cache.stride(),
-            "stride_v": v_cache.stride(),
-            "stride_out": out.stride(),
-            "stride_lse": lse.stride(),
-            "stride_k_scale": _stride(scales[0]),
-            "stride_v_scale": _stride(scales[1]),
-            "stride_table": Int64(0 if table is None else table.stride(0)),
-            "batch": q.shape[0],
-            "rows": q.shape[2],
-            "group": q.shape[1] // k_cache.shape[1],
-            "kv_heads": k_cache.shape[1],
-            "row_tiles": launch.row_tiles,
-            "capacity": capacity(k_cache, options),
-            "page": 0 if table is None else k_cache.shape[2],
-            "qk_scale": float(options.scale / softcap if softcap > 0.0 else options.scale * math.log2(math.e)),
-            "softcap_log2": softcap * math.log2(math.e),
-            "window_left": _clamp(options.window_left),
-            "window_right": _clamp(options.window_right),
-            "fewest_tiles": tuning.FEWEST_TILES,
-            "most_parts": launch.most_parts,
-            "part_tiles": launch.part_tiles,
-        }
-        try:
-            launch.kernel().launch((launch.grid,), 32 * launch.warps, launch.smem, args)
-        except BaseException:
-            ARRIVALS.clear()  # a kernel that was broken off leaves counts behind
-            raise
+        prefix = None
+        if options.k_prefix is not None and options.v_prefix is not None:
+            # What the common keys alone give every row: m and l of all rows, then acc.
+            prefix = torch.empty(lse.numel() * (2 + _quads(v_cache.shape[3])), dtype=torch.float32, device=q.device)
+            keys, values = options.k_prefix.unsqueeze(0), options.v_prefix.unsqueeze(0)
+            _launch(Launch(q, keys, values, options, most, of_prefix=True), out, lse, prefix)
+        _launch(Launch(q, k_cache, v_cache, options, most), out, lse, prefix)
     return out, lse
 
 
-class Launch:
-    """What one call launches, from shapes and options only."""
+def _launch(launch: Launch, out: Tensor, lse: Tensor, prefix: Tensor | None) -> None:
+    q, k_cache, v_cache, options = launch.q, launch.k_cache, launch.v_cache, launch.options
+    table, scales, softcap = launch.table, launch.scales, options.softcap
+    args = {
+        "q_ptr": q,
+        "k_ptr": as_bytes(k_cache),
+        "v_ptr": as_bytes(v_cache),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "seqlens_ptr": options.cache_seqlens.contiguous(),
+        "table_ptr": table,
+        "sinks_ptr": None if options.sinks is None else options.sinks.to(torch.float32).contiguous(),
+        "k_scale_ptr": scales[0],
+        "v_scale_ptr": scales[1],
+        "prefix_ptr": prefix,
+        "partial_ptr": launch.workspace(),
+        "arrivals_ptr": arrivals_of(q.device, launch.items),
+        "stride_q": q.stride(),
+        "stride_k": k_cache.stride(),
+        "stride_v": v_cache.stride(),
+        "stride_out": out.stride(),
+        "stride_lse": lse.stride(),
+        "stride_k_scale": _stride(scales[0]),
+        "stride_v_scale": _stride(scales[1]),
+        "stride_table": Int64(0 if table is None else table.stride(0)),
+        "batch": q.shape[0],
+        "rows": q.shape[2],
+        "group": q.shape[1] // k_cache.shape[1],
+        "kv_heads": k_cache.shape[1],
+        "row_tiles": launch.row_tiles,
+        "capacity": launch.capacity,
+        "page": 0 if table is None else k_cache.shape[2],
+        "qk_scale": float(options.scale / softcap if softcap > 0.0 else options.scale * math.log2(math.e)),
+        "softcap_log2": softcap * math.log2(math.e),
+        "window_left": _clamp(options.window_left),
+        "window_right": _clamp(options.window_right),
+        "fewest_tiles": tuning.FEWEST_TILES,
+        "most_parts": launch.most_parts,
+        "part_tiles": launch.part_tiles,
+        "prefix": launch.prefix,
+    }
+    try:
+        launch.kernel().launch((launch.grid,), 32 * launch.warps, launch.smem, args)
+    except BaseException:
+        ARRIVALS.clear()  # a kernel that was broken off leaves counts behind
+        raise
 
-    def __init__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> None:
+
+class Launch:
+    """What one launch needs, from shapes and options only.
+
+    ``most`` keys of its own is what a sequence can have. ``of_prefix``: for the pass over the common keys, which the
+    caches then are, and whose items are rows of the whole batch.
+    """
+
+    def __init__(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, most: int, *, of_prefix: bool = False
+    ) -> None:
         batch, heads, rows, _ = q.shape
-        kv_heads, readers = k_cache.shape[1], heads // k_cache.shape[1] * rows
+        kv_heads = k_cache.shape[1]
+        readers = heads // kv_heads * rows * (batch if of_prefix else 1)
         self.q, self.k_cache, self.v_cache, self.options = q, k_cache, v_cache, options
-        self.row_warps = next(warps for warps in (1, 2, 4) if readers <= 16 * warps or 16 * warps == MOST_ROWS)
+        self.of_prefix, self.capacity, self.prefix = of_prefix, most, k_cache.shape[2] if of_prefix else 0
+        invariant = options.schedule == "invariant"
+        # The shape of a tile decides the order of sums: where that may not depend on the batch, neither may the shape.
+        alike = of_prefix and invariant
+        self.row_warps = next(warps for warps in (1, 2, 4) if warps == 4 or (readers <= 16 * warps and not alike))
         self.row_tiles = -(-readers // (16 * self.row_warps))
-        self.items = batch * kv_heads * self.row_tiles
+        self.items = (1 if of_prefix else batch) * kv_heads * self.row_tiles
+        self.schedule = "split" if of_prefix and not invariant else options.schedule
+        # Rows of the page table are read one after the other.
+        table = None if of_prefix else options.block_table
+        self.table = table if table is None or table.stride(1) == 1 or table.shape[1] == 1 else table.contiguous()
+        self.scales = [x if x is None or per_key(x) else x.contiguous() for x in (options.k_scale, options.v_scale)]
         device = spec_of(q.device)
         self.problem = self._problem(device)
         self.config = autotune.select(tuning.TUNABLE, self.problem, device)
         # What a call asks for comes before what an override or a table says.
-        self.equal_shares = bool(self.config.stream_k) if options.schedule == "auto" else options.schedule == "lean"
-        self.tiles = max(-(-capacity(k_cache, options) // self.config.block_n), 1)
-        if options.window_left >= 0:
+        lean = bool(self.config.stream_k) if self.schedule == "auto" else self.schedule == "lean"
+        keys = self.prefix if of_prefix else most
+        self.tiles = max(-(-keys // self.config.block_n), 1)
+        if options.window_left >= 0 and not of_prefix:
             self.tiles = min(self.tiles, -(-(options.window_left + rows) // self.config.block_n) + 1)
-        self.part_tiles, self.most_parts = 0, tuning.MOST_PARTS
-        self.grid = min(self.config.blocks, self.items * self.tiles)
-        if not self.equal_shares:
+        if lean:
+            self.part_tiles, self.most_parts = 0, tuning.MOST_PARTS
+            self.grid = min(self.config.blocks, self.items * self.tiles)
+        else:
             self.part_tiles = tuning.part_tiles(self.problem, self.config, self.items, self.tiles)
             self.most_parts = -(-self.tiles // self.part_tiles)
             self.grid = self.items * self.most_parts
@@ -107,7 +130,7 @@ class Launch:
         self.smem = tuning.shared_bytes(self.problem, self.config)
 
     def _problem(self, device: DeviceSpec) -> tuning.Problem:
-        options, invariant = self.options, self.options.schedule == "invariant"
+        options, invariant = self.options, self.schedule == "invariant"
         unit = 16 if self.k_cache.dtype == self.q.dtype else 32
         return tuning.Problem(
             self.row_warps,
@@ -115,14 +138,14 @@ class Launch:
             -(-self.v_cache.shape[3] // unit) * unit,
             self.k_cache.element_size(),
             per_key(options.k_scale) or per_key(options.v_scale),
-            options.schedule,
-            options.block_table is not None,
+            self.schedule,
+            self.table is not None,
             device.sm,
             device.sms,
             device.smem_block,
             device.smem_sm,
             0 if invariant else autotune.bucket(self.items),
-            0 if invariant else autotune.bucket(capacity(self.k_cache, options)),
+            0 if invariant else autotune.bucket(self.prefix if self.of_prefix else self.capacity),
         )
 
     def kernel(self) -> CudaKernel:
@@ -141,17 +164,23 @@ class Launch:
             ROW_WARPS=self.row_warps,
             KEY_WARPS=self.config.key_warps,
             STAGES=self.config.stages,
-            PAGED=options.block_table is not None,
+            PAGED=self.table is not None,
             K_BY_KEY=per_key(options.k_scale),
             V_BY_KEY=per_key(options.v_scale),
             ALIGNED=all(_in_sixteens(x) for x in (q, k_cache, v_cache)),
+            OF_PREFIX=self.of_prefix,
         )
 
     def workspace(self) -> Tensor:
         """Room for the partial results: two of each block, or one of each part; none where no item is cut."""
-        slots = 2 * self.grid if self.equal_shares else self.grid if self.most_parts > 1 else 0
-        floats = 16 * self.row_warps * (2 + -(-self.v_cache.shape[3] // 4) * 4)
+        slots = 2 * self.grid if not self.part_tiles else self.grid if self.most_parts > 1 else 0
+        floats = 16 * self.row_warps * (2 + _quads(self.v_cache.shape[3]))
         return torch.empty((slots, floats), dtype=torch.float32, device=self.q.device)
+
+
+def _quads(width: int) -> int:
+    """A width in whole vectors of four, in which sums are stored."""
+    return -(-width // 4) * 4
 
 
 def _in_sixteens(x: Tensor) -> bool:
