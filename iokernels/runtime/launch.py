@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .errors import KernelLaunchError
 
-__all__ = ["Argument", "Constant", "CudaKernel", "Int64", "Launched", "cuda_kernel", "recorded"]
+__all__ = ["Argument", "Constant", "CudaKernel", "Int64", "Launched", "cuda_kernel", "extents", "recorded"]
 
 Constant: TypeAlias = "int | float | str | torch.dtype"
 """A number, or the name of a type."""
@@ -35,7 +35,7 @@ class Int64(int):
 
 
 Argument: TypeAlias = "Tensor | int | float | tuple[int, ...] | None"
-"""A pointer (None: null), ``int`` (or ``i64``: :class:`Int64`), ``float``, or a structure of ``i64``, as strides are."""
+"""A pointer (None: null), ``int``, ``i64`` (:class:`Int64`), ``float``, or a structure of ``i64``, as strides are."""
 
 ELEMENT = {
     torch.float16: "fp16",
@@ -135,6 +135,12 @@ def recorded() -> Iterator[list[Launched]]:
         yield _record
     finally:
         _record = outer
+
+
+def extents(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """The three extents of a grid that may name fewer."""
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
 
 
 @cache
