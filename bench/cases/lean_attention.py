@@ -10,6 +10,8 @@ from torch import Tensor
 
 from iokernels.bench.case import Case, Implementation, Inputs, Outputs, Pass, Point
 from iokernels.bench.cases.lean_attention_accounts import ACCOUNTS
+from iokernels.bench.cases.lean_attention_cuda import ACCOUNTS as CUDA_ACCOUNTS
+from iokernels.bench.cases.lean_attention_cuda import COMPILATION as CUDA_COMPILATION
 from iokernels.bench.cases.lean_attention_kernels import COMPILATION
 from iokernels.bench.cases.lean_attention_peers import peers
 from iokernels.bench.cases.lean_attention_shapes import (
@@ -268,6 +270,7 @@ CASE = Case(
         "reference": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
         "torch": Implementation((*_HALVES, torch.float32, torch.float64), "any", "fwd"),
         "triton": Implementation((*_HALVES, torch.float32), f"1-{MAX_HEAD_DIM}", "fwd"),
+        "cuda": Implementation(_HALVES, f"1-{MAX_HEAD_DIM}", "fwd"),
     },
     suites=SUITES,
     make_inputs=make_inputs,
@@ -280,6 +283,8 @@ CASE = Case(
     peers=peers,
     accounts=ACCOUNTS,
     compilation=COMPILATION,
+    cuda_accounts=CUDA_ACCOUNTS,
+    cuda_compilation=CUDA_COMPILATION,
     tuning=TUNING,
     passes=("fwd",),
 )

@@ -96,11 +96,11 @@ def result(problem: Problem, rows: range) -> Bytes:
     return Bytes(read, len(rows) * (problem.value_dim * problem.itemsize + _NUMBER))
 
 
-def _items(problem: Problem, config: Config) -> Iterator[tuple[int, range, int, int]]:
+def items_of(problem: Problem, block_n: int) -> Iterator[tuple[int, range, int, int]]:
     """(length, rows, first tile, tiles) of every item, in the order of the line."""
     for length in problem.lengths:
-        start = first_tile(length, problem.rows, problem.window_left, config.block_n)
-        tiles = tiles_of(length, problem.rows, problem.window_left, config.block_n)
+        start = first_tile(length, problem.rows, problem.window_left, block_n)
+        tiles = tiles_of(length, problem.rows, problem.window_left, block_n)
         for _ in range(problem.kv_heads):
             for rows in problem.row_tiles():
                 yield length, rows, start, tiles
@@ -130,7 +130,7 @@ def own_floor(problem: Problem) -> Bytes:
 
 def lean(problem: Problem, config: Config) -> Account:
     """Keys once for each row tile; q once a segment; partial results, written and read, where an item is cut."""
-    items = list(_items(problem, config))
+    items = list(items_of(problem, config.block_n))
     shared_by = parts([tiles for *_, tiles in items], grid(problem, config), problem.least, problem.most_parts)
     # Every block adds up all lengths, and one with a share searches them once more.
     read = (grid(problem, config) + shared_by) * _NUMBER * len(problem.lengths)
@@ -154,7 +154,7 @@ def split(problem: Problem, config: Config) -> dict[str, Account]:
     """The parts of every item, and the kernel that combines those of items that have several."""
     most_parts = -(-problem.most_tiles // problem.part_tiles[0])
     read = written = merge_read = merge_written = items = 0
-    for length, rows, start, count in _items(problem, config):
+    for length, rows, start, count in items_of(problem, config.block_n):
         items += 1
         parts_of_item = -(-count // problem.part_tiles[0])
         for part in range(parts_of_item):

@@ -17,9 +17,10 @@ from iokernels import autotune, flash_attention, lean_attention
 from iokernels.bench.case import Point
 from iokernels.bench.cases.lean_attention import CASE
 from iokernels.bench.proof import Proof
+from iokernels.ops.lean_attention import tuning_cuda
 from iokernels.ops.lean_attention.tuning import Config
 
-from .lean_attention_calls import BACKENDS, HALF_AND_SINGLE, make, prove
+from .lean_attention_calls import BACKENDS, CUDA, HALF_AND_SINGLE, make, prove, runs, usual
 
 RAGGED = (0, 40, 1, 90, 33)
 
@@ -27,13 +28,22 @@ RAGGED = (0, 40, 1, 90, 33)
 @pytest.fixture(autouse=True)
 def _small_tiles() -> Iterator[None]:
     """So that short sequences cross many tiles and blocks; the check command takes those that a GPU would get."""
-    with autotune.override(lean_attention=Config(block_n=32, blocks=6, stream_k=1, num_warps=4, num_stages=2)):
+    tiles = {"block_n": 32, "blocks": 6, "stream_k": 1}
+    with autotune.override(
+        lean_attention=Config(**tiles, num_warps=4, num_stages=2),
+        lean_attention_cuda=tuning_cuda.Config(**tiles, key_warps=2, stages=2),
+    ):
         yield
 
 
 @pytest.mark.parametrize("point", CASE.check_points(), ids=lambda point: point.name)
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [(name, dtype) for name in BACKENDS for dtype in CASE.implementations[name].dtypes], ids=str
+    ("backend", "dtype"),
+    [
+        *((name, dtype) for name in ("torch", "triton") for dtype in CASE.implementations[name].dtypes),
+        pytest.param("cuda", torch.float16, marks=CUDA.marks),
+    ],
+    ids=str,
 )
 def test_every_option(backend: str, point: Point, dtype: torch.dtype, device: str) -> None:
     verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
@@ -64,22 +74,22 @@ def test_empty_sequences(backend: str, page: int, device: str) -> None:
 @pytest.mark.parametrize("prefix", [0, 9])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_sequences_empty(backend: str, prefix: int, sinks: bool, device: str) -> None:
-    call = make(3, (0, 0, 0), prefix=prefix, sinks=sinks, device=device)
+    call = make(3, (0, 0, 0), prefix=prefix, sinks=sinks, dtype=usual(backend), device=device)
     out, lse = call(backend) if not prefix else prove(backend, call)
     if not prefix:
         assert (out == 0).all()
-        expected = call.tensors["sinks"] if sinks else torch.full((2,), -math.inf, device=device)
+        expected = call.tensors["sinks"].float() if sinks else torch.full((2,), -math.inf, device=device)
         torch.testing.assert_close(lse, expected[None, :, None].expand_as(lse))
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_nothing_at_all(backend: str, device: str) -> None:
     """No sequence, and no room in the cache."""
-    out, lse = make(4, (), page=0, device=device)(backend)
+    out, lse = make(4, (), page=0, dtype=usual(backend), device=device)(backend)
     assert out.shape == (0, 2, 1, 16)
     assert lse.shape == (0, 2, 1)
     for page in (0, 4):
-        out, lse = make(4, (0, 0), spare=0, page=page, device=device)(backend)
+        out, lse = make(4, (0, 0), spare=0, page=page, dtype=usual(backend), device=device)(backend)
         assert (out == 0).all()
         assert (lse == -math.inf).all()
 
@@ -106,14 +116,13 @@ def test_windows_reach_into_the_prefix(backend: str, window: tuple[int, int], de
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_window_as_long_as_the_sequence_is_none(backend: str, device: str) -> None:
-    call = make(7, (70, 33), rows=3, device=device)
+    call = make(7, (70, 33), rows=3, dtype=usual(backend), device=device)
     for one, other in zip(call(backend, window=(90, 0)), call(backend), strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind", ["flat", "large", "constant"])
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), runs(*HALF_AND_SINGLE), ids=str)
 def test_logits(backend: str, dtype: torch.dtype, kind: Any, device: str) -> None:
     prove(backend, make(8, (90, 70), head_dim=32, rows=2, dtype=dtype, kind=kind, device=device))
 
@@ -121,13 +130,13 @@ def test_logits(backend: str, dtype: torch.dtype, kind: Any, device: str) -> Non
 @pytest.mark.parametrize("softcap", [3.0, 0.5])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saturated_softcap(backend: str, softcap: float, device: str) -> None:
-    prove(backend, make(9, (70, 33), head_dim=32, kind="large", device=device), softcap=softcap)
+    prove(backend, make(9, (70, 33), head_dim=32, kind="large", dtype=usual(backend), device=device), softcap=softcap)
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_negative_and_zero_scale(backend: str, scale: float, device: str) -> None:
-    prove(backend, make(10, (70, 33), rows=2, device=device), scale=scale)
+    prove(backend, make(10, (70, 33), rows=2, dtype=usual(backend), device=device), scale=scale)
 
 
 @pytest.mark.parametrize("sink", [0.0, 5.0, -30.0, -math.inf])
@@ -147,12 +156,13 @@ def test_sinks(backend: str, sink: float, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sinks_of_any_dtype_and_stride(backend: str, dtype: torch.dtype, device: str) -> None:
-    call = make(12, (20, 7), heads=4, kv_heads=2, device=device)
+    call = make(12, (20, 7), heads=4, kv_heads=2, dtype=usual(backend), device=device)
     sinks = torch.linspace(-1.0, 2.0, 4, device=device, dtype=dtype)
     strided = sinks.repeat_interleave(3)[::3]
     assert not strided.is_contiguous()
-    for one, other in zip(call(backend, sinks=strided), call("reference", sinks=sinks), strict=True):
-        torch.testing.assert_close(one, other)
+    out, lse = prove(backend, call, sinks=strided)
+    for one, other in zip((out, lse), call(backend, sinks=sinks), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +191,7 @@ def test_widths(backend: str, widths: tuple[int, int], device: str) -> None:
 @pytest.mark.parametrize("page", [0, 5])
 @pytest.mark.parametrize("scales", ["", "head", "key"])
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), runs(torch.float16, torch.float32), ids=str)
 def test_quantised_caches(
     backend: str, dtype: torch.dtype, cache_dtype: torch.dtype, scales: str, page: int, device: str
 ) -> None:
@@ -201,9 +210,9 @@ def test_every_code_of_a_quantised_cache(backend: str, dtype: torch.dtype, devic
     finite = torch.where(codes.float().isfinite(), codes.float(), 0.0).to(dtype)
     cache = finite.view(16, 1, 1, 16).to(device)
     lengths = torch.ones(16, dtype=torch.int32, device=device)
-    q = torch.full((16, 1, 1, 16), 0.01, device=device)
+    q = torch.full((16, 1, 1, 16), 0.01, dtype=usual(backend), device=device)
     out = lean_attention(q, cache, cache, cache_seqlens=lengths, backend=backend)
-    assert torch.equal(out.flatten(), finite.float().to(device))
+    assert torch.equal(out.flatten().float(), finite.float().to(device))
 
 
 @pytest.mark.parametrize("scales", ["head", "key"])
@@ -211,7 +220,7 @@ def test_every_code_of_a_quantised_cache(backend: str, dtype: torch.dtype, devic
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_scale_without_the_other(backend: str, one: str, scales: str, device: str) -> None:
     """Scales also go with caches of the dtype of q."""
-    call = make(16, (50, 21), scales=scales, dtype=torch.float32, device=device)
+    call = make(16, (50, 21), scales=scales, dtype=usual(backend), device=device)
     call.tensors.pop(one)
     prove(backend, call)
 
@@ -231,7 +240,7 @@ def test_pages(backend: str, layout: str, page: int, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_may_share_pages(backend: str, device: str) -> None:
-    call = make(18, (24, 24), page=8, device=device)
+    call = make(18, (24, 24), page=8, dtype=usual(backend), device=device)
     table = call.tensors["block_table"].clone()
     table[1, :2] = table[0, :2]
     prove(backend, call.with_tensors(block_table=table))
@@ -257,12 +266,12 @@ def test_prefix(backend: str, rows: int, page: int, scales: str, device: str) ->
     """The keys of a prefix stand before every sequence's own, and those of an empty sequence are all it has."""
     common: dict[str, Any] = {"heads": 6, "kv_heads": 2, "rows": rows, "page": page, "prefix": 45, "device": device}
     prove(backend, make(20, RAGGED, dtype=torch.float16, scales=scales, sinks=bool(scales), **common))
-    prove(backend, make(21, RAGGED, dtype=torch.float32, softcap=2.0, **common))
+    prove(backend, make(21, RAGGED, dtype=usual(backend), softcap=2.0, **common))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prefix_is_keys_that_all_sequences_have(backend: str, device: str) -> None:
-    call = make(22, (20, 20, 20), heads=4, kv_heads=2, rows=2, prefix=30, device=device)
+    call = make(22, (20, 20, 20), heads=4, kv_heads=2, rows=2, prefix=30, dtype=usual(backend), device=device)
     tensors = dict(call.tensors)
     for name in "kv":
         common = tensors.pop(f"{name}_prefix").expand(3, -1, -1, -1)
@@ -274,19 +283,19 @@ def test_a_prefix_is_keys_that_all_sequences_have(backend: str, device: str) -> 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_prefix_is_none(backend: str, device: str) -> None:
-    call = make(23, (20, 7), device=device)
-    nothing = torch.zeros(1, 0, 16, device=device)
+    call = make(23, (20, 7), dtype=usual(backend), device=device)
+    nothing = torch.zeros(1, 0, 16, dtype=usual(backend), device=device)
     for one, other in zip(call(backend, k_prefix=nothing, v_prefix=nothing), call(backend), strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_is_the_last_rows_of_attention(backend: str, device: str) -> None:
-    q, k, v = (torch.randn(2, heads, 40, 16, device=device) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, heads, 40, 16, device=device).to(usual(backend)) for heads in (4, 2, 2))
     lengths = torch.full((2,), 40, dtype=torch.int32, device=device)
     expected = flash_attention(q, k, v, causal=True, backend="reference")[:, :, -3:]
     torch.testing.assert_close(
-        lean_attention(q[:, :, -3:], k, v, cache_seqlens=lengths, backend=backend), expected, rtol=1e-4, atol=1e-5
+        lean_attention(q[:, :, -3:], k, v, cache_seqlens=lengths, backend=backend), expected, **tolerance
     )
 
 

@@ -53,7 +53,10 @@ _CONTRACTS = {
 }
 
 MAX_HEAD_DIM = 256
-"""Widest head that the Triton kernels hold on chip."""
+"""Widest head that the kernels hold on chip."""
+
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes of q that the kernel in CUDA C++ takes."""
 
 MAX_QUERIES = 16
 """Most query rows of a sequence: more are a prompt, and ``flash_attention`` is made for those."""
@@ -116,7 +119,7 @@ def lean_attention(
         batch_invariant: a row's bits depend on neither the rest of the batch nor the GPU's number of SMs.
         schedule: how a GPU divides the work: ``"lean"`` (equal shares), ``"split"`` (a fixed number of parts for each
             sequence and a second kernel that combines them), or None for what tuning found better.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in the dtype and memory order of q, or ``(out, lse)`` with ``lse [B, Hq, Nq]`` the
@@ -236,10 +239,21 @@ def _backend(backend: str | None, grad: bool, sizes: dict[str, Any], tensors: tu
         q.device.type,
         {
             "triton": lambda: no_gradient or devices.kernel_refusal(q, widths, MAX_HEAD_DIM),
+            "cuda": lambda: no_gradient or _cuda_refusal(q, widths),
             "torch": lambda: no_gradient,
             "reference": lambda: None,
         },
     )
+
+
+def _cuda_refusal(q: Tensor, widths: dict[str, Any]) -> str | None:
+    """Why the kernel in CUDA C++ cannot run a call, as the end of a sentence, or None when it can."""
+    if q.dtype not in CUDA_DTYPES:
+        return f"its kernel takes queries of float16 and bfloat16, not {short(q.dtype)}"
+    for name, width in widths.items():
+        if width > MAX_HEAD_DIM:
+            return f"{name} is {width}, and its kernel holds heads up to {MAX_HEAD_DIM} wide"
+    return devices.cuda_refusal(q.device)
 
 
 def _schedule(contract: Contract, schedule: Any, batch_invariant: bool) -> str:

@@ -14,6 +14,7 @@ from iokernels.ops.triton_tiles import clamp, is_wide, padded, strides
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
+from .arrivals import ARRIVALS, arrivals_of
 from .options import Options, as_bytes, capacity, empty_lse, empty_out, per_key
 from .triton_lean import lean_attention_kernel
 from .triton_split import lean_attention_combine_kernel, lean_attention_split_kernel
@@ -55,7 +56,7 @@ def _launch_lean(launch: Launch, own: Arguments) -> None:
             FEATURES=own.features, LEAST=LEAST_TILES, MOST_PARTS=MOST_PARTS, **own.constants, **launch.resources,
         )  # fmt: skip
     except BaseException:
-        _ARRIVALS.clear()  # a kernel that was broken off leaves counts behind
+        ARRIVALS.clear()  # a kernel that was broken off leaves counts behind
         raise
 
 
@@ -221,24 +222,3 @@ def _scaling(scale: Tensor | None) -> int:
     if scale is None:
         return UNSCALED.value
     return BY_KEY.value if per_key(scale) else BY_HEAD.value
-
-
-_ARRIVALS: dict[Any, Tensor] = {}
-
-
-def arrivals_of(device: torch.device, items: int) -> Tensor:
-    """Counters of ``items`` zeros, which every launch leaves at zero.
-
-    Launches of one stream follow each other, so they share the counters of their stream. A CUDA graph may be replayed
-    on any stream: it gets counters of its own, which it clears itself.
-    """
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(items, dtype=torch.int32, device=device)
-        key: Any = (device, torch.cuda.current_stream(device).cuda_stream)
-    else:
-        key = device
-    found = _ARRIVALS.get(key)
-    if found is None or found.numel() < items:
-        found = _ARRIVALS[key] = torch.zeros(autotune.bucket(items), dtype=torch.int32, device=device)
-    return found

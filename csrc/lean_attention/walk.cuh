@@ -1,0 +1,266 @@
+// The walk of lean_attention over the keys of one segment: online softmax of 16 rows, in the registers of a warp.
+//
+// For each row, (m, l, acc) sums up the keys that were seen:
+//
+//     m = max_j s_j        l = sum_j 2^(s_j - m)        acc = sum_j 2^(s_j - m) v_j        (s in base 2)
+//
+// A warp takes its KEYS keys of every tile of the segment, so that KEY_WARPS sums of the same rows arise side by side;
+// nothing is exchanged before the end. Its tiles come through a ring of STAGES stages of its own, which only the warps
+// with the same keys (ROW_WARPS of them, with other rows) fill and read together.
+#pragma once
+#include "common/barriers.cuh"
+#include "common/math.cuh"
+#include "tiles.cuh"
+
+// A warp's part of the block: which rows of an item, and which keys of a tile.
+DEVICE int row_warp() { return warp_id() / KEY_WARPS; }
+DEVICE int key_warp() { return warp_id() % KEY_WARPS; }
+
+// Waits for the warps that have the same keys.
+DEVICE void keys_sync() {
+    if constexpr (ROW_WARPS == 1) {
+        __syncwarp();
+    } else {
+        barrier_wait(1 + key_warp(), WARP * ROW_WARPS);
+    }
+}
+
+// The keys of one head of one sequence, or of all pages.
+struct Keys {
+    const Cache *k, *v;
+    const float *k_factor, *v_factor;
+    const int* pages;  // of the sequence
+    Strides stride_k, stride_v;
+    KeyStrides stride_k_factor, stride_v_factor;
+    int page;
+};
+
+// Where this warp's rings lie.
+struct Rings {
+    Shared<u8> tiles;                   // [STAGES][KEY_WARPS] of K and V
+    Shared<float> k_factors, v_factors;  // [STAGES][KEY_WARPS][KEYS]
+
+    DEVICE Shared<u8> k_tile(int stage) const { return tiles + (stage * KEY_WARPS + key_warp()) * KEYS_BYTES; }
+    DEVICE Shared<u8> v_tile(int stage) const { return k_tile(stage) + KEYS * K_ROW; }
+    DEVICE Shared<float> k_factor(int stage) const { return k_factors + (stage * KEY_WARPS + key_warp()) * KEYS; }
+    DEVICE Shared<float> v_factor(int stage) const { return v_factors + (stage * KEY_WARPS + key_warp()) * KEYS; }
+};
+
+struct Softmax {
+    float scale;         // scale * log2 e, or scale / softcap
+    float softcap_log2;  // softcap * log2 e; 0: there is none
+    int low[2], high[2];  // the first and the last key that each of the lane's rows sees
+    int lowest, highest;  // the last of the firsts, and the first of the lasts, of the warp's 16 rows
+
+    // Rows at these positions of `length` keys; -1 is an unbounded side of the window.
+    DEVICE void see(const int (&position)[2], int left, int right, int length) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            low[row] = left < 0 ? 0 : position[row] - left;
+            high[row] = right < 0 ? length - 1 : least(position[row] + right, length - 1);
+        }
+        lowest = warp_reduce(most(low[0], low[1]), Max{});
+        highest = -warp_reduce(-least(high[0], high[1]), Max{});
+    }
+};
+
+// One lane's share of 16 rows: lane / 4 and lane / 4 + 8.
+struct Sums {
+    float m[2], l[2];
+    float acc[BLOCK_V / 8][4];
+};
+
+struct QFragment {
+    u32 at[4];
+};
+
+constexpr bool Q_HELD = BLOCK_D <= 128;  // q stays in registers, and is read from shared memory where it is wider
+
+// 2^x where x may be -inf - (-inf): a row that has seen no key yet subtracts 0.
+DEVICE float finite_or_0(float m) { return m == -infinity() ? 0.0f : m; }
+
+// One key after the other of those that this warp fetches, and the row of its lane.
+struct Place {
+    int key, page;
+    bool exists;
+};
+
+DEVICE Place place_of(const Keys& keys, int first, int stop) {
+    Place place;
+    place.key = first + OWN * row_warp() + least(lane_id(), OWN - 1);
+    place.exists = lane_id() < OWN && place.key < stop;
+    place.page = 0;
+    if constexpr (PAGED) {
+        if (place.exists) place.page = load_global(keys.pages + place.key / keys.page);
+    }
+    return place;
+}
+
+DEVICE i64 factor_offset(const Keys& keys, const Place& place, const KeyStrides& stride) {
+    if constexpr (PAGED) return place.page * stride.b + place.key % keys.page * stride.n;
+    return place.key * stride.n;
+}
+
+// Starts copying the keys of a tile that this warp fetches: all lanes, with the place of each lane's key.
+DEVICE void fetch(const Keys& keys, const Rings& rings, const Place& place, int first, int stop, int stage) {
+    const int own = OWN * row_warp(), start = first + own, there = stop - start;
+    const int in_page = PAGED ? place.key % keys.page : 0;
+    auto rows_of = [&](const Strides& stride) {
+        return [&, stride](int row) -> i64 {
+            if constexpr (PAGED) return shuffle(place.page, row) * stride.b + shuffle(in_page, row) * stride.n;
+            return (start + row) * stride.n;
+        };
+    };
+    fetch_rows<HEAD_DIM, BLOCK_D>(rings.k_tile(stage) + own * K_ROW, keys.k, keys.stride_k.d, there,
+                                  rows_of(keys.stride_k));
+    fetch_rows<VALUE_DIM, BLOCK_V>(rings.v_tile(stage) + own * V_ROW, keys.v, keys.stride_v.d, there,
+                                   rows_of(keys.stride_v));
+}
+
+// The factors of each lane's own key: asked for early, and put down once a tile has been dealt with in between.
+struct Factors {
+    float k, v;
+
+    DEVICE void ask(const Keys& keys, const Place& place) {
+        k = v = 0.0f;
+        if (!place.exists) return;
+        if constexpr (K_BY_KEY) k = load_global(keys.k_factor + factor_offset(keys, place, keys.stride_k_factor));
+        if constexpr (V_BY_KEY) v = load_global(keys.v_factor + factor_offset(keys, place, keys.stride_v_factor));
+    }
+
+    DEVICE void put(const Rings& rings, int stage) const {
+        if (lane_id() >= OWN) return;
+        const int own = OWN * row_warp() + lane_id();
+        if constexpr (K_BY_KEY) store_shared(rings.k_factor(stage) + own, k);
+        if constexpr (V_BY_KEY) store_shared(rings.v_factor(stage) + own, v);
+    }
+};
+
+// One tile: scores of the warp's keys from `first` on, and what they add to the sums.
+template <class Q>
+DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const Softmax& softmax, int first) {
+    const int pair = lane_id() % 4;
+    float scores[KEYS / 16][2][4] = {};
+#pragma unroll
+    for (int jj = 0; jj < KEYS / 16; ++jj) {
+        multiply_keys(scores[jj], rings.k_tile(stage) + 16 * jj * K_ROW, q_of);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            Vector<float, 2> factor{{softmax.scale, softmax.scale}};
+            if constexpr (K_BY_KEY) {
+                const auto own = load_shared_vector<2>(rings.k_factor(stage) + (16 * jj + 8 * half + 2 * pair));
+                factor.at[0] *= own.at[0];
+                factor.at[1] *= own.at[1];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scores[jj][half][i] *= factor.at[i % 2];
+            if (softmax.softcap_log2 > 0.0f) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    scores[jj][half][i] = tanh_exact(scores[jj][half][i]) * softmax.softcap_log2;
+                }
+            }
+        }
+    }
+
+    // Only tiles at the edge of what some row sees need a mask.
+    if (first + KEYS - 1 > softmax.highest || first < softmax.lowest) {
+#pragma unroll
+        for (int jj = 0; jj < KEYS / 16; ++jj) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int key = first + 16 * jj + 8 * (i / 4) + 2 * pair + i % 2, row = i % 4 / 2;
+                if (key < softmax.low[row] || key > softmax.high[row]) scores[jj][i / 4][i % 4] = -infinity();
+            }
+        }
+    }
+
+    float alpha[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float m = sums.m[row];
+#pragma unroll
+        for (int jj = 0; jj < KEYS / 16; ++jj) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) m = most(m, scores[jj][i / 2][2 * row + i % 2]);
+        }
+        m = warp_reduce<4>(m, Max{});
+        const float finite = finite_or_0(m);
+        alpha[row] = exp2_fast(sums.m[row] - finite);
+        sums.m[row] = m;
+        sums.l[row] *= alpha[row];
+#pragma unroll
+        for (int jj = 0; jj < KEYS / 16; ++jj) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& score = scores[jj][i / 2][2 * row + i % 2];
+                score = exp2_fast(score - finite);
+                sums.l[row] += score;
+            }
+        }
+    }
+    // Most tiles leave the maxima as they are, and a factor of 1 changes no bit.
+    if (any_lane(alpha[0] != 1.0f || alpha[1] != 1.0f)) {
+#pragma unroll
+        for (int n = 0; n < BLOCK_V / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums.acc[n][i] *= alpha[i / 2];
+        }
+    }
+#pragma unroll
+    for (int jj = 0; jj < KEYS / 16; ++jj) {
+        u32 p[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            p[i] = pack<Element>(scores[jj][i / 2][i % 2 * 2], scores[jj][i / 2][i % 2 * 2 + 1]);
+        }
+        multiply_values(sums.acc, p, rings.v_tile(stage) + 16 * jj * V_ROW, rings.v_factor(stage) + 16 * jj);
+    }
+}
+
+// The sums of this warp's rows over its keys of the tiles `tile` to `tile + tiles` of a sequence of `length` keys.
+// get_q() waits for q, which is on its way, while the first tiles are too; STAGES - 1 younger groups of copies are.
+template <class GetQ, class Q>
+DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings& rings, const Softmax& softmax, int tile,
+                 int tiles, int length) {
+    constexpr int AHEAD = STAGES - 1;
+    const int stop = least((tile + tiles) * BLOCK_N, length);
+    auto first_of = [&](int t) { return (tile + t) * BLOCK_N + key_warp() * KEYS; };
+
+    Sums sums = {};
+    sums.m[0] = sums.m[1] = -infinity();
+    Place places[STAGES];
+#pragma unroll
+    for (int t = 0; t < STAGES; ++t) places[t] = place_of(keys, first_of(t), t < tiles ? stop : 0);
+    Factors factors;
+#pragma unroll
+    for (int t = 0; t < AHEAD; ++t) {
+        if (t < tiles) {
+            fetch(keys, rings, places[t], first_of(t), stop, t);
+            factors.ask(keys, places[t]);
+            factors.put(rings, t);
+        }
+        commit_copies();
+    }
+    Place next = places[AHEAD];
+    get_q();
+    int stage = 0, free = AHEAD;
+    for (int t = 0; t < tiles; ++t) {
+        wait_copies<AHEAD - 1>();
+        keys_sync();  // all of tile t is here, and nobody reads tile t - 1 any more
+        const bool more = t + AHEAD < tiles;
+        if (more) {
+            fetch(keys, rings, next, first_of(t + AHEAD), stop, free);
+            factors.ask(keys, next);
+            next = place_of(keys, first_of(t + STAGES), t + STAGES < tiles ? stop : 0);
+        }
+        commit_copies();
+        if (first_of(t) < stop) fold(sums, q_of, rings, stage, softmax, first_of(t));
+        if (more) factors.put(rings, free);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        free = free + 1 == STAGES ? 0 : free + 1;
+    }
+    sums.l[0] = warp_reduce<4>(sums.l[0], Sum{});
+    sums.l[1] = warp_reduce<4>(sums.l[1], Sum{});
+    return sums;
+}
