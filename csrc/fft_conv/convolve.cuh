@@ -22,12 +22,12 @@ struct Chip {
     Matrices roots;
     Planes planes;        // [N1][R R]
     Shared<u32> inner;    // the factors between stages 2 and 3
-    Shared<int> scratch;  // [2 WARPS]
+    Shared<int> scratch;  // [4 WARPS]
 
     DEVICE Chip(SharedMemory& arena) {
         planes = {arena.take<fp16>(POINTS), arena.take<fp16>(POINTS)};
         inner = arena.take<u32>(4 * QUADS);
-        scratch = arena.take<int>(2 * WARPS);
+        scratch = arena.take<int>(4 * WARPS);
         make_inner_twiddles(inner);
         roots.make();
     }
@@ -35,15 +35,13 @@ struct Chip {
 
 // Where a block of positions lies in its sequences.
 struct Place {
-    int start;        // the time of position 0
-    int first, last;  // positions of which results are wanted
+    int start;  // the time of position 0
     int seqlen;
     int stop[2];  // where each member ends: 0 for one that does not exist
 };
 
-// The product with the filter, of the frequencies of one k1, in place.
-template <bool CONJ>
-DEVICE void filter(Square& z, const u32* spectrum, const Roots<R>& f, Here at = HERE) {
+// The product with the filter, of the frequencies of one k1, in place. `sign` is -1 for its conjugate.
+DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots<R>& f, Here at = HERE) {
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m) {
         Square p;
@@ -54,8 +52,8 @@ DEVICE void filter(Square& z, const u32* spectrum, const Roots<R>& f, Here at = 
             Complex y[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const Complex factor = {low_of<fp16>(k.at[e]) * MIDDLE, high_of<fp16>(k.at[e]) * MIDDLE};
-                y[e] = Complex{x.r[e], x.i[e]} * (CONJ ? conj(factor) : factor);
+                const Complex factor = {low_of<fp16>(k.at[e]) * MIDDLE, high_of<fp16>(k.at[e]) * (MIDDLE * sign)};
+                y[e] = Complex{x.r[e], x.i[e]} * factor;
             }
             const u32 re[2] = {pack<fp16>(y[0].r, y[1].r), pack<fp16>(y[2].r, y[3].r)};
             const u32 im[2] = {pack<fp16>(y[0].i, y[1].i), pack<fp16>(y[2].i, y[3].i)};
@@ -72,15 +70,15 @@ DEVICE void filter(Square& z, const u32* spectrum, const Roots<R>& f, Here at = 
     }
 }
 
-// One block. `spectrum`: fp16 pairs of the head, as the lanes hold them, divided by `scale`. `store(member, time, values)`
-// receives the results, 4 at a time, of which those at wanted positions count.
-template <bool CONJ, class Store>
-DEVICE void convolve(const Chip& chip, const Source (&source)[2], const Place& at_place, const u32* spectrum, float scale,
-                     const Store& store, Here at = HERE) {
+// One block. `spectrum`: fp16 pairs of the head, as the lanes hold them, divided by `scale`; `sign` is -1 for its
+// conjugate. `store(member, position, values)` receives the results, 4 at a time, those of unwanted positions too.
+template <class Store>
+DEVICE void convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
+                     float sign, const Store& store, Here at = HERE) {
     Exponents e;
     {
         Signal z;
-        load_pair(z, source, at_place.start, at_place.seqlen, at_place.stop, at);
+        load_pair(z, source, place.start, place.seqlen, place.stop, at);
         e = largest(z, chip.scratch, at);
         rescale(z, e);
         stage1<0, N1>(chip.planes, z, chip.roots.of<N1>(), at);
@@ -91,7 +89,7 @@ DEVICE void convolve(const Chip& chip, const Source (&source)[2], const Place& a
         Square z;
         stage2(z, chip.planes, k1, chip.roots.of<R>(), chip.inner, at);
         __syncwarp();
-        filter<CONJ>(z, spectrum + k1 * (4 * QUADS), chip.roots.of<R>(), at);
+        filter(z, spectrum + k1 * COLUMNS, sign, chip.roots.of<R>(), at);
         back_to_stage1(chip.planes, k1, z, chip.roots.of<R>(), chip.inner, at);
     }
     block_sync(at);
@@ -106,7 +104,7 @@ DEVICE void convolve(const Chip& chip, const Source (&source)[2], const Place& a
                 im.at[j] *= back[1];
             }
             store(0, position, re);
-            if (at_place.stop[1] > 0) store(1, position, im);
+            if (place.stop[1] > 0) store(1, position, im);
         },
         at);
 }

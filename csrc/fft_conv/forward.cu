@@ -45,18 +45,18 @@ fft_conv_fwd_kernel(const Element* u_ptr,     // [B, H, N]
         const int b0 = unit % pairs * members, start = unit / pairs * step - lead;
         const bool two = members == 2 && b0 + 1 < batch;
         const int b1 = two ? b0 + 1 : b0;
-        const Place place = {start, lead, lead + step, seqlen, {seqlen, two ? seqlen : 0}};
+        const Place place = {start, seqlen, {seqlen, two ? seqlen : 0}};
         Source source[2];
 #pragma unroll
         for (int member = 0; member < 2; ++member) {
             const int b = member ? b1 : b0;
-            source[member] = {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head),
+            source[member] = {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head), 0,
                               state_ptr == nullptr ? state_ptr : state_ptr + (static_cast<i64>(b) * heads + head) * past,
                               past, periodic != 0, false, aligned != 0};
         }
-        convolve<false>(chip, source, place, spectrum, scale, [&](int member, int position, Values w) {
-            const int b = member ? b1 : b0, time = start + position, first = start + place.first;
-            const int stop = least(seqlen, start + place.last);
+        convolve(chip, source, place, spectrum, scale, 1.0f, [&](int member, int position, Values w) {
+            const int b = member ? b1 : b0, time = start + position, first = start + lead;
+            const int stop = least(seqlen, first + step);
             if (post_ptr != nullptr) {
                 const Values gate = load_times(row_of(post_ptr, stride_post, b, head), time, first, stop,
                                                aligned != 0);

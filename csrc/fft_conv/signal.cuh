@@ -69,9 +69,10 @@ DEVICE void store_times(Element* y, const Values& v, int time, int first, int st
     }
 }
 
-// x gate of one sequence, with what lies before time 0 and after its end.
+// x gate of one sequence from the time `first` on, with what lies before time 0 and after its end.
 struct Source {
     Row x, gate;
+    int first;
     const float* past;  // the last steps before time 0, or none
     int past_steps;
     bool before, after;  // time runs on at the other end: before 0, after the end
@@ -90,7 +91,7 @@ struct Source {
             if (past != nullptr && t < 0 && t >= -past_steps && stop > 0) v.at[j] = load_global(past + t + past_steps, at);
             if (before && t < 0) t += seqlen;
             if (after && t >= seqlen) t -= seqlen;
-            if (t < 0 || t >= stop) continue;
+            if (t < first || t >= stop) continue;
             v.at[j] = float(load_global(x.x + t * x.stride, at));
             if (gate.x != nullptr) v.at[j] *= float(load_global(gate.x + t * gate.stride, at));
         }
@@ -98,9 +99,9 @@ struct Source {
     }
 
     DEVICE Values gated(int time, int stop, Here at) const {
-        Values v = load_times(x, time, 0, stop, true, at);
+        Values v = load_times(x, time, first, stop, true, at);
         if (gate.x != nullptr) {
-            const Values g = load_times(gate, time, 0, stop, true, at);
+            const Values g = load_times(gate, time, first, stop, true, at);
 #pragma unroll
             for (int j = 0; j < 4; ++j) v.at[j] *= g.at[j];
         }
@@ -142,7 +143,7 @@ struct Signal {
 // One member's group of a slab: rows 16 (FIRST_BLOCK + block) + ...; returns its exponent.
 DEVICE int load_group(u32 (&to)[4][2], const Source& source, int start, int seqlen, int stop, int slab, int block,
                       Here at = HERE) {
-    const int group = lane_id() / 4, pair = lane_id() % 4;
+    const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
     const int column = first_column(slab) + 4 * (group / 2 + 4 * (group % 2));
     Values v[2][2];
     float largest = 0.0f;
@@ -237,7 +238,7 @@ DEVICE void rescale(Signal& z, Exponents e) {
 // Stage 1: rows FIRST to FIRST + ROWS of k1, with their factors, as rows 0 to ROWS of the planes.
 template <int FIRST, int ROWS>
 DEVICE void stage1(const Planes& planes, const Signal& z, const Roots<N1>& f, Here at = HERE) {
-    const int group = lane_id() / 4, pair = lane_id() % 4;
+    const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab) {
 #pragma unroll
@@ -281,7 +282,7 @@ DEVICE void stage1(const Planes& planes, const Signal& z, const Roots<N1>& f, He
 
 // The right operands of a slab, 16 rows k1 from 16 k on, out of a plane.
 DEVICE void columns_of(u32 (&x)[4][2], Shared<fp16> plane, int slab, int k, Here at = HERE) {
-    const int group = lane_id() / 4, pair = lane_id() % 4;
+    const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
     const int column = first_column(slab) + 4 * (group / 2 + 4 * (group % 2));
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
@@ -299,7 +300,7 @@ DEVICE void columns_of(u32 (&x)[4][2], Shared<fp16> plane, int slab, int k, Here
 // Stage 1 back: hands `store(position, re, im)` the numbers at 4 positions from `position` on, of all that are not zero.
 template <class Store>
 DEVICE void back_to_signal(const Planes& planes, const Roots<N1>& f, const Store& store, Here at = HERE) {
-    const int group = lane_id() / 4, pair = lane_id() % 4;
+    const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
 #pragma unroll 1
     for (int slab = 0; slab < SLABS; ++slab) {
         u32 xr[ROW_BLOCKS][4][2], xi[ROW_BLOCKS][4][2];

@@ -113,9 +113,10 @@ struct Sums {
     float r[4], i[4];
 };
 
-DEVICE void negated(u32 (&to)[2], const u32 (&from)[2]) {
-    to[0] = from[0] ^ 0x80008000u;
-    to[1] = from[1] ^ 0x80008000u;
+template <int COUNT>
+DEVICE void negated(u32 (&to)[COUNT], const u32 (&from)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) to[i] = from[i] ^ 0x80008000u;
 }
 
 // d += F x, or with CONJ conj(F) x, where F is a left operand.
@@ -123,11 +124,17 @@ template <bool CONJ>
 DEVICE void add_product(Sums& d, const u32 (&fr)[4], const u32 (&fi)[4], const u32 (&xr)[2], const u32 (&xi)[2],
                         Here at = HERE) {
     u32 minus[2];
-    negated(minus, CONJ ? xr : xi);
     mma_16x8x16<fp16>(d.r, fr, xr, at);
     mma_16x8x16<fp16>(d.i, fr, xi, at);
-    mma_16x8x16<fp16>(d.r, fi, CONJ ? xi : minus, at);
-    mma_16x8x16<fp16>(d.i, fi, CONJ ? minus : xr, at);
+    if constexpr (CONJ) {
+        negated(minus, xr);
+        mma_16x8x16<fp16>(d.r, fi, xi, at);
+        mma_16x8x16<fp16>(d.i, fi, minus, at);
+    } else {
+        negated(minus, xi);
+        mma_16x8x16<fp16>(d.r, fi, minus, at);
+        mma_16x8x16<fp16>(d.i, fi, xr, at);
+    }
 }
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
@@ -196,7 +203,7 @@ struct Square {
 // Stage 2 of row `row` of the planes.
 DEVICE void stage2(Square& z, const Planes& planes, int row, const Roots<R>& f, Shared<u32> table, Here at = HERE) {
     constexpr int LOADED = R == 32 ? 1 : 2;  // tiles that one ldmatrix loads
-    const int lane = lane_id();
+    const int lane = afresh(lane_id());
 #pragma unroll
     for (int tile = 0; tile < TILES; tile += LOADED) {
         u32 xr[4], xi[4];
@@ -231,11 +238,11 @@ DEVICE Sums stage3(const Square& z, int m, int tile, const Roots<R>& f, Here at 
         const int half = tile % 2;
         const u32 fr[2] = {f.r[tile / 2][k][half], f.r[tile / 2][k][2 + half]};
         const u32 fi[2] = {f.i[tile / 2][k][half], f.i[tile / 2][k][2 + half]};
-        u32 minus[2];
-        negated(minus, fi);
+        u32 minus[4];  // rather than of the matrix, which would stay in registers
+        negated(minus, im);
         mma_16x8x16<fp16>(d.r, left, fr, at);
         mma_16x8x16<fp16>(d.i, left, fi, at);
-        mma_16x8x16<fp16>(d.r, im, minus, at);
+        mma_16x8x16<fp16>(d.r, minus, fi, at);
         mma_16x8x16<fp16>(d.i, im, fr, at);
     }
     return d;
@@ -267,7 +274,7 @@ DEVICE void back_to_stage1(const Planes& planes, int row, const Square& p, const
             v.set(m, tile, re, im);
         }
     }
-    const int group = lane_id() / 4, pair = lane_id() % 4;
+    const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
     Complex of_row[BLOCKS][2];  // w_M^(k1 R n2)
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m) {

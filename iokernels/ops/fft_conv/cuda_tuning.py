@@ -91,7 +91,7 @@ def refusal(seqlen: Any, taps: Any, mode: str, state: bool, smem_block: int) -> 
 def shared_bytes(length: int) -> int:
     """Of a thread block: two planes of float16, the factors between stages 2 and 3, and the largest exponents."""
     _, r = factors(length)
-    return 4 * length + 4 * r * r + 128
+    return 4 * length + 4 * r * r + 256
 
 
 def most_warps(length: int) -> int:
