@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CASES = $(shell $(BIN)/python -c 'from iokernels.bench.cases import CASES; print(*CASES)')
 
-.PHONY: help setup demo test lint format type bench dist clean
+.PHONY: help setup demo test lint format type bench cubins dist clean
 .DELETE_ON_ERROR:
 
 help: ## what there is to make
@@ -50,6 +50,9 @@ type: $(READY) ## static types
 
 bench: $(READY) ## time every operator against what else is installed
 	for case in $(CASES); do $(BIN)/iokernels bench $$case || exit 1; done
+
+cubins: $(READY) ## compile every CUDA kernel for every architecture; the report is docs/guides/cubins.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/iokernels cubins --md docs/guides/cubins.md
 
 dist: $(READY) ## wheel and sdist in dist/
 	rm -rf build dist

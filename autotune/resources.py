@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from iokernels.runtime import ahead
 from iokernels.runtime.device import DeviceSpec, assume
 
 _BLOCKS_SM = {86: 16, 87: 16, 89: 24, 120: 24}
@@ -99,6 +100,23 @@ def compiling_for(spec: DeviceSpec) -> Iterator[list[Resources]]:
     finally:
         JITFunction.run = real_run
         driver._active = outer
+
+
+@contextmanager
+def compiling_cuda_for(spec: DeviceSpec) -> Iterator[list[Resources]]:
+    """The same for kernels in CUDA C++, which nvcc or NVRTC compiles. Also under ``TRITON_INTERPRET``.
+
+    The list is filled when the context ends without an error.
+    """
+    from iokernels.runtime.launch import recorded
+
+    compiled: list[Resources] = []
+    with assume(spec), recorded() as launches:
+        yield compiled
+    for launch in launches:
+        code = ahead.cubin(launch.kernel, spec.sm).read_bytes()
+        found = of_cubin(code, num_warps=-(-launch.block // 32), dynamic_shared_bytes=launch.smem)
+        compiled += [one for one in found if one.kernel == launch.kernel.name]
 
 
 def _resources(name: str, kernel: Any) -> Resources:

@@ -70,7 +70,7 @@ class OnChip:
 
 @dataclass(frozen=True)
 class Accounts:
-    """What an operator says of the bytes of its Triton kernels.
+    """What an operator says of the bytes of its kernels of one backend.
 
     ``model(shape, dtype, configs)`` holds an :class:`Account` for every kernel of a forward and a backward pass, by the
     kernel's function name. ``configs(shape, dtype)`` are the launch parameters that would be selected (on the GPU of
@@ -88,31 +88,40 @@ class Accounts:
     on_chip: OnChip | None = None
 
 
-def count(case: Case, shape: Shape, dtype: torch.dtype, configs: Configs, seed: int = 0) -> dict[str, Bytes]:
+def count(
+    case: Case, shape: Shape, dtype: torch.dtype, configs: Configs, seed: int = 0, backend: str = "triton"
+) -> dict[str, Bytes]:
     """The bytes that every launched kernel requests in a forward and a backward pass (if any), by the kernel's name.
 
-    The kernels run in Triton's interpreter, on the CPU, under the tracer.
+    The kernels run on the CPU: those of ``triton`` in Triton's interpreter, under the tracer, and those of ``cuda`` in
+    the emulator.
 
     Raises:
         RuntimeError: Triton compiles its kernels in this process, or is not installed.
-        iokernels.testing.tracer.OutOfBounds: a kernel touched a byte outside its tensors.
+        iokernels.testing.tracer.OutOfBounds, iokernels.runtime.errors.KernelFault: a kernel touched a byte outside its
+            tensors.
     """
+    from iokernels.runtime.emulator import watch
     from iokernels.testing.tracer import trace
 
     inputs = case.make_inputs(shape, dtype, torch.device("cpu"), seed)
-    with autotune.override(**configs), trace() as traced:
-        _all_passes(case, inputs)
-    counted = {}
-    for name in dict.fromkeys(kernel.name for kernel in traced.kernels):
-        traffic = traced.bytes(name)
+    counted: dict[str, Bytes] = {}
+    with autotune.override(**configs), watch() if backend == "cuda" else trace() as watched:
+        _all_passes(case, inputs, backend)
+    for kernel in watched if isinstance(watched, list) else watched.kernels:
+        old = counted.get(kernel.name, Bytes(0, 0))
+        moved = kernel.arguments.values()
         # An atomic reads what it writes.
-        counted[name] = Bytes(traffic.read + traffic.atomic, traffic.written + traffic.atomic)
+        counted[kernel.name] = Bytes(
+            old.read + sum(one.read + one.atomic for one in moved),
+            old.written + sum(one.written + one.atomic for one in moved),
+        )
     return counted
 
 
-def _all_passes(case: Case, inputs: Inputs) -> None:
-    outputs = case.run(inputs, "triton")
-    if "bwd" not in case.passes:
+def _all_passes(case: Case, inputs: Inputs, backend: str) -> None:
+    outputs = case.run(inputs, backend)
+    if "bwd" not in case.passes or "bwd" not in case.implementations[backend].passes:
         return
     names = [name for name in outputs if name in inputs.output_gradients]
     torch.autograd.backward([outputs[name] for name in names], [inputs.output_gradients[name] for name in names])

@@ -97,7 +97,7 @@ Raises :class:`iokernels.UnsupportedError`, whose text says why, where it does n
 
 @dataclass(frozen=True)
 class Compilation:
-    """How the Triton kernels of an operator are compiled without a GPU.
+    """How the kernels of one backend of an operator are compiled without a GPU.
 
     ``launch(shape, dtype, pass)`` launches the kernels of a pass through their real launchers with meta tensors.
     ``points`` are the shapes and dtypes that together compile every branch of every kernel.
@@ -136,7 +136,8 @@ class Case:
     output written once. ``reference_bytes(shape)`` estimates what the float64 reference needs for both passes, and
     ``smaller(shape)`` is a cheaper shape with the same options (itself when there is none). ``peers(device)`` maps a
     name to a :data:`Prepare`, or to the reason why it is missing. ``check_points()`` covers every option. ``accounts``,
-    ``compilation`` and ``tuning`` describe Triton kernels, and are None where there are none.
+    ``compilation`` and ``tuning`` describe Triton kernels, and are None where there are none; ``cuda_accounts`` and
+    ``cuda_compilation`` those in CUDA C++.
 
     ``passes`` are those that the operator has: forward alone where it takes no gradients. ``limit(name, dtype)`` is
     what the output or gradient (``d`` and the argument) of that name may be wrong by; without it the budget is a
@@ -159,6 +160,8 @@ class Case:
     peers: Callable[[torch.device], Mapping[str, Prepare | str]] = field(default=lambda device: {})
     accounts: Accounts | None = None
     compilation: Compilation | None = None
+    cuda_accounts: Accounts | None = None
+    cuda_compilation: Compilation | None = None
     tuning: Tuning | None = None
     passes: tuple[Pass, ...] = PASSES
     limit: Callable[[str, torch.dtype], Limit] | None = None

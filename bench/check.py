@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     device = machine.pick_device(arguments.device)
     if device.type == "cpu":
         devices.interpret_triton()
+        devices.emulate_cuda()
     if devices.INTERPRET:
         from iokernels.testing import interpreter
 
@@ -111,9 +112,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 def _where(device: torch.device) -> str:
     if device.type == "cuda":
         return "on the GPU; an error is given as a multiple of its budget"
-    how = "in Triton's interpreter" if devices.INTERPRET else "not at all"
+    triton = "in Triton's interpreter" if devices.INTERPRET else "not at all"
+    cuda = "in the emulator" if devices.EMULATE else "not at all"
     lead = "" if torch.cuda.is_available() else "no GPU: "
-    return f"{lead}on the CPU, Triton kernels {how}; an error is given as a multiple of its budget"
+    return (
+        f"{lead}on the CPU, Triton kernels {triton}, CUDA kernels {cuda}; an error is given as a multiple of its budget"
+    )
 
 
 def _rows(cases: list[Case], arguments: argparse.Namespace, device: torch.device) -> Iterator[Row]:

@@ -28,6 +28,7 @@ _MODULES = {
     "bench": "timing_table",
     "io": "io_table",
     "inspect": "compiled_table",
+    "cubins": "cubins",
     "tune": "tune",
 }
 
@@ -68,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
         "check",
         help="prove operators on this machine",
         description="Hold every backend against the float64 reference, forward and all gradients, on the GPU if "
-        "there is one and else on the CPU, where Triton kernels run in Triton's interpreter.",
+        "there is one and else on the CPU, where Triton kernels run in Triton's interpreter and CUDA kernels in the "
+        "emulator.",
     )
     check.add_argument("operators", nargs="*", metavar="OP", help=f"one of {', '.join(CASES)} (default: all)")
     check.add_argument("-k", "--option", metavar="TEXT", help="only the points whose name contains TEXT")
@@ -113,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
     _describe_io(commands)
     _describe_inspect(commands)
+    _describe_cubins(commands)
     _describe_tune(commands)
     return root
 
@@ -122,10 +125,11 @@ def _describe_io(commands: Any) -> None:
         "io",
         help="the bytes that an operator's kernels move: least, modelled, counted",
         description="Per kernel: each input read and each output written once (floor), what its tiling on a GPU should "
-        "request (model), what its blocks did request in Triton's interpreter (count), and the bytes of the naive "
-        "formula. Needs no GPU. A count other than the model is a wrong result.",
+        "request (model), what its blocks did request in Triton's interpreter or in the emulator (count), and the "
+        "bytes of the naive formula. Needs no GPU. A count other than the model is a wrong result.",
     )
     io.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
+    io.add_argument("--backend", choices=("triton", "cuda"), default="triton", help="default: triton")
     io.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
     io.add_argument("--suite", help="a named list of shapes (default: quick)")
     io.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
@@ -138,10 +142,11 @@ def _describe_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="what an operator's compiled kernels take of a GPU",
-        description="Compile the Triton kernels of a call for a GPU, which need not be here, and read registers, "
-        "spills, shared memory, blocks to an SM and matrix instructions from the machine code.",
+        description="Compile the kernels of a call for a GPU, which need not be here, and read registers, spills, "
+        "shared memory, blocks to an SM and matrix instructions from the machine code.",
     )
     inspect.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
+    inspect.add_argument("--backend", choices=("triton", "cuda"), default="triton", help="default: triton")
     inspect.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
     inspect.add_argument("--points", action="store_true", help="the points that compile every branch of every kernel")
     inspect.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
@@ -150,6 +155,20 @@ def _describe_inspect(commands: Any) -> None:
     )
     _gpu(inspect)
     _json(inspect)
+
+
+def _describe_cubins(commands: Any) -> None:
+    cubins = commands.add_parser(
+        "cubins",
+        help="every CUDA kernel compiled ahead of time",
+        description="Compile the CUDA kernels for every architecture, with the default configurations, by nvcc under "
+        "ninja or else by NVRTC, and read registers, spills and shared memory from the machine code. Needs no GPU. A "
+        "kernel that spills is a wrong result.",
+    )
+    cubins.add_argument("operators", nargs="*", metavar="OP", help=f"of {', '.join(CASES)} (default: all)")
+    cubins.add_argument("--out", metavar="DIR", default="build/cubins", help="default: build/cubins")
+    cubins.add_argument("--md", metavar="FILE", help="write the report as Markdown")
+    _json(cubins)
 
 
 def _describe_tune(commands: Any) -> None:

@@ -12,14 +12,20 @@ from rich.markup import escape
 
 from iokernels import autotune
 from iokernels.bench import render
-from iokernels.bench.case import DTYPES, Compilation, Pass, dtype_name, load
+from iokernels.bench.case import DTYPES, Case, Compilation, Pass, dtype_name, load
 from iokernels.bench.rows import tile_text
 from iokernels.bench.shape import Shape, UsageError
+from iokernels.runtime import ahead
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import DeviceSpec, named
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from iokernels.autotune.resources import Resources
+
+    Compiling = Callable[[DeviceSpec], AbstractContextManager[list[Resources]]]
 
 
 @dataclass(frozen=True)
@@ -56,23 +62,20 @@ class Row:
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Compile what the arguments select and print what it takes."""
-    if devices.INTERPRET:
-        raise UsageError("TRITON_INTERPRET is set, and interpreted kernels are not compiled: unset it")
-    if not devices.has_triton():
-        raise UsageError("Triton is not installed, and without it there is nothing to compile")
     case = load(arguments.operator)
-    if case.compilation is None:
-        raise UsageError(f"{case.operator} has no Triton kernels to compile")
+    compilation, compiling = _toolchain(case, arguments.backend)
     if arguments.points and arguments.shape:
         raise UsageError("--points and --shape exclude each other")
     if arguments.points:
-        points = list(case.compilation.points)
+        points = list(compilation.points)
     else:
         shapes = [case.vocabulary.parse(text) for text in arguments.shape or ("",)]
         points = [(shape, DTYPES[name]) for shape in shapes for name in arguments.dtype]
     for _, dtype in points:
-        if dtype not in case.implementations["triton"].dtypes:
-            raise UsageError(f"--dtype is {dtype_name(dtype)}, which the Triton kernels of {case.operator} do not take")
+        if dtype not in case.implementations[arguments.backend].dtypes:
+            raise UsageError(
+                f"--dtype is {dtype_name(dtype)}, which the {arguments.backend} kernels of {case.operator} do not take"
+            )
     if arguments.json not in (None, "-"):
         render.writable(arguments.json)
     spec = named(arguments.gpu)
@@ -81,19 +84,46 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         for shape, dtype in points:
             for which in case.passes_of(arguments.passes):
                 status.update(escape(f"compiling for {spec.slug}: {which} {dtype_name(dtype)} {shape}"))
-                rows += _compile(case.compilation, shape, dtype, which, spec)
+                rows += _compile(compilation, compiling, shape, dtype, which, spec)
     _print(case.operator, rows, spec, console)
     render.write_json(
         arguments.json,
-        {"operator": case.operator, "gpu": spec.slug, "sm": spec.sm, "rows": [row.as_dict() for row in rows]},
+        {
+            "operator": case.operator,
+            "backend": arguments.backend,
+            "gpu": spec.slug,
+            "sm": spec.sm,
+            "rows": [row.as_dict() for row in rows],
+        },
     )
     return 0
 
 
-def _compile(compilation: Compilation, shape: Shape, dtype: torch.dtype, which: Pass, spec: DeviceSpec) -> list[Row]:
-    from iokernels.autotune.resources import compiling_for
+def _toolchain(case: Case, backend: str) -> tuple[Compilation, Compiling]:
+    """What of the operator is compiled, and how. Raises :class:`UsageError` where it cannot be."""
+    from iokernels.autotune.resources import compiling_cuda_for, compiling_for
 
-    with autotune.watch() as configs, compiling_for(spec) as compiled:
+    if backend == "cuda":
+        if case.cuda_compilation is None:
+            raise UsageError(f"{case.operator} has no CUDA kernels to compile")
+        if refusal := ahead.refusal():
+            raise UsageError(refusal)
+        if not devices.has_triton():
+            raise UsageError("Triton is not installed, and its cuobjdump reads the machine code")
+        return case.cuda_compilation, compiling_cuda_for
+    if devices.INTERPRET:
+        raise UsageError("TRITON_INTERPRET is set, and interpreted kernels are not compiled: unset it")
+    if not devices.has_triton():
+        raise UsageError("Triton is not installed, and without it there is nothing to compile")
+    if case.compilation is None:
+        raise UsageError(f"{case.operator} has no Triton kernels to compile")
+    return case.compilation, compiling_for
+
+
+def _compile(
+    compilation: Compilation, compiling: Compiling, shape: Shape, dtype: torch.dtype, which: Pass, spec: DeviceSpec
+) -> list[Row]:
+    with autotune.watch() as configs, compiling(spec) as compiled:
         compilation.launch(shape, dtype, which)
     return [
         Row(

@@ -43,6 +43,8 @@ def contenders(case: Case, device: torch.device, backends: Sequence[str] | None 
             found.append(Contender(name, "backend", None, "refused", refusal))
         elif name == "triton" and devices.INTERPRET:
             found.append(Contender(name, "backend", None, "not timed", "interpreter: not timed"))
+        elif name == "cuda" and device.type == "cpu":
+            found.append(Contender(name, "backend", None, "not timed", "emulator: not timed"))
         else:
             found.append(Contender(name, "backend", partial(_backend, case, name)))
     for name, peer in case.peers(device).items():

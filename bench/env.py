@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ from iokernels.autotune import tables
 from iokernels.bench import machine, render
 from iokernels.bench.case import load
 from iokernels.bench.cases import CASES
+from iokernels.runtime import artifacts
 from iokernels.runtime import device as devices
 
 
@@ -53,16 +55,19 @@ def collect() -> dict[str, dict[str, Any]]:
             "triton": machine.version_of("triton"),
             "cupy": machine.version_of("cupy-cuda13x", "cupy-cuda12x"),
             "nvrtc": nvrtc,
+            "C++ compiler": devices.cxx() or "-",
+            "nvcc": shutil.which("nvcc") or "-",
         },
         "backend": {
             f"{backend} on {device.type}": machine.backend_refusal(backend, device) or "usable"
             for device in machine.present()
-            for backend in ("reference", "torch", "triton")
+            for backend in ("reference", "torch", "triton", "cuda")
         },
-        "folder": {"cache": str(tables.USER.parent)},
+        "folder": {"tables": str(tables.USER), "compiled CUDA kernels": str(artifacts.folder())},
         "tuning table": _tables(),
         "setting": {
             "Triton's interpreter": "on" if devices.INTERPRET else "off",
+            "CUDA emulator": "on" if devices.EMULATE else "off",
             "float32 products": torch.get_float32_matmul_precision(),
         },
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from iokernels.bench import render
-from iokernels.bench.accounts import Accounts, Configs, count
+from iokernels.bench.accounts import Configs, count
 from iokernels.bench.case import DTYPES, Case, dtype_name, load
 from iokernels.bench.io_rows import PASSES, Counted, Row
 from iokernels.bench.rows import tile_text
@@ -25,16 +26,21 @@ COUNTED_BYTES = 48 * 2**20
 def run(arguments: argparse.Namespace, console: Console) -> int:
     """Print the accounts that the arguments select; 1 if a count was not its model."""
     case = load(arguments.operator)
+    backend = arguments.backend
+    if backend == "cuda":
+        case = replace(case, accounts=case.cuda_accounts)
     if case.accounts is None:
-        raise UsageError(f"{case.operator} has no Triton kernels, and so no accounts")
+        raise UsageError(f"{case.operator} has no {backend} kernels, and so no accounts")
     if arguments.shape and arguments.suite:
         raise UsageError("--shape and --suite exclude each other")
     texts = arguments.shape or ()
     shapes = tuple(map(case.vocabulary.parse, texts)) or case.suite(arguments.suite or "quick")
     dtypes = [DTYPES[name] for name in arguments.dtype]
     for dtype in dtypes:
-        if dtype not in case.implementations["triton"].dtypes:
-            raise UsageError(f"--dtype is {dtype_name(dtype)}, which the Triton kernels of {case.operator} do not take")
+        if dtype not in case.implementations[backend].dtypes:
+            raise UsageError(
+                f"--dtype is {dtype_name(dtype)}, which the {backend} kernels of {case.operator} do not take"
+            )
     for target in (arguments.plot, arguments.json if arguments.json != "-" else None):
         if target is not None:
             render.writable(target)
@@ -44,11 +50,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         plot.require("--plot")
         if case.accounts.on_chip is None:
             raise UsageError(f"--plot: the case of {case.operator} does not say how bytes depend on on-chip memory")
-    counting = devices.interpret_triton()
+    counting = devices.emulate_cuda() if backend == "cuda" else devices.interpret_triton()
     spec = named(arguments.gpu)
-    with Console(stderr=True).status("counting bytes in Triton's interpreter"):
-        rows = [_row(case, case.accounts, shape, dtype, spec, counting) for shape in shapes for dtype in dtypes]
-    _print(case, rows, spec, counting, console)
+    with Console(stderr=True).status("counting bytes on the CPU"):
+        rows = [_row(case, backend, shape, dtype, spec, counting) for shape in shapes for dtype in dtypes]
+    _print(case, backend, rows, spec, counting, console)
     if arguments.plot is not None:
         from iokernels.bench import plot_io
 
@@ -57,7 +63,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     render.write_json(
         arguments.json,
         {
-            "operator": case.operator, "gpu": spec.slug, "ok": not wrong, "naive": case.accounts.naive,
+            "operator": case.operator, "backend": backend, "gpu": spec.slug, "ok": not wrong,
+            "naive": case.accounts.naive,
             "rows": [row.as_dict() for row in rows],
         },
     )  # fmt: skip
@@ -65,8 +72,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _row(
-    case: Case, accounts: Accounts, shape: Shape, dtype: torch.dtype, spec: DeviceSpec, counting: bool
+    case: Case, backend: str, shape: Shape, dtype: torch.dtype, spec: DeviceSpec, counting: bool
 ) -> Row:  # fmt: skip
+    accounts = case.accounts
+    assert accounts is not None
     with assume(spec):
         configs = accounts.configs(shape, dtype)
     whole: list[Any] = [which for which in PASSES if which in case.passes]
@@ -78,24 +87,25 @@ def _row(
         kernels=accounts.model(shape, dtype, configs),
         floors={which: case.floor_bytes(shape, dtype, which) for which in whole},
         naive={which: accounts.naive_bytes(shape, dtype, which) for which in whole},
-        counted=_count(case, accounts, shape, dtype, configs) if counting else None,
+        counted=_count(case, backend, shape, dtype, configs) if counting else None,
         on_chip=on_chip,
         bound=accounts.on_chip and accounts.on_chip.lower_bound(shape, dtype, on_chip or 0),
     )
 
 
-def _count(case: Case, accounts: Accounts, shape: Shape, dtype: torch.dtype, configs: Configs) -> Counted:
+def _count(case: Case, backend: str, shape: Shape, dtype: torch.dtype, configs: Configs) -> Counted:
     """Count on ``shape``, or on the first smaller one that the interpreter can do."""
-    model = accounts.model(shape, dtype, configs)
+    assert case.accounts is not None
+    model = case.accounts.model(shape, dtype, configs)
     while sum(account.model.total for account in model.values()) > COUNTED_BYTES:
         smaller = case.smaller(shape)
         if smaller == shape:
             break
-        shape, model = smaller, accounts.model(smaller, dtype, configs)
-    return Counted(shape, count(case, shape, dtype, configs), model)
+        shape, model = smaller, case.accounts.model(smaller, dtype, configs)
+    return Counted(shape, count(case, shape, dtype, configs, 0, backend), model)
 
 
-def _print(case: Case, rows: list[Row], spec: DeviceSpec, counting: bool, console: Console) -> None:
+def _print(case: Case, backend: str, rows: list[Row], spec: DeviceSpec, counting: bool, console: Console) -> None:
     console.print(f"bytes that thread blocks request from global memory, with the tiles of {spec.slug}", style="dim")
     numbers = ("floor", "model", "of floor", "count", "naive", "of model")
     for row in rows:
@@ -118,7 +128,10 @@ def _print(case: Case, rows: list[Row], spec: DeviceSpec, counting: bool, consol
         _print_notes(case, row, console)
     console.print(f"\nnaive: {case.accounts.naive if case.accounts else ''}.", style="dim", highlight=False)
     if not counting:
-        console.print("not counted: Triton is not installed, or was imported without its interpreter", style="dim")
+        why = "Triton is not installed, or was imported without its interpreter"
+        if backend == "cuda":
+            why = "there is no g++, which the emulator needs"
+        console.print(f"not counted: {why}", style="dim")
 
 
 def _print_notes(case: Case, row: Row, console: Console) -> None:

@@ -148,7 +148,8 @@ def floor(spec: DeviceSpec | None, flops: int, nbytes: int, dtype: torch.dtype) 
 
 def backend_refusal(backend: str, device: torch.device) -> str | None:
     """Why no operator can run on ``backend`` here, as the end of a sentence, or None."""
-    return devices.triton_refusal(device) if backend == "triton" else None
+    asks = {"triton": devices.triton_refusal, "cuda": devices.cuda_refusal}.get(backend)
+    return asks(device) if asks else None
 
 
 def present() -> tuple[torch.device, ...]:

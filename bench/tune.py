@@ -113,14 +113,15 @@ def _items(case: Case, tuning: Tuning, arguments: argparse.Namespace, spec: Devi
         raise UsageError(f"--kernel: {case.operator} has {', '.join(tuning.tunables)}, not {arguments.kernel!r}")
     found: dict[Any, Item] = {}
     for dtype in [DTYPES[name] for name in arguments.dtype]:
-        if dtype not in case.implementations["triton"].dtypes:
-            raise UsageError(f"--dtype: the Triton kernels of {case.operator} do not take {dtype_name(dtype)}")
+        takers = {name for name, one in case.implementations.items() if dtype in one.dtypes}
+        if not any(tunable.backend in takers for tunable in tuning.tunables.values()):
+            raise UsageError(f"--dtype: the kernels of {case.operator} do not take {dtype_name(dtype)}")
         for shape in shapes:
             for kernel in tuning.kernels(shape):
-                if arguments.kernel in (None, kernel):
+                tunable = tuning.tunables[kernel]
+                if arguments.kernel in (None, kernel) and tunable.backend in takers:
                     problem = tuning.problem(shape, dtype, kernel, spec)
-                    item = Item(case, shape, dtype, kernel, tuning.tunables[kernel], problem)
-                    found.setdefault(problem, item)
+                    found.setdefault((kernel, problem), Item(case, shape, dtype, kernel, tunable, problem))
     return list(found.values())
 
 
@@ -251,9 +252,9 @@ def _launch(item: Item, device: torch.device) -> Call:
     leaves = [name for name in _leaves(item) if name in inputs.tensors]
     for name, x in inputs.tensors.items():
         x.requires_grad_(name in leaves)
-    outputs = item.case.run(inputs, "triton")
+    outputs = item.case.run(inputs, item.tunable.backend)
     if not leaves:
-        return lambda: item.case.run(inputs, "triton")
+        return lambda: item.case.run(inputs, item.tunable.backend)
     used = [name for name in inputs.output_gradients if name in outputs]
     gradients = [inputs.output_gradients[name] for name in used]
     return lambda: torch.autograd.grad(
@@ -270,6 +271,6 @@ def _prover(item: Item, device: torch.device) -> Callable[[Any], Verdict]:
             shape = item.case.within(item.shape, _REFERENCE_BYTES)
             proofs.append(Proof(item.case, shape, item.dtype, device))
         with autotune.override(**{item.kernel: config}):
-            return proofs[0].judge(lambda inputs: item.case.run(inputs, "triton"))
+            return proofs[0].judge(lambda inputs: item.case.run(inputs, item.tunable.backend))
 
     return prove

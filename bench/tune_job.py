@@ -41,11 +41,12 @@ def unpack(gpu: dict[str, Any]) -> DeviceSpec:
 
 def compile_job(job: Job) -> Resources:
     """Compile one kernel, and none of it is run."""
-    from iokernels.autotune.resources import compiling_for
+    from iokernels.autotune.resources import compiling_cuda_for, compiling_for
 
     case = load(job.operator)
     assert case.tuning is not None
-    with compiling_for(unpack(job.gpu)) as compiled, autotune.override(**{job.kernel: job.config}):
+    compiling = compiling_cuda_for if case.tuning.tunables[job.kernel].backend == "cuda" else compiling_for
+    with compiling(unpack(job.gpu)) as compiled, autotune.override(**{job.kernel: job.config}):
         case.tuning.launch(case.vocabulary.parse(job.shape), DTYPES[job.dtype], job.kernel)
     # The kernel of that very name, before those whose names go on (x_kernel, not x_state_kernel).
     name = case.tuning.functions.get(job.kernel, job.kernel)

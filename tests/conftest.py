@@ -1,4 +1,5 @@
-"""What every test runs under: kernels interpreted and emulated where there is no GPU, unwritten memory full of NaN, a fixed seed."""
+"""What every test runs under: kernels interpreted or emulated where there is no GPU, unwritten memory full of NaN, a
+fixed seed."""
 
 from __future__ import annotations
 

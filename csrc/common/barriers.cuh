@@ -55,8 +55,8 @@ DEVICE void wait_for_count(const u32* counter, u32 goal, Here at = HERE) {
 }
 
 // A barrier of `blocks` blocks of a cooperative launch, which share `counter`: what each wrote to global memory before
-// it, all may read after it (load_global_coherent). `passed` counts the times that this block came by; it starts at 0,
-// and so does *counter, which the launcher has zeroed.
+// it, all may read after it (load_global_coherent). `passed` counts the times that this block came by, from 0; *counter
+// is 0 when the launch begins, and after blocks_leave.
 DEVICE void blocks_wait(u32* counter, u32 blocks, u32& passed, Here at = HERE) {
     block_sync(at);
     ++passed;
@@ -65,6 +65,11 @@ DEVICE void blocks_wait(u32* counter, u32 blocks, u32& passed, Here at = HERE) {
         wait_for_count(counter, passed * blocks, at);
     }
     block_sync(at);
+}
+
+// After the last blocks_wait: the last block to leave puts the counter back to 0, for the next launch.
+DEVICE void blocks_leave(u32* counter, u32 blocks, u32 passed, Here at = HERE) {
+    if (threadIdx.x == 0) atomic_count_wrapping(counter, passed * blocks + blocks - 1, at);
 }
 
 // Whether this block is the last of `blocks` to come here; then it may read what the others wrote before they came.

@@ -50,7 +50,7 @@ DEVICE T shuffle_down(T value, int distance, Here at = HERE) {
 }
 
 // Bit i is set where lane i says so.
-DEVICE u32 ballot(bool vote, Here at = HERE) {
+DEVICE u32 warp_ballot(bool vote, Here at = HERE) {
 #ifdef IOKERNELS_EMULATE
     return emulate::ballot(vote, at);
 #else
@@ -58,8 +58,8 @@ DEVICE u32 ballot(bool vote, Here at = HERE) {
 #endif
 }
 
-DEVICE bool any_lane(bool vote, Here at = HERE) { return ballot(vote, at) != 0; }
-DEVICE bool every_lane(bool vote, Here at = HERE) { return ballot(vote, at) == ALL_LANES; }
+DEVICE bool any_lane(bool vote, Here at = HERE) { return warp_ballot(vote, at) != 0; }
+DEVICE bool every_lane(bool vote, Here at = HERE) { return warp_ballot(vote, at) == ALL_LANES; }
 
 // ---- reductions: op(a, b) is associative and commutative; every participant receives the result -------------------
 

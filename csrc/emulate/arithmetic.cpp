@@ -162,7 +162,7 @@ void ldmatrix(unsigned* out, int count, bool transposed, const void* row, const 
             for (int r = 0; r < 8; ++r) {
                 const auto& lane = *static_cast<Tiles*>(warp.given[8 * t + r]);
                 check_shared(lane.row, 16, lane.begin, lane.end, 16, lane.at, "ldmatrix read");
-                touch(lane.row, 16, Access::read, EVERY_LANE, lane.at);
+                touch(lane.row, 16, Access::read, WHOLE_WARP, lane.at);
                 memcpy(tile[r], lane.row, 16);
             }
             for (int l = 0; l < LANES; ++l) {

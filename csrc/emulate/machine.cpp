@@ -27,14 +27,18 @@ constexpr size_t GUARD = 4096;
 // Blocks of an ordinary launch that are under way together, so that their atomics interleave.
 constexpr size_t TOGETHER = 3;
 
+// Each guard page splits a mapping, of which a process may have some 65,000.
+constexpr int MOST_GUARDS = 16384;
+
 std::vector<char*> idle_stacks;
+int guards = 0;
 
 char* take_stack() {
     if (idle_stacks.empty()) {
         void* memory =
             mmap(nullptr, GUARD + STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) return nullptr;
-        mprotect(memory, GUARD, PROT_NONE);
+        if (guards++ < MOST_GUARDS) mprotect(memory, GUARD, PROT_NONE);
         return static_cast<char*>(memory) + GUARD;
     }
     char* stack = idle_stacks.back();
@@ -161,6 +165,8 @@ void deadlock() {
     }
 }
 
+bool differ(const char* one, const char* other) { return one != other && strcmp(one, other); }
+
 void own_stack(Fiber& fiber) {
     pthread_attr_t attributes;
     void* bottom = nullptr;
@@ -232,7 +238,7 @@ void gather(const char* collective, Here at, void* given, bool (*complete)(Warp&
     if (!warp.gathered) {
         warp.collective = collective;
         warp.at = at;
-    } else if (strcmp(warp.collective, collective) || warp.at.line != at.line || strcmp(warp.at.file, at.file)) {
+    } else if (warp.collective != collective || warp.at.line != at.line || differ(warp.at.file, at.file)) {
         fault(at, "this lane is at %s, and others of its warp are at %s, %s:%d", collective, warp.collective,
               place(warp.at.file), warp.at.line);
     }
@@ -316,6 +322,7 @@ void wait_for_count(const unsigned* counter, unsigned goal, Here at) {
     if (!machine->launch->cooperative) {
         fault(at, "blocks wait for one another only in a cooperative launch");
     }
+    check_global(counter, sizeof(*counter), at);
     give_way();
     const Poller poller{current, counter, goal, at};
     if (reached(poller)) return;

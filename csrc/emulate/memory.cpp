@@ -88,6 +88,10 @@ void global(const void* where, size_t bytes, Access access, Here at) {
     }
 }
 
+void check_global(const void* p, size_t bytes, Here at) {
+    if (!owner(static_cast<const char*>(p), bytes)) stray(static_cast<const char*>(p), bytes, "read", at);
+}
+
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
 namespace {
@@ -111,13 +115,14 @@ uint16_t number_of(Here at) {
 bool over(const Touch& before, const Warp& warp, int lane) {
     if (!before.step) return true;
     if (before.warp != warp.index) return warp.clock[before.warp] >= before.step;
-    return warp.clock[warp.index] > before.step || (before.lane == lane && lane != EVERY_LANE);
+    // What one instruction of the whole warp read is read when the next one begins.
+    return warp.clock[warp.index] > before.step || before.lane == lane || before.lane == WHOLE_WARP;
 }
 
 [[noreturn]] void race(const void* p, const char* did, const Touch& before, const char* was, Here at) {
     const long long offset = static_cast<const char*>(p) - current->warp->block->shared;
     const Here there = sites[before.site];
-    if (before.lane == EVERY_LANE) {
+    if (before.lane >= LANES) {
         fault(at, "race: this thread %s byte %lld of shared memory, which warp %d %s at %s:%d, with no barrier between",
               did, offset, before.warp, was, place(there.file), there.line);
     }
@@ -130,9 +135,11 @@ bool over(const Touch& before, const Warp& warp, int lane) {
 void note_read(Cell& cell, const Touch& now) {
     for (Touch& read : cell.read) {
         if (!read.step || read.warp == now.warp) {
-            const bool several = read.step == now.step && read.lane != now.lane && read.step;
+            const bool same_step = read.step == now.step && read.lane != WHOLE_WARP;
+            if (same_step && now.lane == WHOLE_WARP) return;  // it endangers no write that the older one does not
+            const bool several = same_step && read.lane != now.lane;
             read = now;
-            if (several) read.lane = EVERY_LANE;
+            if (several) read.lane = SEVERAL;
             return;
         }
     }

@@ -15,7 +15,8 @@ namespace emulate {
 
 constexpr int LANES = 32;
 constexpr int WARPS = 32;
-constexpr int EVERY_LANE = LANES;  // as the owner of an access: the whole warp
+constexpr int WHOLE_WARP = LANES;   // as the owner of an access: one instruction of the whole warp, such as ldmatrix
+constexpr int SEVERAL = LANES + 1;  // several of its lanes, each for itself
 
 struct Block;
 struct Warp;
@@ -130,10 +131,12 @@ void enqueue(Warp& warp);
 // the warp may go on at once. given[] has what each lane brought.
 void gather(const char* collective, Here at, void* given, bool (*complete)(Warp&));
 
-// Marks bytes of shared memory as touched by `lane` (or EVERY_LANE) of the current warp; faults on a race.
+// Marks bytes of shared memory as touched by `lane` (or WHOLE_WARP) of the current warp; faults on a race.
 void touch(const void* p, size_t bytes, Access access, int lane, Here at);
 void check_shared(const void* p, size_t bytes, const char* begin, const char* end, size_t aligned, Here at,
                   const char* did);
 void prepare_shared(Block& block);
+// As global(), for an access that is not counted.
+void check_global(const void* p, size_t bytes, Here at);
 
 }  // namespace emulate

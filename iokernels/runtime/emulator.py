@@ -25,7 +25,7 @@ from torch import Tensor
 from . import artifacts
 from .device import cxx
 from .errors import KernelCompileError, KernelFault, KernelLaunchError, UnsupportedError
-from .launch import Argument, CudaKernel, Int64
+from .launch import Argument, CudaKernel, Int64, extents
 
 __all__ = ["Counted", "Emulated", "Moved", "built", "warp_order", "watch"]
 
@@ -72,7 +72,7 @@ def warp_order(seed: int) -> Iterator[None]:
 
 @contextmanager
 def watch() -> Iterator[list[Counted]]:
-    """Collect what every launch inside moved. The setting belongs to the process; the innermost one sees the launches."""
+    """Collect what every launch inside moved. The setting belongs to the process; the innermost one sees them."""
     global _watched
     outer, _watched = _watched, []
     try:
@@ -141,15 +141,15 @@ class Emulated:
                 f"{name}: the launch names the arguments {', '.join(args)}; the kernel's parameters are "
                 f"{', '.join(self.parameters)}"
             )
-        extents = (*grid, 1, 1)[:3]
-        if min(extents) < 1 or max(extents[1:]) > 65535 or not 1 <= block <= 1024:
+        x, y, z = extents(grid)
+        if min(x, y, z) < 1 or max(y, z) > 65535 or not 1 <= block <= 1024:
             raise KernelLaunchError(f"{name}: no GPU takes a grid of {grid} blocks of {block} threads")
         alive: list[Any] = []  # what the launch points into
         packed = (_Argument * len(args))(*(_pack(name, label, value, alive) for label, value in args.items()))
         report = ctypes.create_string_buffer(_REPORT_BYTES)
         launch = _Launch(
             kernel=name.encode(),
-            grid=_Index(*extents),
+            grid=_Index(x, y, z),
             block=_Index(block, 1, 1),
             shared_bytes=smem,
             seed=_seed,
@@ -169,7 +169,7 @@ class Emulated:
                 for i, (label, value) in enumerate(args.items())
                 if isinstance(value, Tensor)
             }
-            _watched.append(Counted(name, extents, moved))
+            _watched.append(Counted(name, (x, y, z), moved))
 
 
 def _pack(kernel: str, name: str, value: Argument, alive: list[Any]) -> _Argument:
@@ -236,7 +236,7 @@ def _build(kernel: CudaKernel) -> Emulated:
     machine = _machine()
     unit = (
         f'#include "emulate/launch.h"\n{kernel.translation_unit()}\n'
-        f'extern "C" int iokernels_launch(emulate::Launch& launch) {{ return emulate::launch<&{kernel.name}>(launch); }}\n'
+        f'extern "C" int iokernels_launch(emulate::Launch& l) {{ return emulate::launch<&{kernel.name}>(l); }}\n'
     )
     path = _compiled(f"{kernel.path.stem}-{kernel.name}", unit, [kernel.path], (*FLAGS, *KERNEL_FLAGS), [machine])
     entry = ctypes.CDLL(str(path)).iokernels_launch

@@ -12,9 +12,10 @@ emulator of ``csrc/emulate``, under ``IOKERNELS_EMULATE=1``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .errors import KernelLaunchError
 
-__all__ = ["Argument", "Constant", "CudaKernel", "Int64", "cuda_kernel"]
+__all__ = ["Argument", "Constant", "CudaKernel", "Int64", "Launched", "cuda_kernel", "extents", "recorded"]
 
 Constant: TypeAlias = "int | float | str | torch.dtype"
 """A number, or the name of a type."""
@@ -34,7 +35,7 @@ class Int64(int):
 
 
 Argument: TypeAlias = "Tensor | int | float | tuple[int, ...] | None"
-"""A pointer (None: null), ``int`` (or ``i64``: :class:`Int64`), ``float``, or a structure of ``i64``, such as strides."""
+"""A pointer (None: null), ``int``, ``i64`` (:class:`Int64`), ``float``, or a structure of ``i64``, as strides are."""
 
 ELEMENT = {
     torch.float16: "fp16",
@@ -92,6 +93,9 @@ class CudaKernel:
             KernelFault: in the emulator, with what went wrong where.
             UnsupportedError: there is no CuPy, or no C++ compiler.
         """
+        if _record is not None:
+            _record.append(Launched(self, grid, block, smem, cooperative))
+            return
         device = next((value.device for value in args.values() if isinstance(value, Tensor)), None)
         if device is None:
             raise KernelLaunchError(f"{self.name}: no argument is a tensor, so nothing says where to run")
@@ -107,7 +111,39 @@ class CudaKernel:
             raise KernelLaunchError(f"{self.name}: CUDA kernels run on GPUs and in the emulator, not on {device.type}")
 
 
-@lru_cache(maxsize=None)
+@dataclass(frozen=True)
+class Launched:
+    """What one launch asked for."""
+
+    kernel: CudaKernel
+    grid: tuple[int, ...]
+    block: int
+    smem: int
+    cooperative: bool
+
+
+_record: list[Launched] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """Inside, launches are noted in the list instead of run, whatever device their tensors are on: meta tensors will
+    do. The setting belongs to the process."""
+    global _record
+    outer, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = outer
+
+
+def extents(grid: tuple[int, ...]) -> tuple[int, int, int]:
+    """The three extents of a grid that may name fewer."""
+    x, y, z = (*grid, 1, 1)[:3]
+    return x, y, z
+
+
+@cache
 def cuda_kernel(source: str, name: str, **constants: Constant) -> CudaKernel:
     """The kernel ``name`` of ``source`` with these constants; the same object for the same arguments."""
     return CudaKernel(source, name, tuple(constants.items()))

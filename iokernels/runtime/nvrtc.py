@@ -22,7 +22,7 @@ from torch import Tensor
 from . import artifacts
 from .device import guard
 from .errors import KernelCompileError, KernelLaunchError, UnsupportedError
-from .launch import Argument, CudaKernel, Int64
+from .launch import Argument, CudaKernel, Int64, extents
 
 __all__ = ["Loaded", "architecture", "cubin", "loaded", "version"]
 
@@ -75,7 +75,11 @@ def cubin(kernel: CudaKernel, sm: int) -> Path:
     included = artifacts.sources(kernel.path, ROOT / "common" / "numbers.cuh", root=ROOT)
     key = artifacts.key_of(unit, *options, str(version()), *included.values())
     name = f"cubins/{kernel.name}-{architecture(sm)}-{key}.cubin"
-    return artifacts.stored(name, lambda place: place.write_bytes(_compile(kernel, unit, (*options, f"-I{ROOT}"))))
+
+    def make(place: Path) -> None:
+        place.write_bytes(_compile(kernel, unit, (*options, f"-I{ROOT}")))
+
+    return artifacts.stored(name, make)
 
 
 def _compile(kernel: CudaKernel, unit: str, options: tuple[str, ...]) -> bytes:
@@ -83,7 +87,8 @@ def _compile(kernel: CudaKernel, unit: str, options: tuple[str, ...]) -> bytes:
     program = nvrtc.createProgram(unit, f"{kernel.name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
-        return nvrtc.getCUBIN(program)
+        # CuPy 14 drops the last byte, as if it ended a string. It is a zero, and one too many is harmless.
+        return nvrtc.getCUBIN(program) + b"\0"
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program).strip()
         raise KernelCompileError(f"{kernel.name}: NVRTC refused it ({error}; {' '.join(options)}):\n{log}") from error
@@ -120,10 +125,11 @@ class Loaded:
         fields = ctypes.create_string_buffer(buffer.pack(*values), buffer.size + 8)
         start = ctypes.addressof(fields)
         pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
-        extents = (*grid, 1, 1)[:3]
+        x, y, z = extents(grid)
         with guard(self.device):
+            _enter(driver, self.device)
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            given = (*extents, block, 1, 1, smem, stream, ctypes.addressof(pointers))
+            given = (x, y, z, block, 1, 1, smem, stream, ctypes.addressof(pointers))
             try:
                 if smem > self.most_smem:
                     driver.funcSetAttribute(self.function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
@@ -135,8 +141,14 @@ class Loaded:
             except driver.CUDADriverError as error:
                 raise KernelLaunchError(
                     f"{self.kernel.name}: the driver refused a {'cooperative ' if cooperative else ''}launch of "
-                    f"{extents} blocks of {block} threads with {smem} bytes of shared memory: {error}"
+                    f"{(x, y, z)} blocks of {block} threads with {smem} bytes of shared memory: {error}"
                 ) from error
+
+
+def _enter(driver: Any, device: torch.device) -> None:
+    """See that the driver has a context in this thread: a thread that has only been handed tensors has none."""
+    if not driver.ctxGetCurrent():
+        torch.cuda.set_device(device)
 
 
 def _packed(loaded: Loaded, name: str, value: Argument) -> tuple[Any, ...]:
@@ -185,7 +197,7 @@ def loaded(kernel: CudaKernel, device: torch.device) -> Loaded:
     image = cubin(kernel, 10 * major + minor).read_bytes()
     _, driver = _bindings()
     with guard(device):
-        torch.cuda.current_stream(device).query()  # the driver's context exists from here on
+        _enter(driver, device)
         try:
             module = driver.moduleLoadData(image)
             function = driver.moduleGetFunction(module, kernel.name)

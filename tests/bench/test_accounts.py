@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iokernels.bench import plot_io
-from iokernels.bench.accounts import Account, Bytes, count
+from iokernels.bench.accounts import Account, Accounts, Bytes, count
 from iokernels.bench.case import Case, dtype_name, load
 from iokernels.bench.cases import CASES
 from iokernels.bench.shape import Shape
@@ -15,30 +15,42 @@ from iokernels.runtime import device as devices
 
 interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 
-COUNTED = [
-    pytest.param(case, shape, dtype, id=f"{case.operator} {dtype_name(dtype)} {shape}")
-    for case in map(load, CASES)
-    if case.accounts is not None
-    for shape, dtype in case.accounts.shapes
-]
+COUNTED, COUNTED_CUDA = (
+    [
+        pytest.param(case, accounts, shape, dtype, id=f"{case.operator} {dtype_name(dtype)} {shape}")
+        for case in map(load, CASES)
+        if (accounts := case.accounts if backend == "triton" else case.cuda_accounts) is not None
+        for shape, dtype in accounts.shapes
+    ]
+    for backend in ("triton", "cuda")
+)
 
 
-def model(case: Case, shape: Shape, dtype: torch.dtype) -> dict[str, Account]:
-    assert case.accounts is not None
-    return dict(case.accounts.model(shape, dtype, case.accounts.test_configs))
+emulated = pytest.mark.skipif(devices.cxx() is None, reason="the emulator needs g++")
+
+
+def models(accounts: Accounts, shape: Shape, dtype: torch.dtype) -> dict[str, Bytes]:
+    found = accounts.model(shape, dtype, accounts.test_configs)
+    return {kernel: account.model for kernel, account in found.items()}
 
 
 @interpreted
-@pytest.mark.parametrize(("case", "shape", "dtype"), COUNTED)
-def test_as_many_bytes_as_the_model_says(case: Case, shape: Shape, dtype: torch.dtype) -> None:
-    assert case.accounts is not None
-    counted = count(case, shape, dtype, case.accounts.test_configs)
-    assert counted == {kernel: account.model for kernel, account in model(case, shape, dtype).items()}
+@pytest.mark.parametrize(("case", "accounts", "shape", "dtype"), COUNTED)
+def test_as_many_bytes_as_the_model_says(case: Case, accounts: Accounts, shape: Shape, dtype: torch.dtype) -> None:
+    assert count(case, shape, dtype, accounts.test_configs) == models(accounts, shape, dtype)
 
 
-def test_every_operator_with_triton_kernels_has_accounts() -> None:
+@emulated
+@pytest.mark.parametrize(("case", "accounts", "shape", "dtype"), COUNTED_CUDA)
+def test_cuda_kernels_too(case: Case, accounts: Accounts, shape: Shape, dtype: torch.dtype) -> None:
+    assert count(case, shape, dtype, accounts.test_configs, backend="cuda") == models(accounts, shape, dtype)
+
+
+def test_every_operator_with_kernels_has_accounts() -> None:
     for case in map(load, CASES):
         assert ("triton" in case.implementations) == (case.accounts is not None) == (case.compilation is not None)
+        written = "cuda" in case.implementations
+        assert written == (case.cuda_accounts is not None) == (case.cuda_compilation is not None)
     assert COUNTED
 
 

@@ -91,7 +91,7 @@ def test_inspect_has_nothing_to_do_in_the_interpreter(capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (["--suite", "quick", "--shape", "n=1"], "exclude each other"),
-        (["--dtype", "fp64"], "--dtype is fp64, which the Triton kernels of flash_attention do not take"),
+        (["--dtype", "fp64"], "--dtype is fp64, which the triton kernels of flash_attention do not take"),
         (["--plot", "/no/such/folder/x.png"], "there is no folder /no/such/folder"),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_gpu_that_is_not_here_is_not_tuned_for(monkeypatch: pytest.MonkeyPatch
     ("more", "message"),
     [
         (["--kernel", "x"], "--kernel: flash_attention has flash_attention_fwd,"),
-        (["--dtype", "fp64"], "--dtype: the Triton kernels of flash_attention do not take fp64"),
+        (["--dtype", "fp64"], "--dtype: the kernels of flash_attention do not take fp64"),
         (["--suite", "quick", "--shape", "n=8"], "--shape and --suite exclude each other"),
         (["--shape", "x=8"], "flash_attention has no dimension 'x'"),
     ],

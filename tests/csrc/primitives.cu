@@ -28,7 +28,7 @@ extern "C" __global__ void reductions(const float* x_ptr, float* y_ptr, u32* vot
     store_global(y_ptr + (128 + t), block_reduce<4>(x, Max{}, scratch));
     store_global(y_ptr + (256 + t), warp_reduce<4>(x, Sum{}));
     store_global(y_ptr + (384 + t), shuffle_up(x, 1) + 1000.0f * shuffle_down(x, 2));
-    const u32 votes = ballot(x > 0.0f);
+    const u32 votes = warp_ballot(x > 0.0f);
     if (lane_id() == 0) store_global(votes_ptr + warp_id(), votes);
 }
 
@@ -83,6 +83,7 @@ extern "C" __global__ void in_step(u32* held_ptr, u32* counter, int blocks, int 
         if (threadIdx.x == 0) store_global(next + block, sum + block);
         blocks_wait(counter, blocks, passed);
     }
+    blocks_leave(counter, blocks, passed);
 }
 
 // sum[0] = the sum of x[blocks * 64], by the block that comes last; counts[0] = how many were last.

@@ -51,7 +51,7 @@ def test_the_right_kernel_passes() -> None:
         ("MISALIGNED", ("wrote 8 bytes of y_ptr at an address that is no multiple of 8", "store_global_vector")),
         ("HALF_BARRIER", ("deadlock", "warp 0 waits at barrier 0", "warp 1 has returned", "__syncthreads();")),
         ("MISMATCH", ("barrier mismatch", "__syncthreads();")),
-        ("DEADLOCK", ("deadlock", "warp 0 waits at barrier 1", "warp 1 waits at barrier 2", "barrier_wait(t < WARP ? 1 : 2")),
+        ("DEADLOCK", ("deadlock", "warp 0 waits at barrier 1", "warp 1 waits at barrier 2", "(t < WARP ? 1 : 2, 64)")),
         ("NAMED_TOO_FEW", ("deadlock", "barrier 1", "1 of 2 warps", "barrier_wait(1, 64)")),
         ("LONE_SHUFFLE", ("others of its warp are at",)),
         ("TOO_MUCH_SHARED", ("takes 512 bytes of shared memory, and the launch gives it 256", "arena.take")),

@@ -88,7 +88,7 @@ def test_reductions_shuffles_and_votes() -> None:
 def test_fragments_of_16_bits(dtype: torch.dtype) -> None:
     a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
     c, ct = torch.empty(16, 8), torch.empty(16, 8)
-    args = {"a_ptr": a, "b_ptr": b, "bt_ptr": b.t().contiguous(), "c_ptr": c, "ct_ptr": ct}
+    args: dict[str, Argument] = {"a_ptr": a, "b_ptr": b, "bt_ptr": b.t().contiguous(), "c_ptr": c, "ct_ptr": ct}
     run("fragments", args, dtype=dtype, smem=512 + 256 + 256)
     assert torch.equal(c, ct)
     assert (c - a.double() @ b.double()).abs().max() < 1e-5
@@ -114,6 +114,7 @@ def test_blocks_in_step() -> None:
         with warp_order(seed):
             run("in_step", args, grid=blocks, block=64, cooperative=True)
         assert torch.equal(held[steps % 2].long(), expected)
+        assert counter.item() == 0
 
 
 def test_last_block_merges_and_leaves_the_counter_as_it_was() -> None:
