@@ -66,3 +66,12 @@ DEVICE To bits_as(const From& from) {
     memcpy(&to, &from, sizeof(To));
     return to;
 }
+
+// x, of which the compiler knows nothing: what follows from it is computed where it is used, and does not wait in
+// registers for the next turn of a loop.
+DEVICE int afresh(int x) {
+#ifndef IOKERNELS_EMULATE
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}

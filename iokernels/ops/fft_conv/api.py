@@ -63,10 +63,11 @@ def fft_conv(
         initial_state: ``[B, H, Nk - 1]``, any floating dtype: the gated inputs ``v`` before the first, the latest last.
             Causal only, without ``freq_keep``.
         return_state: also return the state after the last step, so that the call can be continued. Likewise.
-        batch_invariant: the result for a sequence has the same bits whatever else is in the batch. Otherwise the Triton
+        batch_invariant: the result for a sequence has the same bits whatever else is in the batch. Otherwise the
             kernels transform two sequences as the parts of one complex one, which shows in the last bits, and where one
             of the two holds a NaN or an infinity, in the other one. Costs about half of the arithmetic again.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of
+            :mod:`iokernels.runtime.dispatch`.
 
     Returns:
         ``y [B, H, N]`` in the dtype of u, contiguous; with ``return_state`` a pair of it and the state, ``[B, H,
@@ -77,7 +78,7 @@ def fft_conv(
         ValueError: shapes, devices or numbers that do not fit; the message names the argument.
         UnsupportedError: the named backend cannot run this call.
 
-    No argument is modified. Sums are float32, products of float16 and bfloat16 inputs too; on ``triton`` the values
+    No argument is modified. Sums are float32, products of float16 and bfloat16 inputs too; on ``triton`` and ``cuda`` the values
     between two steps of a transform are float16. Under autocast u and the gates are cast to the autocast dtype.
     Gradients can be taken once; ``backend="reference"`` supports higher orders. A :class:`KernelSpectrum` has none.
     """
@@ -224,6 +225,7 @@ def _refusals(
 ) -> dict[str, dispatch.Refusal]:
     return {
         "triton": partial(_triton_refusal, device, dtype, n, taps, mode, keep, state),
+        "cuda": partial(_cuda_refusal, device, dtype, n, taps, mode, keep, state),
         "torch": lambda: None,
         "reference": lambda: None,
     }
@@ -238,6 +240,17 @@ def _triton_refusal(
     from .tuning import tiling_refusal  # with it comes the tuning layer, which importing the library does not need
 
     return devices.triton_refusal(device) or tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize)
+
+
+def _cuda_refusal(
+    device: torch.device, dtype: torch.dtype, n: Any, taps: Any, mode: str, keep: float, state: bool
+) -> str | None:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernels take float16 and bfloat16, not {short(dtype)}"
+    mode, taps = reach(n, taps, mode, keep, state and taps > 1)
+    from .cuda_tuning import refusal
+
+    return devices.cuda_refusal(device) or refusal(n, taps, mode, state and taps > 1, devices.spec_of(device).smem_block)
 
 
 def _state_after(u: Tensor, width: int, options: Options) -> Tensor:

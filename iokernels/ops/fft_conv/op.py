@@ -1,6 +1,6 @@
 """``fft_conv`` as ``torch.library`` operators with an ``autograd.Function`` outside.
 
-One forward and one backward operator serve the backends ``torch`` and ``triton``. This file imports torch alone; the
+One forward and one backward operator serve the backends ``torch``, ``triton`` and ``cuda``. This file imports torch alone; the
 backend's module is imported when it first runs.
 """
 
@@ -16,7 +16,7 @@ from iokernels.runtime.registration import lazily, register
 
 from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options
 
-backend_module = lazily(__package__, torch=".portable", triton=".triton_launch")
+backend_module = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
 """The module of a backend: ``forward``, ``backward`` and ``transform``."""
 
 

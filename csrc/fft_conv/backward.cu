@@ -1,0 +1,180 @@
+// The backward kernel of fft_conv: every gradient in one launch, block by block of forward.cu.
+//
+// With v = pre u, g = post dy of the positions that a block makes (`now`), and of those after them (`rest`),
+//
+//     G = forward(g_now),  V = forward(v)
+//     dK += G conj(V)                                  float32, summed in the order of the blocks
+//     dv = inverse(conj(K) forward(g_now + g_rest))    du = pre dv,  dpre = u dv
+//     w  = inverse(K V)                                dpost = dy w
+//
+// dv is the same convolution run backwards in time, on blocks that begin where the results of forward.cu's begin: those
+// make the first `step` positions and look at the ones behind. A block with HALF reaches nothing behind it and is its own.
+//
+// Three passes over a block, then, of which the second and the third are the forward kernel's; what a later one reads
+// again the caches have. dK needs two transforms at once, so it is made in two rounds, of the lower and of the upper half
+// of k1: each has room for both, and shared memory is that of the forward kernel.
+//
+// Scaling: a member of a pair is scaled by itself, as in the forward pass. But in dK the members are added up, so there v
+// is scaled to the same product with g for both, that of the larger one; the smaller has less to add.
+//
+// Every thread block keeps its own sum of dK in global memory: a lane reads and writes what it alone has written, 8 M
+// bytes, which stay in the second-level cache. PyTorch adds those of a head and brings them back to taps. No atomics: the
+// bits are the same on every run. The first unit of a thread block writes without reading.
+//
+// Bytes that a unit asks for: u, pre, dy and post twice for dK; dy and post, then u and pre where gates need them, for dv;
+// u and pre, then dy, for dpost; du, dpre, dpost; the spectrum once for dv and once for dpost; the sum. FLOPs of a pair:
+// 16 M (N1 + 2 R) each for dv and dpost, 16 M (N1 + 2 R) for the two transforms of dK.
+//
+// Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
+#include "convolve.cuh"
+
+constexpr int ROUND = N1 / 2;
+
+// What scales dK.
+struct Scales {
+    Exponents g;
+    int product;
+};
+
+// dK of the rows FIRST to FIRST + ROUND of k1. `source(which, member)` is g (0) or v (1).
+template <int FIRST, class Sources>
+DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place, Scales& scales, float* sums, bool fresh,
+                     Here at = HERE) {
+    const Planes planes[2] = {{chip.planes.r, chip.planes.r + ROUND * COLUMNS},
+                              {chip.planes.i, chip.planes.i + ROUND * COLUMNS}};
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which) {
+        const Source pair[2] = {source(which, 0), source(which, 1)};
+        Signal z;
+        load_pair(z, pair, place.start, place.seqlen, place.stop, at);
+        if constexpr (FIRST == 0) {
+            const Exponents e = largest(z, chip.scratch + which * 2 * WARPS, at);
+            if (which == 0) {
+                scales.g = e;
+            } else {
+                scales.product = most(scales.g.r + e.r, scales.g.i + e.i);
+            }
+        }
+        const Exponents v = {scales.product - scales.g.r, scales.product - scales.g.i};
+        rescale(z, which == 0 ? scales.g : v);
+        stage1<FIRST, ROUND>(which == 0 ? planes[0] : planes[1], z, chip.roots.of<N1>(), at);
+    }
+    block_sync(at);
+    const float factor = power_of_two(scales.product);
+#pragma unroll 1
+    for (int row = warp_id(); row < ROUND; row += WARPS) {
+        Square g, v;
+        stage2(g, planes[0], row, chip.roots.of<R>(), chip.inner, at);
+        stage2(v, planes[1], row, chip.roots.of<R>(), chip.inner, at);
+        float* of_row = sums + 2 * (FIRST + row) * COLUMNS + 8 * lane_id();
+#pragma unroll
+        for (int m = 0; m < BLOCKS; ++m) {
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                const Sums a = stage3(g, m, tile, chip.roots.of<R>(), at);
+                const Sums b = stage3(v, m, tile, chip.roots.of<R>(), at);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float* to = of_row + 8 * WARP * (m * TILES + tile) + 4 * half;
+                    Vector<float, 4> sum = {};
+                    if (!fresh) sum = load_global_vector<4>(to, at);
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const Complex x = {a.r[2 * half + e], a.i[2 * half + e]}, y = {b.r[2 * half + e], b.i[2 * half + e]};
+                        const Complex product = x * conj(y);
+                        sum.at[2 * e] += product.r * factor;
+                        sum.at[2 * e + 1] += product.i * factor;
+                    }
+                    store_global_vector(to, sum, at);
+                }
+            }
+        }
+    }
+    block_sync(at);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
+                    const Element* u_ptr,     // [B, H, N]
+                    const Element* pre_ptr,   // [B, H, N] or null
+                    const Element* post_ptr,  // [B, H, N] or null
+                    const float* state_ptr,   // [B, H, past] or null
+                    const u32* spectrum_ptr,  // [H, M] pairs of fp16, in the order of the lanes
+                    const float* scale_ptr,   // [H], what the spectrum was divided by
+                    Element* du_ptr,          // [B, H, N] contiguous, or null; so are dpre and dpost
+                    Element* dpre_ptr, Element* dpost_ptr,
+                    float* dk_ptr,  // [parts, H, M, 2], the sums of each thread block, or null
+                    Strides stride_dy, Strides stride_u, Strides stride_pre, Strides stride_post,
+                    int batch, int heads, int seqlen,
+                    int past,      // steps of the state
+                    int lead,      // positions before a block's first result
+                    int step,      // results of a block
+                    int chunks,    // blocks of a sequence
+                    int units,     // blocks of pairs to a thread block
+                    int members,   // sequences to a transform, 1 or 2
+                    int periodic,  // before time 0 lies the end
+                    int aligned) {
+    SharedMemory arena;
+    const Chip chip(arena);
+    const int head = blockIdx.x % heads, part = blockIdx.x / heads;
+    const int pairs = ceil_div(batch, members), last = least((part + 1) * units, pairs * chunks);
+    const u32* spectrum = spectrum_ptr + static_cast<i64>(head) * POINTS;
+    const float scale = load_global_uniform(scale_ptr + head);
+    float* sums = dk_ptr + (dk_ptr == nullptr ? 0 : static_cast<i64>(blockIdx.x) * (2 * POINTS));
+    const bool whole = aligned != 0;
+
+#pragma unroll 1
+    for (int unit = part * units; unit < last; ++unit) {
+        const int b0 = unit % pairs * members, now = unit / pairs * step;
+        const bool two = members == 2 && b0 + 1 < batch;
+        const int b1 = two ? b0 + 1 : b0;
+        Place place = {now - lead, seqlen, {seqlen, two ? seqlen : 0}};
+        const auto inputs = [&](int member) -> Source {
+            const int b = member ? b1 : b0;
+            const float* state = state_ptr == nullptr ? state_ptr : state_ptr + (static_cast<i64>(b) * heads + head) * past;
+            return {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head), 0, state, past,
+                    periodic != 0, false, whole};
+        };
+        const auto gradients = [&](int member, int first, bool after) -> Source {
+            const int b = member ? b1 : b0;
+            return {row_of(dy_ptr, stride_dy, b, head), row_of(post_ptr, stride_post, b, head), first, nullptr, 0,
+                    false, after, whole};
+        };
+        if (dk_ptr != nullptr) {
+            const auto either = [&](int which, int member) {
+                return which == 0 ? gradients(member, now, false) : inputs(member);
+            };
+            Scales scales = {};
+            add_rows<0>(chip, either, place, scales, sums, unit == part * units);
+            add_rows<ROUND>(chip, either, place, scales, sums, unit == part * units);
+        }
+#pragma unroll 1
+        for (int pass = 0; pass < 2; ++pass) {
+            const bool of_v = pass == 0;
+            if (of_v ? du_ptr == nullptr && dpre_ptr == nullptr : dpost_ptr == nullptr) continue;
+            place.start = of_v && !HALF ? now : now - lead;
+            const Source source[2] = {of_v ? gradients(0, 0, periodic != 0) : inputs(0),
+                                      of_v ? gradients(1, 0, periodic != 0) : inputs(1)};
+            convolve(chip, source, place, spectrum, scale, of_v ? -1.0f : 1.0f, [&](int member, int position, Values w) {
+                const int b = member ? b1 : b0, time = place.start + position, stop = least(seqlen, now + step);
+                const i64 to = (static_cast<i64>(b) * heads + head) * seqlen;
+                const auto store = [&](Element* y, const Element* gate, Strides strides) {
+                    if (y == nullptr) return;
+                    Values product = w;
+                    if (gate != nullptr) {
+                        const Values factor = load_times(row_of(gate, strides, b, head), time, now, stop, whole);
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) product.at[j] *= factor.at[j];
+                    }
+                    store_times(y + to, product, time, now, stop, whole);
+                };
+                if (of_v) {
+                    store(du_ptr, pre_ptr, stride_pre);
+                    store(dpre_ptr, u_ptr, stride_u);
+                } else {
+                    store(dpost_ptr, dy_ptr, stride_dy);
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,110 @@
+// The convolution of one block of a pair of sequences, which both kernels are made of:
+//
+//     w = inverse(K * forward((2^-e0 v0) + i (2^-e1 v1))),     v0 * k = 2^e0 Re w,   v1 * k = 2^e1 Im w
+//
+// or with conj(K), the convolution with the filter reversed in time, which is the adjoint.
+#pragma once
+#include "signal.cuh"
+
+// The power of two nearest 1 / sqrt(M) from above, half of 1 / M, applied between the two transforms. Scaled numbers are
+// below 2, those of the filter's spectrum below 1, so nothing in fp16 overflows: stages 1 and 2 forward give at most
+// 2 sqrt(2) N1 R; by Parseval's equation the input of the transform back has the energy 2^5 M at most, with which stages 3
+// and 2 back give sqrt(2^5 M) R, 2^15 for the longest.
+constexpr float middle() {
+    float power = 1.0f;
+    while (power * power * (POINTS / 4) >= 1.0f) power *= 0.5f;
+    return power;
+}
+constexpr float MIDDLE = middle();
+
+// What a thread block has at hand.
+struct Chip {
+    Matrices roots;
+    Planes planes;        // [N1][R R]
+    Shared<u32> inner;    // the factors between stages 2 and 3
+    Shared<int> scratch;  // [4 WARPS]
+
+    DEVICE Chip(SharedMemory& arena) {
+        planes = {arena.take<fp16>(POINTS), arena.take<fp16>(POINTS)};
+        inner = arena.take<u32>(4 * QUADS);
+        scratch = arena.take<int>(4 * WARPS);
+        make_inner_twiddles(inner);
+        roots.make();
+    }
+};
+
+// Where a block of positions lies in its sequences.
+struct Place {
+    int start;  // the time of position 0
+    int seqlen;
+    int stop[2];  // where each member ends: 0 for one that does not exist
+};
+
+// The product with the filter, of the frequencies of one k1, in place. `sign` is -1 for its conjugate.
+DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots<R>& f, Here at = HERE) {
+#pragma unroll
+    for (int m = 0; m < BLOCKS; ++m) {
+        Square p;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const Vector<u32, 4> k = load_global_vector<4>(spectrum + 4 * ((m * TILES + tile) * WARP + lane_id()), at);
+            const Sums x = stage3(z, m, tile, f, at);
+            Complex y[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const Complex factor = {low_of<fp16>(k.at[e]) * MIDDLE, high_of<fp16>(k.at[e]) * (MIDDLE * sign)};
+                y[e] = Complex{x.r[e], x.i[e]} * factor;
+            }
+            const u32 re[2] = {pack<fp16>(y[0].r, y[1].r), pack<fp16>(y[2].r, y[3].r)};
+            const u32 im[2] = {pack<fp16>(y[0].i, y[1].i), pack<fp16>(y[2].i, y[3].i)};
+            p.set(m, tile, re, im);
+        }
+#pragma unroll
+        for (int k = 0; k < BLOCKS; ++k) {
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                z.r[m][k][q] = p.r[m][k][q];
+                z.i[m][k][q] = p.i[m][k][q];
+            }
+        }
+    }
+}
+
+// One block. `spectrum`: fp16 pairs of the head, as the lanes hold them, divided by `scale`; `sign` is -1 for its
+// conjugate. `store(member, position, values)` receives the results, 4 at a time, those of unwanted positions too.
+template <class Store>
+DEVICE void convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
+                     float sign, const Store& store, Here at = HERE) {
+    Exponents e;
+    {
+        Signal z;
+        load_pair(z, source, place.start, place.seqlen, place.stop, at);
+        e = largest(z, chip.scratch, at);
+        rescale(z, e);
+        stage1<0, N1>(chip.planes, z, chip.roots.of<N1>(), at);
+    }
+    block_sync(at);
+#pragma unroll 1
+    for (int k1 = warp_id(); k1 < N1; k1 += WARPS) {
+        Square z;
+        stage2(z, chip.planes, k1, chip.roots.of<R>(), chip.inner, at);
+        __syncwarp();
+        filter(z, spectrum + k1 * COLUMNS, sign, chip.roots.of<R>(), at);
+        back_to_stage1(chip.planes, k1, z, chip.roots.of<R>(), chip.inner, at);
+    }
+    block_sync(at);
+    const float undo = scale * (1.0f / (MIDDLE * POINTS));
+    const float back[2] = {undo * scale_back(e.r), undo * scale_back(e.i)};
+    back_to_signal(
+        chip.planes, chip.roots.of<N1>(),
+        [&](int position, Values re, Values im) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                re.at[j] *= back[0];
+                im.at[j] *= back[1];
+            }
+            store(0, position, re);
+            if (place.stop[1] > 0) store(1, position, im);
+        },
+        at);
+}

@@ -1,0 +1,69 @@
+// The forward kernel of fft_conv: y = post (k * v + skip v), v = pre u, in one pass over memory (FlashFFTConv,
+// arXiv:2311.05908).
+//
+// Overlap-save: a block of M positions makes the last M - overlap of them, or fewer. Block c of a sequence begins at the
+// time c step - lead; before time 0 lies the initial state, the sequence's own end (periodic), or zeros. Where all of a
+// sequence is one block and its first half would be zeros (HALF), only the other half is loaded, transformed and stored.
+//
+// A thread block owns a head and runs through `units` blocks of pairs of sequences. Three barriers to a unit: when the
+// largest element is known, after stage 1, and before stage 1 back.
+//
+// Bytes that a unit asks for: u and pre (and the past) once for every position inside the sequence, post and y once; the
+// spectrum, 4 M, which units of a head share in the caches. FLOPs of a pair: 16 M (N1 + 2 R), half a block (N1 = 32)
+// less those of N1 / 2. Shared memory: 4 M bytes for the numbers, 4 R R for factors.
+//
+// Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
+#include "convolve.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+fft_conv_fwd_kernel(const Element* u_ptr,     // [B, H, N]
+                    const Element* pre_ptr,   // [B, H, N] or null
+                    const Element* post_ptr,  // [B, H, N] or null
+                    const float* state_ptr,   // [B, H, past] or null
+                    const u32* spectrum_ptr,  // [H, M] pairs of fp16, in the order of the lanes
+                    const float* scale_ptr,   // [H], what the spectrum was divided by
+                    Element* y_ptr,           // [B, H, N] contiguous
+                    Strides stride_u, Strides stride_pre, Strides stride_post,
+                    int batch, int heads, int seqlen,
+                    int past,      // steps of the state
+                    int lead,      // positions before a block's first result
+                    int step,      // results of a block
+                    int chunks,    // blocks of a sequence
+                    int units,     // blocks of pairs to a thread block
+                    int members,   // sequences to a transform, 1 or 2
+                    int periodic,  // before time 0 lies the end
+                    int aligned) {
+    SharedMemory arena;
+    const Chip chip(arena);
+    const int head = blockIdx.x % heads, part = blockIdx.x / heads;
+    const int pairs = ceil_div(batch, members), last = least((part + 1) * units, pairs * chunks);
+    const u32* spectrum = spectrum_ptr + static_cast<i64>(head) * POINTS;
+    const float scale = load_global_uniform(scale_ptr + head);
+
+#pragma unroll 1
+    for (int unit = part * units; unit < last; ++unit) {
+        const int b0 = unit % pairs * members, start = unit / pairs * step - lead;
+        const bool two = members == 2 && b0 + 1 < batch;
+        const int b1 = two ? b0 + 1 : b0;
+        const Place place = {start, seqlen, {seqlen, two ? seqlen : 0}};
+        Source source[2];
+#pragma unroll
+        for (int member = 0; member < 2; ++member) {
+            const int b = member ? b1 : b0;
+            source[member] = {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head), 0,
+                              state_ptr == nullptr ? state_ptr : state_ptr + (static_cast<i64>(b) * heads + head) * past,
+                              past, periodic != 0, false, aligned != 0};
+        }
+        convolve(chip, source, place, spectrum, scale, 1.0f, [&](int member, int position, Values w) {
+            const int b = member ? b1 : b0, time = start + position, first = start + lead;
+            const int stop = least(seqlen, first + step);
+            if (post_ptr != nullptr) {
+                const Values gate = load_times(row_of(post_ptr, stride_post, b, head), time, first, stop,
+                                               aligned != 0);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) w.at[j] *= gate.at[j];
+            }
+            store_times(y_ptr + (static_cast<i64>(b) * heads + head) * seqlen, w, time, first, stop, aligned != 0);
+        });
+    }
+}

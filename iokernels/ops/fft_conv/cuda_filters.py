@@ -1,0 +1,90 @@
+"""Filters as the CUDA kernels want them, frequencies in the order of their lanes, and the way back, by ``torch.fft``."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .cuda_tuning import factors
+from .options import CIRCULAR, Options, band_length, band_limited, placed, unplaced
+
+
+@cache
+def order_of(length: int, device: torch.device) -> Tensor:
+    """The frequency of each place of a spectrum, ``[length]``: for every k1, for every tile of 16 by 8 of the matrix of
+    (k2, k3), for every lane, the four that it holds. Made once a device."""
+    n1, r = factors(length)
+    row = torch.arange(r // 16)[:, None] * 16 + torch.tensor([0, 8])  # [block, half]
+    lane, pair = torch.arange(8), torch.arange(4)
+    k2 = row[:, None, None, None, :, None] + lane[:, None, None, None]
+    k3 = torch.arange(r // 8)[:, None, None, None, None] * 8 + 2 * pair[:, None, None] + torch.arange(2)
+    inner = (k2 + r * k3).flatten()  # [block, tile, lane / 4, lane % 4, half, one of two]
+    return (torch.arange(n1)[:, None] + n1 * inner).flatten().to(device)
+
+
+def spectrum_of(k: Tensor, n: int, length: int, options: Options) -> list[Tensor]:
+    """The filter's frequencies, float16 ``[H, length, 2]``, and what they were divided by, float32 ``[H]``, a power of
+    two."""
+    natural = torch.fft.fft(_one_period(k.float(), n, length, options))
+    return _normalized(torch.view_as_real(natural[:, order_of(length, k.device)]))
+
+
+def with_skip(spectrum: list[Tensor], skip: Tensor) -> list[Tensor]:
+    """The filter with ``skip`` added to its tap of lag 0, which adds it to every frequency."""
+    wide = spectrum[0].float() * spectrum[1][:, None, None]
+    wide[:, :, 0] += skip.float()[:, None]
+    return _normalized(wide)
+
+
+def taps_gradient(sums: Tensor, taps: int, n: int, options: Options) -> tuple[Tensor, Tensor]:
+    """The gradients of the taps ``[H, Nk]`` and of skip ``[H]`` from the kernel's sums ``[parts, H, length, 2]``."""
+    total = torch.view_as_complex(sums.sum(0))
+    natural = torch.empty_like(total)
+    natural[:, order_of(total.shape[1], total.device)] = total
+    period = torch.fft.ifft(natural).real
+    return unplaced(_one_period_adjoint(period, n, options), taps, n, options), period[:, 0]
+
+
+def state_gradient(g: Tensor, k: Tensor) -> Tensor:
+    """``sum_s k_(s+m) g_s``, at m = Nk - 1, ..., 1: ``[B, H, Nk - 1]`` of g ``[B, H, up to Nk - 1]``."""
+    width = k.shape[1] - 1
+    length = 1 << max(g.shape[2] + width, 1).bit_length()
+    product = torch.fft.rfft(k, n=length) * torch.fft.rfft(g, n=length).conj_physical()
+    return torch.fft.irfft(product, n=length)[..., 1 : width + 1].flip(-1)
+
+
+def _normalized(wide: Tensor) -> list[Tensor]:
+    """Divided by a power of two a head, so that the largest part is below 1."""
+    largest = wide.abs().amax((1, 2)) if wide.shape[0] else wide.new_empty(0)
+    exponent = torch.frexp(largest).exponent.clamp(-125, 126)  # so that its power and the reciprocal are normal numbers
+    scaled = torch.ldexp(wide, -exponent[:, None, None])
+    return [scaled.half().contiguous(), torch.ldexp(torch.ones_like(largest), exponent)]
+
+
+def _one_period(k: Tensor, n: int, length: int, options: Options) -> Tensor:
+    """The filter as ``keep`` leaves it, the tap of lag l at ``l mod length``."""
+    if options.keep == 1.0:
+        return placed(k, length, n, options)
+    own = band_length(n, options.mode)
+    period = band_limited(placed(k, own, n, options), options.keep)
+    if own == length:
+        return period
+    if options.mode == CIRCULAR:
+        return torch.nn.functional.pad(period, (0, length - n))
+    gap = period.new_zeros(period.shape[0], length - (2 * n - 1))
+    return torch.cat([period[:, :n], gap, period[:, own - (n - 1) :]], dim=1)
+
+
+def _one_period_adjoint(period: Tensor, n: int, options: Options) -> Tensor:
+    """The gradient of one period, of :func:`_one_period`'s length, as that of what was placed before ``keep``."""
+    if options.keep == 1.0:
+        return period
+    own, length = band_length(n, options.mode), period.shape[1]
+    if own != length and options.mode == CIRCULAR:
+        period = period[:, :n]
+    elif own != length:
+        gap = period.new_zeros(period.shape[0], own - (2 * n - 1))
+        period = torch.cat([period[:, :n], gap, period[:, length - (n - 1) :]], dim=1)
+    return band_limited(period, options.keep)
