@@ -10,9 +10,8 @@ How long the lists are is read from the tensors, to gather no more than that: on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,28 +23,14 @@ _MOST_ELEMENTS = 1 << 23
 
 
 class Batch(NamedTuple):
-    """Some items: n of them with R rows and L keys each."""
+    """Some items: n of them, with the r rows of a query block in each of their heads (R together) and L keys."""
 
     rows: Tensor  # int64 [n, R], indices into [B * Hq * Nq]; rows past the last are those of no row and weigh nothing
     exists: Tensor  # bool [n, R]
     keys: Tensor  # int64 [n, L], indices into keys as :func:`_flat_keys` lays them out
-    shown: Tensor  # bool [n, R, L]
+    shown: Tensor  # bool [n, r, L]: what each row sees, in all of its heads
 
 
-def _in_full(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Outside autocast, which would round the float32 operands of a product."""
-
-    @wraps(function)
-    def outside(first: Tensor, *others: Any) -> Any:
-        if not torch.is_autocast_enabled(first.device.type):
-            return function(first, *others)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *others)
-
-    return outside
-
-
-@_in_full
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Returns (out, lse). See :class:`Options` for the arguments."""
     dtype = lse_dtype(q.dtype)
@@ -67,7 +52,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     return _in_order_of(q, out), lse.view(q.shape[:3])
 
 
-@_in_full
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     options: Options, needs: tuple[bool, ...],
@@ -114,7 +98,11 @@ def _operands(
 
 
 def _scores(queries: Tensor, keys: Tensor, batch: Batch, scale: float) -> Tensor:
-    return torch.bmm(queries, keys.mT).mul_(scale).masked_fill_(~batch.shown, float("-inf"))
+    scores = torch.bmm(queries, keys.mT).mul_(scale)
+    items, rows, columns = batch.shown.shape
+    by_head = scores.view(items, rows, -1, columns)
+    by_head.masked_fill_(~batch.shown[:, :, None], float("-inf"))
+    return scores
 
 
 def _add(total: Tensor, keys: Tensor, gradient: Tensor) -> None:
@@ -151,13 +139,13 @@ class _Items:
         return item // self.query_blocks // self.packs, pack, of_list, block
 
     def rows_of(self, sequence: Tensor, pack: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(indices into [B * Hq * Nq], which exist, rows of the sequence), each [n, R]."""
-        offset = torch.arange(self.rows * self.packed, device=self.device)
-        row = block[:, None] * self.rows + offset // self.packed
-        head = pack[:, None] * self.packed + offset % self.packed
-        exists = row < self.rows_q
+        """(indices into [B * Hq * Nq], which exist) [n, R], heads side by side, and rows of the sequence [n, r]."""
+        row = block[:, None] * self.rows + torch.arange(self.rows, device=self.device)
+        head = pack[:, None] * self.packed + torch.arange(self.packed, device=self.device)
+        exists = (row < self.rows_q)[:, :, None].expand(-1, -1, self.packed)
         row = row.clamp(max=self.rows_q - 1)
-        return (sequence[:, None] * self.heads + head) * self.rows_q + row, exists, row
+        at = (sequence[:, None, None] * self.heads + head[:, None]) * self.rows_q + row[:, :, None]
+        return at.flatten(1), exists.flatten(1), row
 
     def lengths(self, sequence: Tensor) -> Tensor:
         """Keys of each sequence, [n, 1]."""
@@ -200,11 +188,10 @@ def _listed(items: _Items, widths: int) -> Iterator[Batch]:
     most_window = min(int(items.window.max()), options.kv_len)
     behind = most_window + items.rows - 1 if most_window else 0
     offsets = [torch.arange(size, device=device) for size in (room * options.block_k, most_sink, behind)]
-    part = torch.cat([torch.full_like(x, number) for number, x in enumerate(offsets)])
-    if part.shape[0] == 0:
+    sizes = [len(x) for x in offsets]
+    if sum(sizes) == 0:
         return
-    rows = items.rows * items.packed
-    step = max(_MOST_ELEMENTS // max(part.shape[0] * (widths + 3 * rows), 1), 1)
+    step = max(_MOST_ELEMENTS // (sum(sizes) * (widths + 3 * items.rows * items.packed)), 1)
     total = items.batch * items.packs * items.query_blocks
     for start in range(0, total, step):
         item = torch.arange(start, min(start + step, total), device=device)
@@ -224,15 +211,30 @@ def _listed(items: _Items, widths: int) -> Iterator[Batch]:
 
         at, exists, row = items.rows_of(sequence, pack, block)
         position = (row + shift)[:, :, None]
-        sink, window = items.sink[of_list][:, None], items.window[of_list][:, None, None]
-        in_sink = (keys < sink)[:, None]
-        in_window = (keys[:, None] > position - window) & (keys[:, None] <= position)
-        # A key that several parts show counts in the sink's, else in the window's, else in the list's.
-        owner = torch.where(in_sink, 1, torch.where(in_window, 2, 0))
-        shown = (owner == part) & exist[:, None]
-        if options.causal:
-            shown &= keys[:, None] <= position
+        shown = _counted(keys, exist, position, items.sink[of_list], items.window[of_list], sizes, options.causal)
         yield Batch(at, exists, items.flat_keys(sequence, pack, keys), shown)
+
+
+def _counted(
+    keys: Tensor, exist: Tensor, position: Tensor, sink: Tensor, window: Tensor, sizes: list[int], causal: bool
+) -> Tensor:
+    """Which of the keys [n, L] of a list, a sink and a window (``sizes``) count for rows at ``position`` [n, r, 1].
+
+    A key that several of them show counts in the sink's, else in the window's, else in the list's.
+    """
+    in_sink = keys < sink[:, None]
+    listed, first, recent = keys.split(sizes, 1)
+    in_list, _, in_window = (exist & ~in_sink).split(sizes, 1)
+    _, in_first, _ = (exist & in_sink).split(sizes, 1)
+    behind = position - window[:, None, None]
+    of_list = listed[:, None] <= behind
+    of_sink = in_first[:, None].expand(-1, position.shape[1], -1)
+    of_window = (recent[:, None] <= position) & (recent[:, None] > behind)
+    if causal:
+        of_sink = of_sink & (first[:, None] <= position)
+    else:
+        of_list |= listed[:, None] > position
+    return torch.cat((of_list & in_list[:, None], of_sink, of_window & in_window[:, None]), 2)
 
 
 def _dense(items: _Items, widths: int) -> Iterator[Batch]:
@@ -241,15 +243,16 @@ def _dense(items: _Items, widths: int) -> Iterator[Batch]:
     heads = items.packs // options.counts.shape[1] if items.list_of_pack is None else 1
     dense = (options.counts < 0).repeat_interleave(heads, 1) if heads > 1 else options.counts < 0
     keys = torch.arange(options.kv_len, device=device)[None]
-    step = max(_MOST_ELEMENTS // (3 * options.kv_len), 16)
+    step = max(_MOST_ELEMENTS // (3 * options.kv_len * items.packed), 1)
     for item in dense.flatten().nonzero():
         sequence, pack, _, block = items.at(item)
         length = items.lengths(sequence)
         at, exists, row = items.rows_of(sequence, pack, block)
         flat = items.flat_keys(sequence, pack, keys)
-        for start in range(0, at.shape[1], step):
-            some = slice(start, start + step)
-            shown = (keys < length)[:, None].expand(-1, row[:, some].shape[1], -1)
+        for start in range(0, items.rows, step):
+            some = row[:, start : start + step]
+            shown = (keys < length)[:, None].expand(-1, some.shape[1], -1)
             if options.causal:
-                shown = shown & (keys[:, None] <= (row[:, some] + length - items.rows_q)[:, :, None])
-            yield Batch(at[:, some], exists[:, some], flat, shown)
+                shown = shown & (keys[:, None] <= (some + length - items.rows_q)[:, :, None])
+            part = slice(start * items.packed, (start + step) * items.packed)
+            yield Batch(at[:, part], exists[:, part], flat, shown)
