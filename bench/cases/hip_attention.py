@@ -128,7 +128,11 @@ def _dense(inputs: Inputs) -> Callable[[], Outputs]:
 
     def call() -> Outputs:
         out = torch.nn.functional.scaled_dot_product_attention(
-            *(inputs.tensors[name] for name in "qkv"), is_causal=causal, enable_gqa=shape.h != shape.hkv
+            inputs.tensors["q"],
+            inputs.tensors["k"],
+            inputs.tensors["v"],
+            is_causal=causal,
+            enable_gqa=shape.h != shape.hkv,
         )
         return {"out": out}
 

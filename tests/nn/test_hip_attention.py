@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from iokernels import SelectionCache, UnsupportedError, hip_attention
 from iokernels.nn import DecodeAttention, HiPAttention, HiPCache, KVCache
 
-SPARSE = {"budget": 32, "sink": 8, "window": 16, "block_q": 16}
+SPARSE: dict[str, Any] = {"budget": 32, "sink": 8, "window": 16, "block_q": 16}
 
 
-def pair(**options: object) -> tuple[HiPAttention, DecodeAttention]:
+def pair(**options: Any) -> tuple[HiPAttention, DecodeAttention]:
     """The module and its dense twin, with one state_dict."""
-    common = {"num_kv_heads": 2, "rotary": 4, "max_positions": 200}
-    sparse = HiPAttention(32, 4, **common, **{**SPARSE, **options})  # pyright: ignore[reportArgumentType]
-    dense = DecodeAttention(32, 4, **common)  # pyright: ignore[reportArgumentType]
+    common: dict[str, Any] = {"num_kv_heads": 2, "rotary": 4, "max_positions": 200}
+    sparse = HiPAttention(32, 4, **common, **{**SPARSE, **options})
+    dense = DecodeAttention(32, 4, **common)
     dense.load_state_dict(sparse.state_dict())
     return sparse, dense
 
@@ -59,7 +61,7 @@ def test_decoding_searches_as_the_function_does(refresh: tuple[int, ...] | None)
             projected = torch.nn.functional.linear(x[:, step : step + 1], sparse.in_proj_weight, sparse.in_proj_bias)
             q = projected[..., :32].unflatten(-1, (-1, 8)).transpose(1, 2)
             q = sparse._turned(q, cache.starts)
-            expected = sparse.out_proj(hip_attention(q, keys, values, **SPARSE).transpose(1, 2).flatten(2))  # pyright: ignore
+            expected = sparse.out_proj(hip_attention(q, keys, values, **SPARSE).transpose(1, 2).flatten(2))
             torch.testing.assert_close(out, expected)
 
 
