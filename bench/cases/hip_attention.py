@@ -129,12 +129,8 @@ def _dense(inputs: Inputs) -> Callable[[], Outputs]:
 
     def call() -> Outputs:
         out = torch.nn.functional.scaled_dot_product_attention(
-            inputs.tensors["q"],
-            inputs.tensors["k"],
-            inputs.tensors["v"],
-            is_causal=causal,
-            enable_gqa=shape.h != shape.hkv,
-        )
+            q, k, v, is_causal=causal, enable_gqa=shape.h != shape.hkv
+        )  # fmt: skip
         return {"out": out}
 
     return call
