@@ -39,7 +39,7 @@ def test_recall(example: Any, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_cost(example: Any, tmp_path: Path) -> None:
-    example.main(["cost", "--lengths", "4096", "8192", "--repeats", "1", "--out", str(tmp_path)])
+    example.main(["cost", "--lengths", "3584", "4096", "--repeats", "1", "--out", str(tmp_path)])
     cost = json.loads((tmp_path / "results.json").read_text())["cost"]
     assert all(len(values) == 2 and min(values) > 0 for curves in cost.values() for values in curves.values())
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
