@@ -264,7 +264,7 @@ def test_pages(backend: str, rows: int, page: int, parts: int) -> None:
 def test_sequences_of_their_own_lengths(backend: str) -> None:
     """Positions align with each length; what lies past it is NaN, and lists may name it."""
     q, k, v, index = drawn(12, (4, 2, 4), 3, 100, sink=10, window=20)
-    lengths = torch.tensor([57, 2], dtype=torch.int32)
+    lengths = torch.tensor([57, 99, 2, 99], dtype=torch.int32)[::2]
     for x in (k, v):
         x[0, :, 57:] = x[1, :, 2:] = float("nan")
     options = {"cache_seqlens": lengths, "return_lse": True, "backend": backend}

@@ -65,8 +65,9 @@ def _rows_of(
     after_sink = after_dense - walk.sink_steps
     by_entry = after_dense < 0
     slot = tl.where(after_list < 0, step, after_list) * BLOCK_M + offs_m
-    in_list = slot < tl.where(after_list < 0, walk.list_slots, 0)
-    in_dense = slot < tl.where((after_list >= 0) & by_entry, walk.dense_slots, 0)
+    # A step past a part has no slot in it.
+    in_list = step * BLOCK_M + offs_m < walk.list_slots
+    in_dense = (after_list * BLOCK_M + offs_m >= 0) & (after_list * BLOCK_M + offs_m < walk.dense_slots)
     own = packed * rows
     at = slot // own
     listed = tl.load(entries_ptr + walk.start + at, mask=in_list, other=0)

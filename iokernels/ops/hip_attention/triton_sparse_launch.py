@@ -38,7 +38,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     features = launch.features(q, k, v, out, lse)
     with guard(q.device):
         block_sparse_fwd_kernel[(tiles * parts,)](
-            q, k, v, out, lse, *launch.lists, options.cache_seqlens, launch.table, partials,
+            q, k, v, out, lse, *launch.lists, launch.seqlens, launch.table, partials,
             strides(q), strides(k), strides(v), strides(out), strides(lse), *launch.list_strides, launch.stride_table,
             *launch.numbers(row_tiles), parts, launch.qk_scale,
             FEATURES=features, BLOCK_M=config.block_m, BLOCK_N=config.block_n, **launch.constants,
@@ -47,7 +47,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
         if parts > 1:
             constants = {name: launch.constants[name] for name in ("VALUE_DIM", "BLOCK_V")}
             block_sparse_combine_kernel[(tiles,)](
-                out, lse, options.cache_seqlens, partials, strides(out), strides(lse), *launch.numbers(row_tiles),
+                out, lse, launch.seqlens, partials, strides(out), strides(lse), *launch.numbers(row_tiles),
                 parts, FEATURES=features, BLOCK_M=config.block_m, **constants, num_warps=4,
             )  # fmt: skip
     return out, lse
@@ -135,7 +135,10 @@ class Launch:
         self.paged = options.block_table is not None
         self.page = k.shape[2] if self.paged else 0
         # Vectors of a few elements, which the kernels index without strides.
-        self.sink, self.window = (None if x is None else x.contiguous() for x in options[2:4])
+        self.sink, self.window, self.seqlens = (
+            None if x is None else x.contiguous()
+            for x in (options.sink_heads, options.window_heads, options.cache_seqlens)
+        )
         self.lists = (options.indices, options.counts, self.sink, self.window)
         self.list_strides = (strides(options.indices), strides(options.counts))
         # Rows of the page table are read one after the other.
