@@ -125,11 +125,12 @@ def _dense(inputs: Inputs) -> Callable[[], Outputs]:
     if shape.lse or (shape.causal and shape.n not in (1, shape.nk)):
         raise UnsupportedError("it has no log-sum-exp, and its causal mask starts at the first key")
     causal = bool(shape.causal) and shape.n > 1
+    q, k, v = (inputs.tensors[name] for name in "qkv")
 
     def call() -> Outputs:
         out = torch.nn.functional.scaled_dot_product_attention(
-            *(inputs.tensors[name] for name in "qkv"), is_causal=causal, enable_gqa=shape.h != shape.hkv
-        )
+            q, k, v, is_causal=causal, enable_gqa=shape.h != shape.hkv
+        )  # fmt: skip
         return {"out": out}
 
     return call

@@ -114,7 +114,7 @@ def limit(name: str, dtype: torch.dtype) -> Limit:
 _SHAPES = (
     ("b=2,h=4,hkv=2,n=40,nk=301,d=24,budget=48,sink=5,window=24,bq=16", torch.float16),
     ("b=1,h=4,hkv=2,n=1,nk=900,d=16,budget=48,sink=5,window=24,heads=1", torch.bfloat16),
-    ("b=1,h=8,hkv=2,n=70,nk=600,d=16,budget=48,sink=5,window=24,heads=2,bq=64", torch.float32),
+    ("b=1,h=4,hkv=2,n=40,nk=301,d=16,budget=48,sink=5,window=24,heads=2,bq=32", torch.float32),
     ("b=1,h=8,hkv=1,n=32,nk=700,d=16,budget=48,sink=5,window=24,bq=32", torch.float16),
     ("b=2,h=4,hkv=2,n=40,nk=301,d=24,budget=48,sink=5,window=24,bq=16,quest=1", torch.float16),
     ("b=1,h=8,hkv=2,n=1,nk=600,d=16,budget=48,sink=35,window=24,heads=1,quest=1", torch.float32),

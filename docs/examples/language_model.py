@@ -73,8 +73,9 @@ class SparseAttention(CachedAttention):
 
     def __init__(self, width: int, heads: int) -> None:
         nn.Module.__init__(self)
-        options = {"budget": 32, "sink": 4, "window": 16, "block_q": 16}
-        self.attention = iokernels.nn.HiPAttention(width, heads, bias=False, **options)
+        self.attention = iokernels.nn.HiPAttention(
+            width, heads, bias=False, budget=32, sink=4, window=16, block_q=16
+        )  # fmt: skip
 
 
 class Recurrent(nn.Module):

@@ -295,7 +295,7 @@ def test_stages_are_refreshed_when_they_are_due() -> None:
     k = walk(400, 16, 16.0, generator)[None, None]
     q = 3 * walk(40, 16, 8.0, generator)[None, None]
     cache, always = SelectionCache((4, 2, 1), STAGES), SelectionCache((1, 1, 1), STAGES)
-    options = {"budget": 32, "sink": 5, "window": 20}
+    options: dict[str, Any] = {"budget": 32, "sink": 5, "window": 20}
     seen, same = [], 0
     for step in range(9):
         reached = 360 + step

@@ -4,6 +4,7 @@ asked elsewhere. Nothing here says how well a language model does."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from .hip_attention_selection import (
     weights,
 )
 
-COMMON = {"budget": BUDGET, "sink": SINK, "window": WINDOW}
+COMMON: dict[str, Any] = {"budget": BUDGET, "sink": SINK, "window": WINDOW}
 
 
 def units_of_two(q: Tensor, k: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def hit(index: BlockIndex, width: int, position: int) -> bool:
 def test_wide_needles_are_found_in_every_chunk(keys: int) -> None:
     """In each chunk of 256, the ragged last one included."""
     generator = torch.Generator().manual_seed(0)
-    small = {"budget": 1024, "sink": 64, "window": 128}
+    small: dict[str, Any] = {"budget": 1024, "sink": 64, "window": 128}
     last = keys - 128 - 64
     for start in (*range(64, last, 256), last):
         q, k = needle(64, start, keys, generator)
@@ -125,7 +126,8 @@ def test_wide_needles_are_found_in_every_chunk(keys: int) -> None:
 
 def test_the_narrowest_needles_are_found_by_those_that_promise_it() -> None:
     generator = torch.Generator().manual_seed(0)
-    keys, small, found = 8292, {"budget": 1024, "sink": 64, "window": 128}, 0
+    small: dict[str, Any] = {"budget": 1024, "sink": 64, "window": 128}
+    keys, found = 8292, 0
     positions = [*range(64, 8292 - 129, 397), 8292 - 129]
     for position in positions:
         q, k = needle(1, position, keys, generator)

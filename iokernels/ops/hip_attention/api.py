@@ -254,8 +254,8 @@ def select_quest(
     _QUEST.check(q=q, k=k, kmin=kmin, kmax=kmax)
     if kmin.shape[2] < pages:
         raise ValueError(f"select_quest: bounds has {kmin.shape[2]} pages; the keys to select from have {pages}")
-    lists = pages_op(q.detach(), kmin, kmax, chosen, k.shape[2], page, slots, *region)
-    return index_of(q, k, *lists, region, page)
+    ids, counts = pages_op(q.detach(), kmin, kmax, chosen, k.shape[2], page, slots, *region)
+    return index_of(q, k, ids, counts, region, page)
 
 
 def select_exact(
@@ -289,7 +289,8 @@ def select_exact(
     chosen = dispatch.choose("select_exact", requested, "cpu", refusals)
     if chosen == "reference":
         return index_of(q, k, *reference.exact(q.detach(), k.detach(), region, block_k, slots), region, block_k)
-    return index_of(q, k, *exact_op(q.detach(), k.detach(), block_k, slots, *region), region, block_k)
+    ids, counts = exact_op(q.detach(), k.detach(), block_k, slots, *region)
+    return index_of(q, k, ids, counts, region, block_k)
 
 
 def region_of(

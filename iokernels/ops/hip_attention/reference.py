@@ -13,7 +13,9 @@ from torch import Tensor
 from .select_options import Region, Stage, block_end, empty_lists, query_blocks, searched_heads
 
 
-def stage(q: Tensor, k: Tensor, ids: Tensor | None, counts: Tensor | None, region: Region, stage: Stage) -> tuple:
+def stage(
+    q: Tensor, k: Tensor, ids: Tensor | None, counts: Tensor | None, region: Region, stage: Stage
+) -> tuple[Tensor, Tensor]:
     """One stage of the search: ``(ids, counts)`` of the best ``stage.slots`` chunks, ascending."""
     kv_len = k.shape[2]
 
@@ -48,7 +50,7 @@ def stage(q: Tensor, k: Tensor, ids: Tensor | None, counts: Tensor | None, regio
     return _lists(q, k, region, int(stage.slots), scored)
 
 
-def pages(q: Tensor, k: Tensor, region: Region, page: int, slots: int) -> tuple:
+def pages(q: Tensor, k: Tensor, region: Region, page: int, slots: int) -> tuple[Tensor, Tensor]:
     """The pages whose largest possible logit is highest: ``(ids, counts)``.
 
     ``sum_d max(q_d kmin_d, q_d kmax_d)`` bounds ``q . k`` for every key of a page from above.
@@ -68,7 +70,7 @@ def pages(q: Tensor, k: Tensor, region: Region, page: int, slots: int) -> tuple:
     return _lists(q, k, region, slots, scored)
 
 
-def exact(q: Tensor, k: Tensor, region: Region, block_k: int, slots: int) -> tuple:
+def exact(q: Tensor, k: Tensor, region: Region, block_k: int, slots: int) -> tuple[Tensor, Tensor]:
     """The blocks that hold the largest logits: ``(ids, counts)``."""
 
     def scored(batch: int, head: int, block: int) -> dict[int, float]:
@@ -82,7 +84,9 @@ def exact(q: Tensor, k: Tensor, region: Region, block_k: int, slots: int) -> tup
     return _lists(q, k, region, slots, scored)
 
 
-def pooled(q: Tensor, k: Tensor, region: Region, stride: int, batch: int, head: int, block: int) -> tuple:
+def pooled(
+    q: Tensor, k: Tensor, region: Region, stride: int, batch: int, head: int, block: int
+) -> tuple[Tensor, Tensor]:
     """``(rows [R, D], limits [R])``: means of ``stride`` neighbouring rows of every query head that is searched with
     ``head``, rounded to the dtype of q, and the last key that counts for any row of each mean."""
     group = q.shape[1] // searched_heads(region.heads, q.shape[1], k.shape[1])
