@@ -284,10 +284,14 @@ def default(problem: Problem) -> Config:
 
 
 def default_outer(problem: Problem) -> OuterConfig:
-    """Tiles of the first and the last step of transforms through memory, for every problem."""
-    if problem.itemsize == 4:
-        return OuterConfig(64, 64, 32, 4, 1)
-    return OuterConfig(128, 128, 32, 8, 2)
+    """Tiles of the first and the last step of transforms through memory, for every problem.
+
+    All rows, up to as many as leave an SM room for more than one thread block, so that a signal is read once.
+    """
+    single = problem.itemsize == 4
+    rows = min(max(best_lengths(problem)[0], OUTERS[0]), 64 if single else 128)
+    columns = 64 if rows == (64 if single else 128) else 128
+    return OuterConfig(rows, columns, min(rows, 32), 4 if single or rows <= 32 else 8, 1 if single else 2)
 
 
 def fitted(config: OuterConfig, outer: int, length: int) -> OuterConfig:
