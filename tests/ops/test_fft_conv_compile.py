@@ -28,7 +28,7 @@ SHAPES = {
     # What holds the most, and what fills tensor memory in another way.
     "b200": tuple(
         word
-        for text in ("n=512,keep=0.25,gated=1", "n=4k", "n=32k,nk=8k,gated=1,state=1")
+        for text in ("n=2k,keep=0.25,gated=1", "n=4k", "n=32k,nk=8k,gated=1,state=1")
         for word in ("--shape", f"b=64,h=64,{text}")
     ),
 }
