@@ -151,7 +151,7 @@ def check_points() -> tuple[Point, ...]:
         _point("circular, many blocks", h=1, n=700, nk=20, causal=0, gated=1),
         _point("two-sided", n=100, nk=199, causal=0, gated=1, skip=1, quick=True),
         _point("two-sided, half blocks", n=300, nk=599, causal=0),
-        _point("low frequencies", n=1024, nk=300, keep=0.2, gated=1, b=2),
+        _point("low frequencies", n=2048, nk=300, keep=0.2, gated=1, b=2, h=1),
         _point("low frequencies, with skip", n=300, keep=0.4, skip=1),
         _point("low frequencies, circular", n=300, keep=0.4, causal=0),
         _point("batch invariant", invariant=1, gated=1, quick=True),
@@ -219,7 +219,7 @@ CASE = Case(
     implementations={
         "reference": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
         "torch": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
-        "triton": Implementation((*_HALVES, torch.float32), "N or Nk up to 4096"),
+        "triton": Implementation((*_HALVES, torch.float32), "N or Nk up to 4194304"),
     },
     suites=SUITES,
     make_inputs=make_inputs,

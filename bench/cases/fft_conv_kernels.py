@@ -78,12 +78,12 @@ COMPILATION = Compilation(
     points=tuple(
         (VOCABULARY.parse(f"b=64,h=64,{text}"), dtype)
         for text, dtype in (
-            ("n=1k", torch.bfloat16),
-            ("n=512,keep=0.25,gated=1,bnh=1", torch.float16),
+            ("n=2k,keep=0.25,gated=1,bnh=1", torch.float16),
             ("n=2k,nk=60,gated=1,state=1", torch.float16),
             ("n=600,nk=60,causal=0,invariant=1", torch.float16),
             ("n=4k", torch.bfloat16),
             ("n=256", torch.float32),
+            ("n=16k,nk=8k,gated=1,state=1", torch.float16),
         )
     ),
 )
