@@ -245,6 +245,8 @@ SUITES: Mapping[str, tuple[Shape, ...]] = {
         "b=8,h=2k,n=4k,w=8,silu=1",
     ),
     "wide": _shapes(*(f"b=4,h=2k,n=8k,w={w}" for w in (16, 32, 64, 128))),
+    # On a CPU, beside PyTorch's own.
+    "cpu": _shapes(*(f"b=4,h=512,n=1k,w={w},silu=1,bias=1,bnh={bnh}" for w in (4, 8, 32) for bnh in (0, 1))),
 }
 
 _HALVES = (torch.float16, torch.bfloat16)

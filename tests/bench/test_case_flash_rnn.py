@@ -53,7 +53,7 @@ def test_what_is_said_of_a_backend_is_what_the_dispatcher_does(backend: str, dty
 def test_peers_compute_the_same(text: str) -> None:
     shape = VOCABULARY.parse(f"b=2,n=5,h=1,d=8,{text}")
     proof = Proof(CASE, shape, torch.float32, CPU)
-    for name in ("loop", "torch-rnn"):
+    for name in ("loop", "loop-bmm", "torch-rnn"):
         prepare = peers(CPU)[name]
         assert not isinstance(prepare, str)
         assert proof.judge(lambda inputs, prepare=prepare: prepare(inputs)()).status == "ok", name
@@ -61,8 +61,9 @@ def test_peers_compute_the_same(text: str) -> None:
     assert wrong.status == "wrong"
 
 
-def test_the_loop_has_heads_and_slstm() -> None:
-    prepare = peers(CPU)["loop"]
+@pytest.mark.parametrize("name", ["loop", "loop-bmm"])
+def test_the_loops_have_heads_and_slstm(name: str) -> None:
+    prepare = peers(CPU)[name]
     assert not isinstance(prepare, str)
     proof = Proof(CASE, VOCABULARY.parse("b=2,n=5,h=3,d=8,cell=3,state=1"), torch.bfloat16, CPU)
     assert proof.judge(lambda inputs: prepare(inputs)()).status == "ok"

@@ -85,3 +85,31 @@ def test_long_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     with Largest({u.nbytes}) as largest:
         portable.forward(u, k, [], Options())
     assert largest.nbytes < u.nbytes
+
+
+@pytest.mark.parametrize(
+    ("taps", "options"),
+    [(40, {}), (40, {"state": True}), (41, {"causal": False}), (121, {"causal": False}), (61, {"freq_keep": 0.4})],
+    ids=["causal", "state", "circular", "two-sided", "part of the frequencies"],
+)
+def test_tiles_are_the_whole(taps: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows, some sequences of some heads at a time, whichever gradients are wanted."""
+    u, dy = torch.randn(2, 5, 3, 61, dtype=torch.float64).unbind(0)
+    leaves: dict[str, Any] = {"u": u, "k": torch.randn(3, taps, dtype=torch.float64)}
+    leaves |= {"pre_gate": torch.randn_like(u), "post_gate": torch.randn_like(u), "skip": torch.randn(3).double()}
+    options = dict(options)
+    if options.pop("state", False):
+        leaves["initial_state"] = torch.randn(5, 3, taps - 1, dtype=torch.float64)
+
+    def gradients(wanted: tuple[str, ...], backend: str) -> list[torch.Tensor]:
+        tensors = {name: x.detach().requires_grad_(name in wanted) for name, x in leaves.items()}
+        y = fft_conv(**tensors, **options, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, [tensors[name] for name in wanted], dy)]
+
+    for wanted in (tuple(leaves), ("u",), ("post_gate",), ("k", "skip"), ("skip",)):
+        expected = gradients(wanted, "reference")
+        for least in (64, 2):
+            monkeypatch.setattr(portable_rows, "_LEAST_TRANSFORMS", least)
+            monkeypatch.setattr(portable_rows, "workspace", lambda u: 0)
+            for x, y in zip(gradients(wanted, "torch"), expected, strict=True):
+                torch.testing.assert_close(x, y)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
-from iokernels.ops.flash_rnn.cells import CELLS, Cell, States
+from iokernels.ops.flash_rnn.cells import CELLS, SIGMOID, TANH, Cell, States
 from iokernels.runtime import device as devices
 
 from .flash_rnn_calls import draw, prove
@@ -31,25 +33,26 @@ if TRITON:
         return (dh * (n - previous[0]) * f * (1.0 - f), dh * f * (1.0 - n * n)), (dh * (1.0 - f),)
 
 
-def forward(values: Tensor, states: States) -> States:
+def forward(values: Sequence[Tensor], states: States, into: Sequence[Tensor | None]) -> States:
     """``h = (1 - f) h + f n``: a GRU without a reset gate."""
-    f, n = values[..., 0, :].sigmoid(), values[..., 1, :].tanh()
-    return (torch.lerp(states[0], n, f),)
+    f, n = values
+    return (torch.lerp(states[0], n, f, out=into[0]),)
 
 
-def factors(values: Tensor, previous: States, states: States) -> States:
-    f, n = values[..., 0, :].sigmoid(), values[..., 1, :].tanh()
-    return torch.stack([(n - previous[0]) * f * (1 - f), f * (1 - n * n)], -2), 1 - f
+def factors(values: Sequence[Tensor], previous: States, states: States) -> tuple[States, States]:
+    f, n = values
+    return (n - previous[0], f), (1 - f,)
 
 
-def backward(factors: States, dstates: States, dvalues: Tensor) -> tuple[Tensor | None, ...]:
-    torch.mul(dstates[0].unsqueeze(-2), factors[0], out=dvalues)
-    return (dstates[0] * factors[1],)
+def backward(slopes: States, factors: States, dstates: States, dvalues: States) -> tuple[Tensor | None, ...]:
+    for slope, dvalue in zip(slopes, dvalues, strict=True):
+        torch.mul(dstates[0], slope, out=dvalue)
+    return (dstates[0] * factors[0],)
 
 
 @pytest.mark.parametrize("backend", ["torch"] + ["triton"] * TRITON)
 def test_a_fifth_cell(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CELLS, "leaky", Cell(2, ("h",), forward, factors, backward, reads_h=True))
+    monkeypatch.setitem(CELLS, "leaky", Cell(2, ("h",), (SIGMOID, TANH), forward, factors, backward, reads_h=True))
     if backend == "triton":
         monkeypatch.setitem(triton_cells.FORWARD, "leaky", leaky_forward)
         monkeypatch.setitem(triton_cells.BACKWARD, "leaky", leaky_backward)

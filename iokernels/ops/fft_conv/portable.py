@@ -7,8 +7,9 @@ Maths. With capitals for transforms of length L that is long enough for no outpu
                 du = pre dv           dpre = u dv               dpost = dy (w + skip v)     dskip = sum_bt g v
 
 Real transforms only. L is the least number that is long enough and has no prime factor but 2, 3 and 5, and a row is one
-transform. Where the filter is at least :data:`portable_lengths.SHORT` times shorter than the sequence, a row is cut
-into blocks instead (overlap-save): with P = Nk - 1 and S = L - P, block c makes the outputs from ``c S`` on,
+transform (:mod:`.portable_whole`). Where the filter is at least :data:`portable_lengths.SHORT` times shorter than the
+sequence, a row is cut into blocks instead (overlap-save): with P = Nk - 1 and S = L - P, block c makes the outputs from
+``c S`` on,
 
     w_c = iFFT(K FFT(v[c S - P :]))[P:]     dk = iFFT(sum_c FFT(0, g_c) conj FFT(v[c S - P :]))[:Nk]
     dv_c = iFFT(conj(K) FFT(g[c S :]))[:S]    from the first step of the past on, whose part is the state's gradient

@@ -131,7 +131,7 @@ class Part:
         return inside
 
     def finish(self, w: Tensor, v: Tensor | None, start: int, stop: int, factor: Tensor | None, out: Tensor) -> None:
-        """``out = factor * (w + skip * v)`` of the outputs from start to stop; w is changed. Without skip, v is idle."""
+        """``out = factor * (w + skip * v)`` of the outputs from start to stop; w is changed. Only skip reads v."""
         if self.options.skip is not None and v is not None:
             w.addcmul_(self._skip(), v)
         if factor is not None:

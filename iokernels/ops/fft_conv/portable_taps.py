@@ -64,7 +64,7 @@ def backward(
                 sums.add_(bias[heads])
             dsum = torch.ops.aten.silu_backward.grad_input(dsum, sums, grad_input=sums)
         dbias[heads] += dsum.sum((0, 2))
-        room = _room(rows, dtype) if dweight is not None or x.dtype != dtype else None
+        room = _room(rows, dtype)  # for one product after the other
         if dweight is not None:
             for tap in range(width):
                 here, there = _overlap(dsum.shape[2], length, tap - left)

@@ -38,53 +38,49 @@ def backward(
     dy: Tensor, u: Tensor, k: Tensor, spectrum: Tensor | None, options: Options, plan: Cut, grads: Gradients
 ) -> None:
     """Fill those of ``grads`` that are not None."""
-    past, n, sums = plan.overlap, u.shape[2], state_dtype(u.dtype)
-    inputs = grads.u is not None or grads.pre_gate is not None or grads.initial_state is not None
-    others = grads.k is not None or grads.post_gate is not None
+    n, sums = u.shape[2], state_dtype(u.dtype)
     known = spectrum if grads.k is None else None
     skips = torch.zeros(k.shape[0], dtype=sums, device=u.device)
     dk = grads.k if grads.k is None or k.dtype == sums else k.new_empty(k.shape, dtype=sums)
     for rows in tiles(u, plan):
         part = Part(u, options, rows, dy)
         count, heads = rows.shape
-        # Rows of the buffer: v, g, filter.
+        # The rows of the buffer: v, g, and the filter where it is not known.
         x = _buffer(u, 2 * count + (known is None), heads, plan)
-        g = part.fill_gradients(x[count : 2 * count], past)
-        v = part.fill_inputs(x[:count], past) if others or grads.skip is not None else None
+        v, g = x[:count], part.fill_gradients(x[count : 2 * count], plan.overlap)
+        reads_v = grads.k is not None or grads.post_gate is not None
+        if reads_v or grads.skip is not None:
+            v = part.fill_inputs(v, plan.overlap)
         if grads.skip is not None:
             skips[rows.heads] += torch.linalg.vecdot(g, v).sum(0)
-        if not inputs and not others:
-            continue
         if known is None:
             _place(rows.of_heads(k), x[2 * count], n, options)
-        first = 0 if others else count
+        first = 0 if reads_v else count  # of the rows that are transformed
         frequencies = _kept(torch.fft.rfft(x[first:]), options, plan)
-        mine = frequencies[-1] if known is None else rows.of_heads(known)
         of_v, of_g = frequencies[: count - first], frequencies[count - first : 2 * count - first]
+        mine = frequencies[-1] if known is None else rows.of_heads(known)
         products = None
         if grads.k is not None:
             products = of_v.conj_physical() if grads.post_gate is not None else of_v.conj_physical_()
             products.mul_(of_g)
+        # What goes back stands where its factors did: w for v, dv for g, dk for the filter.
         if grads.post_gate is not None:
             of_v.mul_(mine)
         of_g.mul_(mine.conj_physical())
         if products is not None:
             torch.sum(products, 0, out=frequencies[-1])
-        skipped = 0 if grads.post_gate is not None or not others else count
-        results = torch.fft.irfft(frequencies[skipped:], n=plan.length)
-        first += skipped
+        unused = 0 if grads.post_gate is not None else count - first
+        results = torch.fft.irfft(frequencies[unused:], n=plan.length)
+        first += unused
         if grads.post_gate is not None:
-            w = results[:count, :, past : past + n]
-            part.finish(w, v, 0, n, part.dy, grads.post_gate)
-        if inputs:
-            dv = results[count - first : 2 * count - first, :, : past + n]
-            if grads.initial_state is not None:
-                rows.of(grads.initial_state).copy_(dv[..., :past])
-            part.store_inputs(dv[..., past:], g, 0, n, grads)
+            part.finish(results[:count, :, plan.overlap : plan.width], v, 0, n, dy, grads.post_gate)
+        dv = results[count - first : 2 * count - first, :, : plan.width]
+        if grads.initial_state is not None:
+            rows.of(grads.initial_state).copy_(dv[..., : plan.overlap])
+        part.store_inputs(dv[..., plan.overlap :], g, 0, n, grads)
         if dk is not None:
-            taps = unplaced(results[-1], k.shape[1], n, options)
-            mine = rows.of_heads(dk)
-            mine.copy_(taps) if rows.batch.start == 0 else mine.add_(taps)
+            taps, sum_of_tiles = unplaced(results[-1], k.shape[1], n, options), rows.of_heads(dk)
+            sum_of_tiles.copy_(taps) if rows.batch.start == 0 else sum_of_tiles.add_(taps)
     if grads.skip is not None:
         grads.skip.copy_(skips)
     if grads.k is not None and dk is not None and dk is not grads.k:

@@ -197,16 +197,19 @@ CELLS: dict[str, Cell] = {
     # i, f, z, o.  c = sigmoid(f) c + sigmoid(i) tanh(z);  h = sigmoid(o) tanh(c).
     "lstm": Cell(4, ("h", "c"), (SIGMOID, SIGMOID, TANH, SIGMOID), _lstm, _lstm_factors, _lstm_backward),
     # r, z, n.  n = tanh(x_n + sigmoid(r) s_n);  h = sigmoid(z) h + (1 - sigmoid(z)) n.
-    "gru": Cell(
-        3, ("h",), (SIGMOID, SIGMOID, None, None), _gru, _gru_factors, _gru_backward, apart=1, reads_h=True
-    ),
+    "gru": Cell(3, ("h",), (SIGMOID, SIGMOID, None, None), _gru, _gru_factors, _gru_backward, apart=1, reads_h=True),
     # h = tanh(x + s).
     "elman": Cell(1, ("h",), (None,), _elman, _elman_factors, _elman_backward),
     # i, f, z, o.  m' = max(log sigmoid(f) + m, i);  c = F c + I tanh(z), n = F n + I with I = exp(i - m') and
     # F = exp(log sigmoid(f) + m - m');  h = sigmoid(o) c / n.  xLSTM (Beck et al., 2024, arXiv:2405.04517).
     "slstm": Cell(
-        4, ("h", "c", "n", "m"), (None, None, TANH, SIGMOID), _slstm, _slstm_factors, _slstm_backward,
+        4,
+        ("h", "c", "n", "m"),
+        (None, None, TANH, SIGMOID),
+        _slstm,
+        _slstm_factors,
+        _slstm_backward,
         start=_slstm_start,
-    ),  # fmt: skip
+    ),
 }
 """Every cell by name, with the order of its gates."""

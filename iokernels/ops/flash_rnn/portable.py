@@ -5,7 +5,8 @@ and the cell's pointwise equations, whose results go straight to where they are 
 pass is :mod:`.portable_bwd`.
 
 Memory beyond what :class:`.options.Forward` keeps is that of a step. All of it is float32, float64 for float64 inputs.
-Where the inputs have that dtype too, the values are kept after their activations; else before, where rounding costs less.
+Where the inputs have that dtype too, the values are kept after their activations; else before, where rounding them
+costs less.
 """
 
 from __future__ import annotations
