@@ -95,7 +95,7 @@ DEVICE void load_ends(int (&ends)[SEQ_TILES][2], const Lengths& lengths, const P
         for (int s = 0; s < 2; ++s) ends[t][s] = lengths.of(at.sequence(t, s));
 }
 
-// ---- pairs: two neighbouring units -------------------------------------------------------------------------------
+// ---- pairs: two neighbouring units --------------------
 
 template <class T>
 DEVICE void store_pair(T* p, const float (&x)[2], i64 stride, int unit) {
@@ -132,7 +132,7 @@ DEVICE void load_bias(float (&bias)[GATES][2], const Element* ptr, const Place& 
     }
 }
 
-// ---- states: contiguous float32 [S, B, H, D] ----------------------------------------------------------------------
+// ---- states: contiguous float32 [S, B, H, D] --------------------
 
 DEVICE i64 state_offset(const Place& at, int state, int sequence, int batch, int heads) {
     return ((static_cast<i64>(state) * batch + sequence) * heads + at.head) * WIDTH + at.unit;
@@ -149,8 +149,8 @@ DEVICE void load_states(Quad (&states)[STATES][SEQ_TILES], const float* ptr, con
 #pragma unroll
             for (int x = 0; x < STATES; ++x) {
                 const bool exists = x >= FROM && ptr != nullptr && sequence < batch;
-                load_pair<false>(states[x][t][s], exists ? ptr + state_offset(at, x, sequence, batch, heads) : ptr, 1, at.unit,
-                          exists);
+                load_pair<false>(states[x][t][s], exists ? ptr + state_offset(at, x, sequence, batch, heads) : ptr, 1,
+                                 at.unit, exists);
             }
         }
     }
@@ -170,7 +170,7 @@ DEVICE void store_states(float* ptr, const Quad (&states)[STATES][SEQ_TILES], co
     }
 }
 
-// ---- the tiles of one step --------------------------------------------------------------------------------------------
+// ---- the tiles of one step --------------------
 
 template <class T>
 DEVICE i64 step_offset(const T*, const Steps& stride, const Place& at, int t, int s, int step) {
@@ -179,8 +179,8 @@ DEVICE i64 step_offset(const T*, const Steps& stride, const Place& at, int t, in
 
 // The first COUNT tiles of a step, in the sequences that have it.
 template <int COUNT, class T>
-DEVICE void store_step(T* ptr, const Steps& stride, Quad (*tiles)[SEQ_TILES], const int (&ends)[SEQ_TILES][2],
-                       int step, const Place& at) {
+DEVICE void store_step(T* ptr, const Steps& stride, Quad (*tiles)[SEQ_TILES], const int (&ends)[SEQ_TILES][2], int step,
+                       const Place& at) {
 #pragma unroll
     for (int t = 0; t < SEQ_TILES; ++t)
 #pragma unroll

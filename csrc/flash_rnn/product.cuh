@@ -5,8 +5,8 @@
 // the gates, is a tile [sequence, column] in shared memory, rows 16 bytes longer than the head is wide, so that the
 // eight rows of an ldmatrix lie in different banks; a fragment takes 32 bytes of a row whatever the element.
 //
-// 16-bit elements are multiplied as they are. float32 goes through TF32: each factor is the sum of two TF32 numbers, and
-// of their four products the three larger ones are added (PRECISE), or it is rounded to one.
+// 16-bit elements are multiplied as they are. float32 goes through TF32: each factor is the sum of two TF32 numbers,
+// and of their four products the three larger ones are added (PRECISE), or it is rounded to one.
 #pragma once
 #include "common/matrix.cuh"
 #include "places.cuh"
@@ -55,7 +55,8 @@ struct Weights {
     Shared<u32> resting;
 
     // Rows are taken unless they are not `wanted`: then there is to be no product.
-    DEVICE Weights(SharedMemory& arena, const Element* ptr, const Matrices& stride, const Place& at, bool wanted = true) {
+    DEVICE Weights(SharedMemory& arena, const Element* ptr, const Matrices& stride, const Place& at,
+                   bool wanted = true) {
         resting = arena.take<u32>(UNIT_TILES * SPLIT * GATES * RESTING * WARP * 4) +
                   (warp_id() * GATES * RESTING * WARP + lane_id()) * 4;
         if (!wanted) return;
@@ -129,7 +130,8 @@ DEVICE void load_operand(u32 (&b)[SEQ_TILES][2][2], Shared<Element> operand, int
 
 // sums[g] += R_g h, of an operand that all gates share.
 template <bool TURNED>
-DEVICE void product_of_one(Sums (&sums)[GATES], const Weights<TURNED>& weights, Shared<Element> operand, const Place& at) {
+DEVICE void product_of_one(Sums (&sums)[GATES], const Weights<TURNED>& weights, Shared<Element> operand,
+                           const Place& at) {
 #pragma unroll
     for (int k = 0; k < K_TILES; k += 2) {
         u32 b[SEQ_TILES][2][2];

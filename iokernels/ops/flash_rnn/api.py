@@ -202,25 +202,42 @@ def cuda_refusal(
     """Why the backend ``cuda`` cannot run such a call, as the end of a sentence; None where it can."""
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
-    return devices.cuda_refusal(device) or _too_large(cell, batch, heads, width, dtype, device)
+    reason = devices.cuda_refusal(device)
+    if reason is not None or width <= _widest_of_one_block(cell, dtype, device):
+        return reason
+    # Whether several blocks can share a head depends on how many there are, so a compiled call is for these sizes.
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        batch, heads, width = guard_scalar(batch), guard_scalar(heads), guard_scalar(width)
+    if _held(cell, batch, heads, width, dtype, device):
+        return None
+    return (
+        f"H is {heads}, D {width} and B {batch}, and its kernels keep the recurrent matrices on chip, in blocks that run "
+        f"at the same time: that is more than {_name(device)} holds"
+    )
 
 
-def _too_large(cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def _widest_of_one_block(cell: str, dtype: torch.dtype, device: torch.device) -> int:
+    """Up to here a head needs one block, whatever their number."""
+    from .resources import widest_of_one_block
+
+    return widest_of_one_block(CELLS[cell], dtype.itemsize, _tensor_cores(dtype), devices.spec_of(device))
+
+
+def _held(cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     from .resources import KERNELS, fits, problem_for
 
-    spec = devices.spec_of(device)
-    precise = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    for kernel in KERNELS:
-        if not fits(problem_for(kernel, CELLS[cell], width, heads, batch, dtype.itemsize, not precise, spec)):
-            return (
-                f"{heads} heads of D = {width} for {batch} sequences are more recurrent matrices than all blocks that "
-                f"{spec.name} runs at once hold on chip ({kernel})"
-            )
-    return None
+    problem = width, heads, batch, dtype.itemsize, _tensor_cores(dtype), devices.spec_of(device)
+    return all(fits(problem_for(kernel, CELLS[cell], *problem)) for kernel in KERNELS)
 
 
-# The answer does not change, and Dynamo need not trace it.
-_too_large.__dict__["_dynamo_marked_constant"] = True
+def _tensor_cores(dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
+
+def _name(device: torch.device) -> str:
+    return devices.spec_of(device).name
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -229,7 +246,8 @@ def _shared_memory(device: torch.device) -> int:
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this library.
-_shared_memory.__dict__["_dynamo_marked_constant"] = True
+for _constant in (_shared_memory, _widest_of_one_block, _held, _name):
+    _constant.__dict__["_dynamo_marked_constant"] = True
 
 
 def _check_lengths(lengths: Tensor, steps: int) -> None:
