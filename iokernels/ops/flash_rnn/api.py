@@ -68,7 +68,8 @@ def flash_rnn(
         gates: ``[B, N, G, H, D]``, float16, bfloat16, float32 or float64. Any strides: ``[N, B, ...]`` is passed as
             ``x.transpose(0, 1)``, and h comes back in the same order. On ``triton`` the matrices of a head stay in the
             shared memory of one thread block: D up to 128 for half-precision LSTM, GRU and sLSTM on GPUs for data
-            centres, up to 64 on others and in float32 (Elman in half precision: 256 and 128).
+            centres, up to 64 on others and in float32 (Elman in half precision: 256 and 128). ``cuda`` also keeps them
+            in registers, and shares a head between thread blocks where one does not hold it.
         recurrent: ``[G, H, D, D]`` (gate, head, out, in), dtype and device of gates. ``weight_hh`` of ``torch.nn.LSTM``
             is ``recurrent.view(4 * D, D)`` with one head.
         bias: ``[G, H, D]``, dtype and device of gates, added to the recurrent part; None for none. (A bias of the
@@ -89,7 +90,8 @@ def flash_rnn(
             step are kept, in the dtype of gates, and the gates themselves are not. With True the gates are kept, which
             costs nothing where they live on anyway, and the values are made again by one large product; the backward
             pass then needs that much memory for itself.
-        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of
+            :mod:`iokernels.runtime.dispatch`.
 
     Returns:
         ``h [B, N, H, D]`` in the dtype of gates, or ``(h, state)`` with ``state [S, B, H, D]`` float32 (float64 for
@@ -173,7 +175,9 @@ def _plan(
         gates.device.type,
         {
             "triton": partial(triton_refusal, cell, gates.shape[4], gates.dtype, gates.device),
-            "cuda": partial(cuda_refusal, cell, gates.shape[0], gates.shape[3], gates.shape[4], gates.dtype, gates.device),
+            "cuda": partial(
+                cuda_refusal, cell, gates.shape[0], gates.shape[3], gates.shape[4], gates.dtype, gates.device
+            ),
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -196,9 +200,7 @@ def triton_refusal(cell: str, width: int, dtype: torch.dtype, device: torch.devi
     return devices.triton_refusal(device)
 
 
-def cuda_refusal(
-    cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
-) -> str | None:
+def cuda_refusal(cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the backend ``cuda`` cannot run such a call, as the end of a sentence; None where it can."""
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
@@ -209,12 +211,12 @@ def cuda_refusal(
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-        batch, heads, width = guard_scalar(batch), guard_scalar(heads), guard_scalar(width)
+        batch, heads, width = (int(guard_scalar(size)) for size in (batch, heads, width))
     if _held(cell, batch, heads, width, dtype, device):
         return None
     return (
-        f"H is {heads}, D {width} and B {batch}, and its kernels keep the recurrent matrices on chip, in blocks that run "
-        f"at the same time: that is more than {_name(device)} holds"
+        f"H is {heads}, D {width} and B {batch}, and its kernels keep the recurrent matrices on chip, in blocks that "
+        f"run at the same time: that is more than {_name(device)} holds"
     )
 
 
