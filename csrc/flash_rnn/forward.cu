@@ -37,8 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Gathering<GATES> gathering(arena);
     Incoming<Element, GATES> gates(arena, gates_ptr, stride_gates, at, lengths, 0, 1);
 
-    float bias[GATES][2];
-    load_bias(bias, bias_ptr, at, heads);
+    const Bias bias(arena, bias_ptr, at, heads);
     int ends[SEQ_TILES][2];
     load_ends(ends, lengths, at);
     const int steps = lengths.longest();
@@ -58,7 +57,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if constexpr (VECTORS) gates.request(step + AHEAD, at);
         commit_copies();
         Quad x[GATES][SEQ_TILES], values[VALUES][SEQ_TILES];
-        if (at.leads()) gates.read(x, step, at);
+        Vector<float, 2> b[GATES];
+        if (at.leads()) {
+            gates.read(x, step, at);
+#pragma unroll
+            for (int g = 0; g < GATES; ++g) b[g] = bias.of(g, at);
+        }
         Sums sums[GATES] = {};
         product_of_one(sums, weights, exchange.operand(step), at);
         gathering.add(sums, at);
@@ -68,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const int t = e / 4, s = e / 2 % 2, u = e % 2;
                 float v[VALUES], state[STATES];
 #pragma unroll
-                for (int g = 0; g < GATES; ++g) v[g] = sums[g][t][2 * u + s] + bias[g][u];
+                for (int g = 0; g < GATES; ++g) v[g] = sums[g][t][2 * u + s] + b[g].at[u];
 #pragma unroll
                 for (int g = 0; g < GATES; ++g) {
                     if (g < JOINED)

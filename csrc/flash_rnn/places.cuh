@@ -14,7 +14,6 @@
 #pragma once
 #include "common/barriers.cuh"
 #include "common/numbers.cuh"
-#include "common/warp.cuh"
 
 constexpr int GATES = Cell::GATES, APART = Cell::APART, STATES = Cell::STATES;
 constexpr int VALUES = GATES + APART, JOINED = GATES - APART, OTHERS = STATES - 1;
@@ -121,16 +120,25 @@ DEVICE void load_pair(float (&x)[2], const T* p, i64 stride, int unit, bool exis
     }
 }
 
-// The bias of the lane's units, of a contiguous [G, H, D]; zeros without a pointer. One lane of four asks for it.
-DEVICE void load_bias(float (&bias)[GATES][2], const Element* ptr, const Place& at, int heads) {
-#pragma unroll
-    for (int g = 0; g < GATES; ++g) {
-        const bool exists = ptr != nullptr && at.column == 0 && at.leads();
-        load_pair<false>(bias[g], exists ? ptr + (g * heads + at.head) * WIDTH + at.unit : ptr, 1, at.unit, exists);
-#pragma unroll
-        for (int u = 0; u < 2; ++u) bias[g][u] = shuffle(bias[g][u], lane_id() / 4 * 4);
+// The bias of the block's units, of a contiguous [G, H, D], in shared memory; zeros without a pointer. A barrier comes
+// before it is read.
+struct Bias {
+    Shared<float> pairs;
+
+    DEVICE Bias(SharedMemory& arena, const Element* ptr, const Place& at, int heads)
+        : pairs(arena.take<float>(GATES * UNITS)) {
+        for (int e = threadIdx.x; e < GATES * UNITS; e += THREADS) {
+            const int g = e / UNITS, unit = at.part * UNITS + e % UNITS;
+            const bool exists = ptr != nullptr && inside(unit);
+            store_shared(pairs + e, exists ? float(load_global(ptr + (g * heads + at.head) * WIDTH + unit)) : 0.0f);
+        }
     }
-}
+
+    // Of gate g, for the lane's units.
+    DEVICE Vector<float, 2> of(int g, const Place& at) const {
+        return load_shared_vector<2>(pairs + (g * UNITS + at.row()));
+    }
+};
 
 // ---- states: contiguous float32 [S, B, H, D] --------------------
 

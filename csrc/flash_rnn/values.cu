@@ -22,8 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared<Element> operand = arena.take<Element>(OPERAND_TILE);
     Weights<false> weights(arena, recurrent_ptr, stride_recurrent, at);
     Gathering<GATES> gathering(arena);
-    float bias[GATES][2];
-    load_bias(bias, bias_ptr, at, heads);
+    const Bias bias(arena, bias_ptr, at, heads);
 
     for (i64 start = at.first; start < rows; start += static_cast<i64>(walkers) * TILE) {
         for (int e = threadIdx.x; e < TILE * PADDED / 2; e += THREADS) {
@@ -58,7 +57,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                 at.head * stride_values.h + at.unit * stride_values.d;
 #pragma unroll
                 for (int g = 0; g < GATES; ++g) {
-                    float x[2], v[2] = {sums[g][t][s] + bias[g][0], sums[g][t][2 + s] + bias[g][1]};
+                    const Vector<float, 2> b = bias.of(g, at);
+                    float x[2], v[2] = {sums[g][t][s] + b.at[0], sums[g][t][2 + s] + b.at[1]};
                     load_pair<VECTORS>(x, x_at + g * stride_gates.x, stride_gates.d, at.unit, true);
                     if (g < JOINED)
                         v[0] += x[0], v[1] += x[1];

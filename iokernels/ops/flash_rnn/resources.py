@@ -138,6 +138,8 @@ def shared_bytes(problem: Problem, blocks: int, tile: int, split: int, eighths: 
         units // ROWS * split * problem.gates * resting * 512,
         units // ROWS * (split - 1) * summed * tile // SEQUENCES * 512,
     ]
+    if not problem.backward:
+        arrays.append(4 * problem.gates * units)
     if not problem.parallel:
         arrays.append(4 * tile)
         tiles = [(problem.values, problem.itemsize), (1, problem.itemsize), (int(problem.reads), problem.itemsize),
