@@ -82,13 +82,13 @@ def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
         assert (products > 0) == (itemsize == 2 and not ("cut=1" in shape and "bwd" in kernel)), (shape, kernel)
 
 
-@pytest.mark.parametrize("gpu", KNOWN)
+@pytest.mark.parametrize("gpu", ["a100-sxm", "rtx-4090"])
 def test_the_default_of_cuda_is_in_the_space(gpu: str) -> None:
     device = named(gpu)
     for kernel, tunable in resources.TUNABLES.items():
         for cell in CELLS.values():
             for itemsize, tensor_cores in ((2, True), (4, True), (4, False)):
-                for width, heads in ((5, 12), (64, 12), (128, 6), (192, 1), (512, 1)):
+                for width, heads in ((5, 12), (128, 6), (512, 1)):
                     problem = resources.problem_for(kernel, cell, width, heads, 17, itemsize, tensor_cores, device)
                     if resources.fits(problem):
                         config = resources.default(problem)
@@ -133,15 +133,13 @@ def test_a_head_of_sixty_four_units_needs_one_block(backward: bool) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc compiles the kernels")
-@pytest.mark.parametrize("gpu", ["a100-sxm", "rtx-4090"])
-def test_cuda_kernels_keep_what_the_model_says(gpu: str) -> None:
-    """Matrix instructions, no spills beyond a few words, and the shared memory of the model within the GPU's."""
-    device = named(gpu)
-    for text in ("d=64", "d=128,h=6", "d=64,cell=3,state=1"):
-        with compiling_cuda_for(device) as found:
-            COMPILATION.launch(VOCABULARY.parse(text), torch.bfloat16, "both")
-        assert [one.kernel for one in found] == ["flash_rnn_fwd_cuda", "flash_rnn_bwd_cuda"]
-        for one in found:
-            assert one.spill_bytes <= 16, (text, one.kernel)
-            assert one.shared_bytes <= device.smem_block, (text, one.kernel)
-            assert sum(one.matrix_instructions().values()) > 0, (text, one.kernel)
+def test_cuda_kernels_keep_what_the_model_says() -> None:
+    """No spills, matrix instructions, and the shared memory of the model, within what a small GPU has."""
+    device = named("rtx-4090")
+    with compiling_cuda_for(device) as found:
+        COMPILATION.launch(VOCABULARY.parse("d=128,h=6"), torch.bfloat16, "both")
+    assert [one.kernel for one in found] == ["flash_rnn_fwd_cuda", "flash_rnn_bwd_cuda"]
+    for one in found:
+        assert one.spill_bytes == 0, one.kernel
+        assert one.shared_bytes <= device.smem_block, one.kernel
+        assert sum(one.matrix_instructions().values()) >= 32, one.kernel  # four gates, eight operands
