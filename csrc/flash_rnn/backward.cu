@@ -4,13 +4,13 @@
 //
 // where dh' is what the cell itself passes on. Groups of blocks, tiles and lanes are those of the forward pass
 // (places.cuh): a warp has 16 units, whose dh it makes and whose pointwise work it does, so it holds 16 rows of every
-// R_g^T. What goes from warp to warp once a step are the ds of all gates. Values, dout and the states before a step come
-// STAGES - 1 steps ahead. Nothing but dstates runs through time, so the gradients of R and b wait until the loop is
-// over: dR_g = sum_t ds_g h^T is one product of length B N, in PyTorch.
+// R_g^T. What goes from warp to warp once a step are the ds of all gates. Values, dout and the states before a step
+// come STAGES - 1 steps ahead. Nothing but dstates runs through time, so the gradients of R and b wait until the loop
+// is over: dR_g = sum_t ds_g h^T is one product of length B N, in PyTorch.
 //
-// FLOPs: 2 G D^2 a step, head and sequence. Bytes: R once for every group; values, the S - 1 states after h (and h where
-// the cell reads it), dout and the gradients of the gates once, and once more those of recurrent parts that are apart;
-// with BLOCKS > 1, ds BLOCKS times over.
+// FLOPs: 2 G D^2 a step, head and sequence. Bytes: R once for every group; values, the S - 1 states after h (and h
+// where the cell reads it), dout and the gradients of the gates once, and once more those of recurrent parts that are
+// apart; with BLOCKS > 1, ds BLOCKS times over.
 #include "cells.cuh"
 #include "exchange.cuh"
 #include "incoming.cuh"
@@ -18,23 +18,23 @@
 constexpr int READS_H = Cell::READS_H ? 1 : 0;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-flash_rnn_bwd_cuda(const Element* recurrent_ptr,  // [G, H, D, D], out by in
-                   const float* initial_ptr,      // [S, B, H, D], contiguous, or null
-                   const int* lengths_ptr,        // [B], contiguous, or null
-                   const Element* out_ptr,        // [B, N, H, D]
-                   const Element* values_ptr,     // [B, N, A, H, D]
-                   const float* history_ptr,      // [B, N, S - 1, H, D], or null
-                   const Element* dout_ptr,       // [B, N, H, D]
-                   const float* dstate_ptr,       // [S, B, H, D], contiguous, or null
-                   Element* dgates_ptr,           // [B, N, G, H, D]
-                   Element* dapart_ptr,           // [B, N, APART, H, D], or null
-                   float* dinitial_ptr,           // [S, B, H, D], contiguous, or null
-                   Element* exchange_ptr,         // [groups, 2, G, TILE, PADDED], or null for one block a head
-                   u32* arrived_ptr,              // [groups], zeros, or null
-                   Matrices stride_recurrent, Steps stride_out, Steps stride_values, Steps stride_history, Steps stride_dout,
-                   Steps stride_dgates, Steps stride_dapart, int batch, int heads, int length,
-                   float clip,  // infinite: none
-                   int cuts) {
+    flash_rnn_bwd_cuda(const Element* recurrent_ptr,  // [G, H, D, D], out by in
+                       const float* initial_ptr,      // [S, B, H, D], contiguous, or null
+                       const int* lengths_ptr,        // [B], contiguous, or null
+                       const Element* out_ptr,        // [B, N, H, D]
+                       const Element* values_ptr,     // [B, N, A, H, D]
+                       const float* history_ptr,      // [B, N, S - 1, H, D], or null
+                       const Element* dout_ptr,       // [B, N, H, D]
+                       const float* dstate_ptr,       // [S, B, H, D], contiguous, or null
+                       Element* dgates_ptr,           // [B, N, G, H, D]
+                       Element* dapart_ptr,           // [B, N, APART, H, D], or null
+                       float* dinitial_ptr,           // [S, B, H, D], contiguous, or null
+                       Element* exchange_ptr,         // [groups, 2, G, TILE, PADDED], or null for one block a head
+                       u32* arrived_ptr,              // [groups], zeros, or null
+                       Matrices stride_recurrent, Steps stride_out, Steps stride_values, Steps stride_history,
+                       Steps stride_dout, Steps stride_dgates, Steps stride_dapart, int batch, int heads, int length,
+                       float clip,  // infinite: none
+                       int cuts) {
     const Place at(heads);
     SharedMemory arena;
     Weights<true> weights(arena, recurrent_ptr, stride_recurrent, at, !cuts);
@@ -136,7 +136,8 @@ flash_rnn_bwd_cuda(const Element* recurrent_ptr,  // [G, H, D, D], out by in
         if (at.leads()) {
             store_step<JOINED>(dgates_ptr, stride_dgates, dvalues, ends, step, at);
             if constexpr (APART > 0) {
-                store_step<APART>(dgates_ptr + JOINED * stride_dgates.x, stride_dgates, &dvalues[GATES], ends, step, at);
+                store_step<APART>(dgates_ptr + JOINED * stride_dgates.x, stride_dgates, &dvalues[GATES], ends, step,
+                                  at);
                 store_step<APART>(dapart_ptr, stride_dapart, &dvalues[JOINED], ends, step, at);
             }
         }

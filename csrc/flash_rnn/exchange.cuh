@@ -20,9 +20,7 @@ struct Exchange {
 
     // `exchange_ptr` [groups, 2, COUNT, TILE, PADDED] and `arrived_ptr` [groups], zero, are null where BLOCKS is 1.
     DEVICE Exchange(SharedMemory& arena, Element* exchange_ptr, u32* arrived_ptr)
-        : tiles(arena.take<Element>(BLOCKS == 1 ? 2 * SIZE : SIZE)),
-          global(exchange_ptr),
-          arrived(arrived_ptr) {
+        : tiles(arena.take<Element>(BLOCKS == 1 ? 2 * SIZE : SIZE)), global(exchange_ptr), arrived(arrived_ptr) {
         if constexpr (BLOCKS > 1) {
             global += static_cast<i64>(blockIdx.x / BLOCKS) * 2 * COUNT * TILE * PADDED;
             arrived += blockIdx.x / BLOCKS;

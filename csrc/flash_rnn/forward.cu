@@ -8,27 +8,27 @@
 // goes from warp to warp, or from block to block, once a step (exchange.cuh). Transposed, gates^T = R h^T, so that the
 // matrix that stays is the operand of the matrix instructions that takes 16 rows, and a tile needs 8 sequences only.
 //
-// FLOPs: 2 G D^2 a step, head and sequence. Bytes: R and b once for every group; gates and h once; where a gradient will
-// be taken, the values and S - 1 states of every step; with BLOCKS > 1, h BLOCKS times over. A step waits for the one
-// before: the time is N times a product, a few exponentials and an exchange of h.
+// FLOPs: 2 G D^2 a step, head and sequence. Bytes: R and b once for every group; gates and h once; where a gradient
+// will be taken, the values and S - 1 states of every step; with BLOCKS > 1, h BLOCKS times over. A step waits for the
+// one before: the time is N times a product, a few exponentials and an exchange of h.
 #include "cells.cuh"
 #include "exchange.cuh"
 #include "incoming.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-flash_rnn_fwd_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
-                   const Element* recurrent_ptr,  // [G, H, D, D], out by in
-                   const Element* bias_ptr,       // [G, H, D], contiguous, or null
-                   const float* initial_ptr,      // [S, B, H, D], contiguous, or null
-                   const int* lengths_ptr,        // [B], contiguous, or null
-                   Element* out_ptr,              // [B, N, H, D]; zeros where there are lengths
-                   float* state_ptr,              // [S, B, H, D], contiguous
-                   Element* values_ptr,           // [B, N, A, H, D], or null
-                   float* history_ptr,            // [B, N, S - 1, H, D], or null
-                   Element* exchange_ptr,         // [groups, 2, TILE, PADDED], or null for one block a head
-                   u32* arrived_ptr,              // [groups], zeros, or null
-                   Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values, Steps stride_history,
-                   int batch, int heads, int length) {
+    flash_rnn_fwd_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
+                       const Element* recurrent_ptr,  // [G, H, D, D], out by in
+                       const Element* bias_ptr,       // [G, H, D], contiguous, or null
+                       const float* initial_ptr,      // [S, B, H, D], contiguous, or null
+                       const int* lengths_ptr,        // [B], contiguous, or null
+                       Element* out_ptr,              // [B, N, H, D]; zeros where there are lengths
+                       float* state_ptr,              // [S, B, H, D], contiguous
+                       Element* values_ptr,           // [B, N, A, H, D], or null
+                       float* history_ptr,            // [B, N, S - 1, H, D], or null
+                       Element* exchange_ptr,         // [groups, 2, TILE, PADDED], or null for one block a head
+                       u32* arrived_ptr,              // [groups], zeros, or null
+                       Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values,
+                       Steps stride_history, int batch, int heads, int length) {
     const Place at(heads);
     SharedMemory arena;
     Weights<false> weights(arena, recurrent_ptr, stride_recurrent, at);
@@ -37,8 +37,7 @@ flash_rnn_fwd_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
     Gathering<GATES> gathering(arena);
     Incoming<Element, GATES> gates(arena, gates_ptr, stride_gates, at, lengths, 0, 1);
 
-    float bias[GATES][2];
-    load_bias(bias, bias_ptr, at, heads);
+    const Bias bias(arena, bias_ptr, at, heads);
     int ends[SEQ_TILES][2];
     load_ends(ends, lengths, at);
     const int steps = lengths.longest();
@@ -58,7 +57,12 @@ flash_rnn_fwd_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
         if constexpr (VECTORS) gates.request(step + AHEAD, at);
         commit_copies();
         Quad x[GATES][SEQ_TILES], values[VALUES][SEQ_TILES];
-        if (at.leads()) gates.read(x, step, at);
+        Vector<float, 2> b[GATES];
+        if (at.leads()) {
+            gates.read(x, step, at);
+#pragma unroll
+            for (int g = 0; g < GATES; ++g) b[g] = bias.of(g, at);
+        }
         Sums sums[GATES] = {};
         product_of_one(sums, weights, exchange.operand(step), at);
         gathering.add(sums, at);
@@ -68,11 +72,13 @@ flash_rnn_fwd_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
                 const int t = e / 4, s = e / 2 % 2, u = e % 2;
                 float v[VALUES], state[STATES];
 #pragma unroll
-                for (int g = 0; g < GATES; ++g) v[g] = sums[g][t][2 * u + s] + bias[g][u];
+                for (int g = 0; g < GATES; ++g) v[g] = sums[g][t][2 * u + s] + b[g].at[u];
 #pragma unroll
                 for (int g = 0; g < GATES; ++g) {
-                    if (g < JOINED) v[g] += x[g][t][s][u];
-                    else v[g + APART] = x[g][t][s][u];
+                    if (g < JOINED)
+                        v[g] += x[g][t][s][u];
+                    else
+                        v[g + APART] = x[g][t][s][u];
                 }
 #pragma unroll
                 for (int i = 0; i < STATES; ++i) state[i] = states[i][t][s][u];

@@ -5,9 +5,9 @@
 
 constexpr int AHEAD = VECTORS ? STAGES - 1 : 1;
 
-// COUNT tiles [TILE, UNITS] a step of a tensor, from step `origin` on, `direction` (1 or -1) at a time. Rows of 16 bytes
-// come by cp.async into STAGES slots of shared memory, STAGES - 1 steps ahead; others into registers, one step ahead.
-// Steps before 0, steps at the end of a sequence and beyond, and units of padding are zeros.
+// COUNT tiles [TILE, UNITS] a step of a tensor, from step `origin` on, `direction` (1 or -1) at a time. Rows of 16
+// bytes come by cp.async into STAGES slots of shared memory, STAGES - 1 steps ahead; others into registers, one step
+// ahead. Steps before 0, steps at the end of a sequence and beyond, and units of padding are zeros.
 template <class T, int COUNT>
 struct Incoming {
     static constexpr int CHUNK = 16 / sizeof(T);
@@ -45,7 +45,7 @@ struct Incoming {
         } else if constexpr (COUNT > 0) {
             strides = steps;
             own = ptr + (at.first + at.column) * steps.b + at.head * steps.h + at.unit * steps.d;
-load_ends(ends, lengths, at);
+            load_ends(ends, lengths, at);
         }
     }
 
@@ -70,8 +70,8 @@ load_ends(ends, lengths, at);
         }
     }
 
-    // Asks for the tiles of a turn: of the first AHEAD before the loop, and where they come by cp.async, in the loop for
-    // those of the turn that is AHEAD of it. The caller commits.
+    // Asks for the tiles of a turn: of the first AHEAD before the loop, and where they come by cp.async, in the loop
+    // for those of the turn that is AHEAD of it. The caller commits.
     DEVICE void request(int turn, const Place& at) {
         const int step = origin + direction * turn;
         if constexpr (COUNT > 0 && VECTORS) {
@@ -80,8 +80,9 @@ load_ends(ends, lengths, at);
                 const int chunk = threadIdx.x + e * THREADS;
                 if (CHUNKS % THREADS != 0 && chunk >= CHUNKS) break;
                 const bool exists = step >= 0 && step < until[e];
-                copy_async(slots + (turn % STAGES * SIZE + chunk / (UNITS / CHUNK) * ROW + chunk % (UNITS / CHUNK) * CHUNK),
-                           exists ? from[e] + step * stride : base, exists);
+                copy_async(
+                    slots + (turn % STAGES * SIZE + chunk / (UNITS / CHUNK) * ROW + chunk % (UNITS / CHUNK) * CHUNK),
+                    exists ? from[e] + step * stride : base, exists);
             }
         } else if constexpr (COUNT > 0) {
 #pragma unroll
@@ -93,10 +94,9 @@ load_ends(ends, lengths, at);
 #pragma unroll
                         for (int u = 0; u < 2; ++u) {
                             const bool exists = step >= 0 && step < ends[t][s] && inside(at.unit + u) && at.leads();
-                            ahead[c][t][s][u] =
-                                exists ? load_global(own + step * stride + c * strides.x + (8 * t + s) * strides.b +
-                                                     u * strides.d)
-                                       : T(0.0f);
+                            ahead[c][t][s][u] = exists ? load_global(own + step * stride + c * strides.x +
+                                                                     (8 * t + s) * strides.b + u * strides.d)
+                                                       : T(0.0f);
                         }
         }
     }

@@ -14,7 +14,6 @@
 #pragma once
 #include "common/barriers.cuh"
 #include "common/numbers.cuh"
-#include "common/warp.cuh"
 
 constexpr int GATES = Cell::GATES, APART = Cell::APART, STATES = Cell::STATES;
 constexpr int VALUES = GATES + APART, JOINED = GATES - APART, OTHERS = STATES - 1;
@@ -95,7 +94,7 @@ DEVICE void load_ends(int (&ends)[SEQ_TILES][2], const Lengths& lengths, const P
         for (int s = 0; s < 2; ++s) ends[t][s] = lengths.of(at.sequence(t, s));
 }
 
-// ---- pairs: two neighbouring units -------------------------------------------------------------------------------
+// ---- pairs: two neighbouring units --------------------
 
 template <class T>
 DEVICE void store_pair(T* p, const float (&x)[2], i64 stride, int unit) {
@@ -121,18 +120,27 @@ DEVICE void load_pair(float (&x)[2], const T* p, i64 stride, int unit, bool exis
     }
 }
 
-// The bias of the lane's units, of a contiguous [G, H, D]; zeros without a pointer. One lane of four asks for it.
-DEVICE void load_bias(float (&bias)[GATES][2], const Element* ptr, const Place& at, int heads) {
-#pragma unroll
-    for (int g = 0; g < GATES; ++g) {
-        const bool exists = ptr != nullptr && at.column == 0 && at.leads();
-        load_pair<false>(bias[g], exists ? ptr + (g * heads + at.head) * WIDTH + at.unit : ptr, 1, at.unit, exists);
-#pragma unroll
-        for (int u = 0; u < 2; ++u) bias[g][u] = shuffle(bias[g][u], lane_id() / 4 * 4);
-    }
-}
+// The bias of the block's units, of a contiguous [G, H, D], in shared memory; zeros without a pointer. A barrier comes
+// before it is read.
+struct Bias {
+    Shared<float> pairs;
 
-// ---- states: contiguous float32 [S, B, H, D] ----------------------------------------------------------------------
+    DEVICE Bias(SharedMemory& arena, const Element* ptr, const Place& at, int heads)
+        : pairs(arena.take<float>(GATES * UNITS)) {
+        for (int e = threadIdx.x; e < GATES * UNITS; e += THREADS) {
+            const int g = e / UNITS, unit = at.part * UNITS + e % UNITS;
+            const bool exists = ptr != nullptr && inside(unit);
+            store_shared(pairs + e, exists ? float(load_global(ptr + (g * heads + at.head) * WIDTH + unit)) : 0.0f);
+        }
+    }
+
+    // Of gate g, for the lane's units.
+    DEVICE Vector<float, 2> of(int g, const Place& at) const {
+        return load_shared_vector<2>(pairs + (g * UNITS + at.row()));
+    }
+};
+
+// ---- states: contiguous float32 [S, B, H, D] --------------------
 
 DEVICE i64 state_offset(const Place& at, int state, int sequence, int batch, int heads) {
     return ((static_cast<i64>(state) * batch + sequence) * heads + at.head) * WIDTH + at.unit;
@@ -149,8 +157,8 @@ DEVICE void load_states(Quad (&states)[STATES][SEQ_TILES], const float* ptr, con
 #pragma unroll
             for (int x = 0; x < STATES; ++x) {
                 const bool exists = x >= FROM && ptr != nullptr && sequence < batch;
-                load_pair<false>(states[x][t][s], exists ? ptr + state_offset(at, x, sequence, batch, heads) : ptr, 1, at.unit,
-                          exists);
+                load_pair<false>(states[x][t][s], exists ? ptr + state_offset(at, x, sequence, batch, heads) : ptr, 1,
+                                 at.unit, exists);
             }
         }
     }
@@ -170,7 +178,7 @@ DEVICE void store_states(float* ptr, const Quad (&states)[STATES][SEQ_TILES], co
     }
 }
 
-// ---- the tiles of one step --------------------------------------------------------------------------------------------
+// ---- the tiles of one step --------------------
 
 template <class T>
 DEVICE i64 step_offset(const T*, const Steps& stride, const Place& at, int t, int s, int step) {
@@ -179,8 +187,8 @@ DEVICE i64 step_offset(const T*, const Steps& stride, const Place& at, int t, in
 
 // The first COUNT tiles of a step, in the sequences that have it.
 template <int COUNT, class T>
-DEVICE void store_step(T* ptr, const Steps& stride, Quad (*tiles)[SEQ_TILES], const int (&ends)[SEQ_TILES][2],
-                       int step, const Place& at) {
+DEVICE void store_step(T* ptr, const Steps& stride, Quad (*tiles)[SEQ_TILES], const int (&ends)[SEQ_TILES][2], int step,
+                       const Place& at) {
 #pragma unroll
     for (int t = 0; t < SEQ_TILES; ++t)
 #pragma unroll

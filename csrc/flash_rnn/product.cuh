@@ -5,13 +5,14 @@
 // the gates, is a tile [sequence, column] in shared memory, rows 16 bytes longer than the head is wide, so that the
 // eight rows of an ldmatrix lie in different banks; a fragment takes 32 bytes of a row whatever the element.
 //
-// 16-bit elements are multiplied as they are. float32 goes through TF32: each factor is the sum of two TF32 numbers, and
-// of their four products the three larger ones are added (PRECISE), or it is rounded to one.
+// 16-bit elements are multiplied as they are. float32 goes through TF32: each factor is the sum of two TF32 numbers,
+// and of their four products the three larger ones are added (PRECISE), or it is rounded to one.
 #pragma once
 #include "common/matrix.cuh"
 #include "places.cuh"
 
 constexpr int COLUMNS = 32 / sizeof(Element);  // of a fragment
+constexpr int PER_REGISTER = 4 / sizeof(Element);
 constexpr int OPERAND_ROW = PADDED + 16 / sizeof(Element);
 constexpr int OPERAND_TILE = TILE * OPERAND_ROW;
 constexpr int K_TILES = PADDED / COLUMNS / SPLIT;
@@ -55,46 +56,51 @@ struct Weights {
     Shared<u32> resting;
 
     // Rows are taken unless they are not `wanted`: then there is to be no product.
-    DEVICE Weights(SharedMemory& arena, const Element* ptr, const Matrices& stride, const Place& at, bool wanted = true) {
+    DEVICE Weights(SharedMemory& arena, const Element* ptr, const Matrices& stride, const Place& at,
+                   bool wanted = true) {
         resting = arena.take<u32>(UNIT_TILES * SPLIT * GATES * RESTING * WARP * 4) +
                   (warp_id() * GATES * RESTING * WARP + lane_id()) * 4;
         if (!wanted) return;
-        const Element* first = ptr + at.head * stride.h;
         const i64 row = TURNED ? stride.i : stride.o, column = TURNED ? stride.o : stride.i;
+        const int start = at.split * K_TILES * COLUMNS + lane_id() % 4 * PER_REGISTER;
+        const Element* first = ptr + at.head * stride.h + at.unit * row + start * column;
 #pragma unroll
         for (int g = 0; g < GATES; ++g) {
+            const Element* next = first;
 #pragma unroll
             for (int k = 0; k < HELD; ++k) {
-                load(held[g][k], first + g * stride.g, row, column, k, at);
-                // A compiler that has more loads than these under way runs out of registers.
-                __syncwarp();
+                load(held[g][k], next, row, column, start + k * COLUMNS, at.unit);
+                next += COLUMNS * column;
+                // A compiler that has more loads under way runs out of registers.
+                if (GATES * HELD > 24 || k % 4 == 3) __syncwarp();
             }
             for (int k = HELD; k < K_TILES; ++k) {
                 u32 a[4];
-                load(a, first + g * stride.g, row, column, k, at);
+                load(a, next, row, column, start + k * COLUMNS, at.unit);
+                next += COLUMNS * column;
                 store_shared_vector<4>(resting + (g * RESTING + k - HELD) * WARP * 4,
                                        Vector<u32, 4>{{a[0], a[1], a[2], a[3]}});
             }
+            first += stride.g;
         }
     }
 
-    // Fragment `k` of this warp's share.
-    DEVICE void load(u32 (&a)[4], const Element* matrix, i64 row, i64 column, int k, const Place& at) {
-        const int start = (at.split * K_TILES + k) * COLUMNS, pair = lane_id() % 4;
+    // A fragment whose first element for this lane, at `unit` and column `at_k`, is *p.
+    DEVICE static void load(u32 (&a)[4], const Element* p, i64 row, i64 column, int at_k, int unit) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            const int unit = at.unit + r % 2;
-            if constexpr (sizeof(Element) == 2) {
-                const int at_k = start + 2 * pair + r / 2 * 8;
-                a[r] = both(element(matrix, row, column, unit, at_k), element(matrix, row, column, unit, at_k + 1));
+            const int more = r / 2 * COLUMNS / 2, u = unit + r % 2, k = at_k + more;
+            const Element* q = p + r % 2 * row + more * column;
+            if constexpr (PER_REGISTER == 2) {
+                a[r] = both(element(q, u, k), element(q + column, u, k + 1));
             } else {
-                a[r] = bits_as<u32>(element(matrix, row, column, unit, start + pair + r / 2 * 4));
+                a[r] = bits_as<u32>(element(q, u, k));
             }
         }
     }
 
-    DEVICE static Element element(const Element* matrix, i64 row, i64 column, int unit, int k) {
-        return inside(unit) && inside(k) ? load_global(matrix + unit * row + k * column) : Element(0.0f);
+    DEVICE static Element element(const Element* p, int unit, int k) {
+        return inside(unit) && inside(k) ? load_global(p) : Element(0.0f);
     }
 
     DEVICE void fragment(u32 (&a)[4], int g, int k) const {
@@ -129,7 +135,8 @@ DEVICE void load_operand(u32 (&b)[SEQ_TILES][2][2], Shared<Element> operand, int
 
 // sums[g] += R_g h, of an operand that all gates share.
 template <bool TURNED>
-DEVICE void product_of_one(Sums (&sums)[GATES], const Weights<TURNED>& weights, Shared<Element> operand, const Place& at) {
+DEVICE void product_of_one(Sums (&sums)[GATES], const Weights<TURNED>& weights, Shared<Element> operand,
+                           const Place& at) {
 #pragma unroll
     for (int k = 0; k < K_TILES; k += 2) {
         u32 b[SEQ_TILES][2][2];

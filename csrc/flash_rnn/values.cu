@@ -8,22 +8,21 @@
 #include "product.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-flash_rnn_values_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
-                      const Element* recurrent_ptr,  // [G, H, D, D], out by in
-                      const Element* bias_ptr,       // [G, H, D], contiguous, or null
-                      const float* initial_ptr,      // [S, B, H, D], contiguous, or null
-                      const Element* out_ptr,        // [B, N, H, D]
-                      Element* values_ptr,           // [B, N, A, H, D]
-                      Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values, int batch,
-                      int heads, i64 rows,
-                      int walkers) {  // blocks that share the rows of a head's part
+    flash_rnn_values_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
+                          const Element* recurrent_ptr,  // [G, H, D, D], out by in
+                          const Element* bias_ptr,       // [G, H, D], contiguous, or null
+                          const float* initial_ptr,      // [S, B, H, D], contiguous, or null
+                          const Element* out_ptr,        // [B, N, H, D]
+                          Element* values_ptr,           // [B, N, A, H, D]
+                          Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values,
+                          int batch, int heads, i64 rows,
+                          int walkers) {  // blocks that share the rows of a head's part
     const Place at(heads);
     SharedMemory arena;
     Shared<Element> operand = arena.take<Element>(OPERAND_TILE);
     Weights<false> weights(arena, recurrent_ptr, stride_recurrent, at);
     Gathering<GATES> gathering(arena);
-    float bias[GATES][2];
-    load_bias(bias, bias_ptr, at, heads);
+    const Bias bias(arena, bias_ptr, at, heads);
 
     for (i64 start = at.first; start < rows; start += static_cast<i64>(walkers) * TILE) {
         for (int e = threadIdx.x; e < TILE * PADDED / 2; e += THREADS) {
@@ -32,13 +31,15 @@ flash_rnn_values_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
             const bool exists = start + row < rows;
             float h[2] = {0.0f, 0.0f};
             if (step > 0) {
-                load_pair<VECTORS>(h, out_ptr + sequence * stride_out.b + (step - 1) * stride_out.n + at.head * stride_out.h +
-                                 unit * stride_out.d,
-                          stride_out.d, unit, exists);
+                load_pair<VECTORS>(h,
+                                   out_ptr + sequence * stride_out.b + (step - 1) * stride_out.n +
+                                       at.head * stride_out.h + unit * stride_out.d,
+                                   stride_out.d, unit, exists);
             } else if (initial_ptr != nullptr) {
                 load_pair<false>(h, initial_ptr + (sequence * heads + at.head) * WIDTH + unit, 1, unit, exists);
             }
-            store_shared_vector<2>(operand + (row * OPERAND_ROW + unit), Vector<Element, 2>{{Element(h[0]), Element(h[1])}});
+            store_shared_vector<2>(operand + (row * OPERAND_ROW + unit),
+                                   Vector<Element, 2>{{Element(h[0]), Element(h[1])}});
         }
         __syncthreads();
         Sums sums[GATES] = {};
@@ -56,10 +57,13 @@ flash_rnn_values_cuda(const Element* gates_ptr,      // [B, N, G, H, D]
                                 at.head * stride_values.h + at.unit * stride_values.d;
 #pragma unroll
                 for (int g = 0; g < GATES; ++g) {
-                    float x[2], v[2] = {sums[g][t][s] + bias[g][0], sums[g][t][2 + s] + bias[g][1]};
+                    const Vector<float, 2> b = bias.of(g, at);
+                    float x[2], v[2] = {sums[g][t][s] + b.at[0], sums[g][t][2 + s] + b.at[1]};
                     load_pair<VECTORS>(x, x_at + g * stride_gates.x, stride_gates.d, at.unit, true);
-                    if (g < JOINED) v[0] += x[0], v[1] += x[1];
-                    else store_pair(v_at + (g + APART) * stride_values.x, x, stride_values.d, at.unit);
+                    if (g < JOINED)
+                        v[0] += x[0], v[1] += x[1];
+                    else
+                        store_pair(v_at + (g + APART) * stride_values.x, x, stride_values.d, at.unit);
                     store_pair(v_at + g * stride_values.x, v, stride_values.d, at.unit);
                 }
             }

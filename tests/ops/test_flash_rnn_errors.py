@@ -77,7 +77,6 @@ def test_accepted(change: dict[str, Any]) -> None:
         ({"return_state": None}, TypeError, "return_state is NoneType; it must be a bool"),
         ({"recompute_gates": 0}, TypeError, "recompute_gates is int; it must be a bool"),
         ({"backend": "cudnn"}, ValueError, "backend is 'cudnn'"),
-        ({"backend": "cuda"}, UnsupportedError, "it has no such implementation"),
     ],
 )
 def test_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -68,7 +68,8 @@ def flash_rnn(
         gates: ``[B, N, G, H, D]``, float16, bfloat16, float32 or float64. Any strides: ``[N, B, ...]`` is passed as
             ``x.transpose(0, 1)``, and h comes back in the same order. On ``triton`` the matrices of a head stay in the
             shared memory of one thread block: D up to 128 for half-precision LSTM, GRU and sLSTM on GPUs for data
-            centres, up to 64 on others and in float32 (Elman in half precision: 256 and 128).
+            centres, up to 64 on others and in float32 (Elman in half precision: 256 and 128). ``cuda`` also keeps them
+            in registers, and shares a head between thread blocks where one does not hold it.
         recurrent: ``[G, H, D, D]`` (gate, head, out, in), dtype and device of gates. ``weight_hh`` of ``torch.nn.LSTM``
             is ``recurrent.view(4 * D, D)`` with one head.
         bias: ``[G, H, D]``, dtype and device of gates, added to the recurrent part; None for none. (A bias of the
@@ -89,7 +90,8 @@ def flash_rnn(
             step are kept, in the dtype of gates, and the gates themselves are not. With True the gates are kept, which
             costs nothing where they live on anyway, and the values are made again by one large product; the backward
             pass then needs that much memory for itself.
-        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of
+            :mod:`iokernels.runtime.dispatch`.
 
     Returns:
         ``h [B, N, H, D]`` in the dtype of gates, or ``(h, state)`` with ``state [S, B, H, D]`` float32 (float64 for
@@ -173,7 +175,9 @@ def _plan(
         gates.device.type,
         {
             "triton": partial(triton_refusal, cell, gates.shape[4], gates.dtype, gates.device),
-            "cuda": partial(cuda_refusal, cell, gates.shape[0], gates.shape[3], gates.shape[4], gates.dtype, gates.device),
+            "cuda": partial(
+                cuda_refusal, cell, gates.shape[0], gates.shape[3], gates.shape[4], gates.dtype, gates.device
+            ),
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -196,31 +200,46 @@ def triton_refusal(cell: str, width: int, dtype: torch.dtype, device: torch.devi
     return devices.triton_refusal(device)
 
 
-def cuda_refusal(
-    cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
-) -> str | None:
+def cuda_refusal(cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the backend ``cuda`` cannot run such a call, as the end of a sentence; None where it can."""
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
-    return devices.cuda_refusal(device) or _too_large(cell, batch, heads, width, dtype, device)
+    reason = devices.cuda_refusal(device)
+    if reason is not None or width <= _widest_of_one_block(cell, dtype, device):
+        return reason
+    # Whether several blocks can share a head depends on how many there are, so a compiled call is for these sizes.
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        batch, heads, width = (int(guard_scalar(size)) for size in (batch, heads, width))
+    if _held(cell, batch, heads, width, dtype, device):
+        return None
+    return (
+        f"H is {heads}, D {width} and B {batch}, and its kernels keep the recurrent matrices on chip, in blocks that "
+        f"run at the same time: that is more than {_name(device)} holds"
+    )
 
 
-def _too_large(cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def _widest_of_one_block(cell: str, dtype: torch.dtype, device: torch.device) -> int:
+    """Up to here a head needs one block, whatever their number."""
+    from .resources import widest_of_one_block
+
+    return widest_of_one_block(CELLS[cell], dtype.itemsize, _tensor_cores(dtype), devices.spec_of(device))
+
+
+def _held(cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     from .resources import KERNELS, fits, problem_for
 
-    spec = devices.spec_of(device)
-    precise = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    for kernel in KERNELS:
-        if not fits(problem_for(kernel, CELLS[cell], width, heads, batch, dtype.itemsize, not precise, spec)):
-            return (
-                f"{heads} heads of D = {width} for {batch} sequences are more recurrent matrices than all blocks that "
-                f"{spec.name} runs at once hold on chip ({kernel})"
-            )
-    return None
+    problem = width, heads, batch, dtype.itemsize, _tensor_cores(dtype), devices.spec_of(device)
+    return all(fits(problem_for(kernel, CELLS[cell], *problem)) for kernel in KERNELS)
 
 
-# The answer does not change, and Dynamo need not trace it.
-_too_large.__dict__["_dynamo_marked_constant"] = True
+def _tensor_cores(dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+
+
+def _name(device: torch.device) -> str:
+    return devices.spec_of(device).name
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -229,7 +248,8 @@ def _shared_memory(device: torch.device) -> int:
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with this library.
-_shared_memory.__dict__["_dynamo_marked_constant"] = True
+for _constant in (_shared_memory, _widest_of_one_block, _held, _name):
+    _constant.__dict__["_dynamo_marked_constant"] = True
 
 
 def _check_lengths(lengths: Tensor, steps: int) -> None:

@@ -138,6 +138,8 @@ def shared_bytes(problem: Problem, blocks: int, tile: int, split: int, eighths: 
         units // ROWS * split * problem.gates * resting * 512,
         units // ROWS * (split - 1) * summed * tile // SEQUENCES * 512,
     ]
+    if not problem.backward:
+        arrays.append(4 * problem.gates * units)
     if not problem.parallel:
         arrays.append(4 * tile)
         tiles = [(problem.values, problem.itemsize), (1, problem.itemsize), (int(problem.reads), problem.itemsize),
@@ -270,12 +272,15 @@ def problem_for(
         width, heads, batch, cell.gates, itemsize, backward, cell.values, len(cell.states), backward and cell.reads_h,
         parallel, tensor_cores, device.sms, device.smem_block,
     )  # fmt: skip
-    alone = _one_block(own._replace(heads=1, batch=1))
-    return own._replace(heads=bucket(heads), batch=bucket(batch)) if alone else own
+    if own.padded_width <= widest_of_one_block(cell, itemsize, tensor_cores, device):
+        return own._replace(heads=bucket(heads), batch=bucket(batch))
+    return own
 
 
-def _device(problem: Problem) -> Any:
-    return _Limits(problem.sms, problem.smem_block)
+def widest_of_one_block(cell: Cell, itemsize: int, tensor_cores: bool, device: DeviceSpec) -> int:
+    """The widest head of ``cell``, in steps of 16 units, of which one block holds the matrices, in every kernel."""
+    sizes = cell.gates, cell.values, len(cell.states), cell.reads_h
+    return _widest_of_one_block(*sizes, itemsize, tensor_cores, device.smem_block)
 
 
 class _Limits(NamedTuple):
@@ -286,9 +291,29 @@ class _Limits(NamedTuple):
     regs_sm: int = 65536
 
 
+def _device(problem: Problem) -> Any:
+    return _Limits(problem.sms, problem.smem_block)
+
+
 @cache
-def _one_block(problem: Problem) -> bool:
-    return any(config.blocks == 1 for config in SPACE.candidates(problem, _device(problem)))
+def _widest_of_one_block(
+    gates: int, values: int, states: int, reads_h: bool, itemsize: int, tensor_cores: bool, smem_block: int
+) -> int:
+    limits: Any = _Limits(1, smem_block)
+
+    def held_by_one(width: int, backward: bool) -> bool:
+        problem = Problem(width, 1, 1, gates, itemsize, backward, values, states, reads_h, False, tensor_cores)
+        # The least that any configuration takes.
+        return any(
+            SPACE.refusal(problem, limits, Config(1, 8, split, eighths, 2)) is None
+            for split in (1, 2, 3, 4)
+            for eighths in range(9)
+        )
+
+    width = MOST_WARPS * ROWS
+    while width > 0 and not (held_by_one(width, False) and held_by_one(width, True)):
+        width -= ROWS
+    return width
 
 
 @cache
