@@ -26,9 +26,10 @@
 #include "tiles.cuh"
 #include "walk.cuh"
 
+constexpr int Q_BYTES = BLOCK_M * Q_ROW * 2;
 constexpr int TILE_BYTES = STAGES * KEY_WARPS * KEYS_BYTES;
 constexpr int SUM_BYTES = KEY_WARPS * BLOCK_M * (MERGE_ROW + 2) * 4;
-constexpr int POOL = TILE_BYTES > SUM_BYTES ? TILE_BYTES : SUM_BYTES;
+constexpr int POOL = Q_BYTES + TILE_BYTES > SUM_BYTES ? Q_BYTES + TILE_BYTES : SUM_BYTES;  // sums take the others' place
 
 // A row of q: of which sequence, which head, and which of its newest positions.
 struct Reader {
@@ -62,11 +63,11 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
                        int part_tiles,                    // of a fixed part; 0: equal shares
                        int prefix) {                      // keys before those of every sequence
     SharedMemory arena;
-    const Shared<Element> q_tile = arena.take<Element>(BLOCK_M * Q_ROW);
     const Shared<u8> pool = arena.take<u8>(POOL);
+    const Shared<Element> q_tile = pool.as<Element>();
     const Shared<int> line_tile = arena.take<int>(sizeof(Line) / sizeof(int));
     const Shared<u32> flag = arena.take<u32>(1);
-    Rings rings{pool, pool.as<float>(), pool.as<float>()};
+    Rings rings{pool + Q_BYTES, pool.as<float>(), pool.as<float>()};
     if constexpr (K_BY_KEY) rings.k_factors = arena.take<float>(STAGES * BLOCK_N);
     if constexpr (V_BY_KEY) rings.v_factors = arena.take<float>(STAGES * BLOCK_N);
     const Gathered gathered{pool.as<Vector<float, 2>>(), pool.as<float>() + 2 * KEY_WARPS * BLOCK_M};
@@ -159,7 +160,7 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
                 for (int i = 0; i < 4; ++i) sums.acc[n][i] *= unit;
             }
         }
-        __syncthreads();  // the sums go where tiles were
+        __syncthreads();  // the sums go where q and tiles were
         gathered.put(sums);
         __syncthreads();
 
@@ -194,6 +195,6 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
             }
         }
         more = part_tiles == 0 && next_segment(line, segment, seqlens_ptr, sizes);
-        __syncthreads();  // tiles go where sums were
+        __syncthreads();  // q and tiles go where sums were
     }
 }

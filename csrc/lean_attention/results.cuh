@@ -51,7 +51,7 @@ struct Row {
     }
 };
 
-// The sums of all warps in shared memory, in place of the tiles: m and l [KEY_WARPS, BLOCK_M], acc [.., MERGE_ROW].
+// The sums of all warps in shared memory, in place of q and the tiles: m and l [KEY_WARPS, BLOCK_M], acc [.., MERGE_ROW].
 struct Gathered {
     Shared<Vector<float, 2>> statistics;
     Shared<float> acc;

@@ -63,7 +63,8 @@ DEVICE void fetch_chunk(Shared<T> target, const T* source, i64 offset, i64 strid
 template <int WIDTH, int PADDED, class Offset>
 DEVICE void fetch_rows(Shared<u8> tile, const Cache* source, i64 stride_d, int there, const Offset& offset_of) {
     constexpr int CHUNK = 16 / CELL, CHUNKS = PADDED / CHUNK, ROW = PADDED * CELL + 16;
-#pragma unroll
+    constexpr int AT_ONCE = ALIGNED ? 8 : 1;  // elements that come one by one pass through registers
+#pragma unroll AT_ONCE
     for (int i = 0; i < (OWN * CHUNKS + WARP - 1) / WARP; ++i) {
         const int chunk = i * WARP + lane_id(), row = chunk / CHUNKS, column = chunk % CHUNKS * CHUNK;
         const i64 offset = offset_of(least(row, OWN - 1));

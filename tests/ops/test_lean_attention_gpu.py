@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iokernels import lean_attention
-from iokernels.ops.lean_attention import triton_launch
+from iokernels.ops.lean_attention.arrivals import ARRIVALS
 from iokernels.testing import interpreter
 
 from .lean_attention_calls import make
@@ -44,7 +44,7 @@ def test_a_captured_graph_follows_the_lengths(schedule: str, options: Any) -> No
             truth = call.double()("reference")
             assert (found[0].double() - truth[0]).abs().max() < 0.03
     torch.cuda.synchronize()
-    assert not any(counters.any() for counters in triton_launch._ARRIVALS.values())
+    assert not any(counters.any() for counters in ARRIVALS.values())
 
 
 def test_two_streams_at_once() -> None:

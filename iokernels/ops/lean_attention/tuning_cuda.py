@@ -70,13 +70,13 @@ def table_key(problem: Problem) -> dict[str, Any]:
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """The shared memory that the kernel takes: q, then tiles, whose place the sums of the warps take in the end."""
+    """The shared memory that the kernel takes: q and tiles, whose place the sums of the warps take in the end."""
     rows, warps = 16 * problem.row_warps, problem.row_warps * config.key_warps
     a_key = problem.cache_itemsize * (problem.block_d + problem.block_v) + 32
     tiles = config.stages * config.block_n * a_key
     sums = warps * 16 * (problem.block_v + 10) * 4
     factors = 2 * _arrays(4 * config.stages * config.block_n) if problem.key_scales else 0
-    return _arrays(2 * rows * (problem.block_d + 8)) + _arrays(max(tiles, sums)) + factors + 2 * 128
+    return _arrays(max(2 * rows * (problem.block_d + 8) + tiles, sums)) + factors + 2 * 128
 
 
 def _arrays(nbytes: int) -> int:
