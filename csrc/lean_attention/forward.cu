@@ -1,13 +1,13 @@
 // LeanAttention (Sanovar et al., 2024, arXiv:2405.10480, section 4) with mma.sync and cp.async: attention of a few new
-// positions to long caches, every block with an equal share of all keys (schedule.cuh), or with a fixed part of an item.
+// positions to long caches, every block with an equal share of all keys (schedule.cuh) or a fixed part of an item.
 //
 //     s_ij = scale k_scale q_i . k_j, capped and masked      out_i = sum_j exp(s_ij - lse_i) v_scale v_j
 //
 // An item is BLOCK_M rows that read the same keys, the Nq positions of the query heads of one key head: row g Nq + i is
 // position i of the group's head g. So the 16 rows of a matrix instruction are filled by the group, and its keys are
-// read once. A block of ROW_WARPS x KEY_WARPS warps: warps of a kind in the first have the same 16 rows, those of a kind
-// in the second the same keys of every tile. Fragments of q stay in registers; a warp's scores go from the accumulators
-// into the fragment of the second product without leaving them.
+// read once. Of the ROW_WARPS x KEY_WARPS warps of a block, those equal in the first have the same 16 rows, those equal
+// in the second the same keys of every tile. Fragments of q stay in registers up to 128 columns; a warp's scores go
+// from accumulators into the fragment of the second product without leaving the registers.
 //
 // A segment that is no whole item leaves (m, l, acc) in the workspace, and its block counts itself in at the item; the
 // last one merges in the order of the slots. Nobody waits, and the counter is back at zero.
@@ -29,7 +29,8 @@
 constexpr int Q_BYTES = BLOCK_M * Q_ROW * 2;
 constexpr int TILE_BYTES = STAGES * KEY_WARPS * KEYS_BYTES;
 constexpr int SUM_BYTES = KEY_WARPS * BLOCK_M * (MERGE_ROW + 2) * 4;
-constexpr int POOL = Q_BYTES + TILE_BYTES > SUM_BYTES ? Q_BYTES + TILE_BYTES : SUM_BYTES;  // sums take the others' place
+// The sums take the place of q and the tiles.
+constexpr int POOL = Q_BYTES + TILE_BYTES > SUM_BYTES ? Q_BYTES + TILE_BYTES : SUM_BYTES;
 
 // A row of q: of which sequence, which head, and which of its newest positions.
 struct Reader {
@@ -41,7 +42,7 @@ struct Reader {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
                        const Cache* k_ptr,          // [B, Hkv, N, D] or [pages, Hkv, page, D]
                        const Cache* v_ptr,          // [B, Hkv, N, Dv] or [pages, Hkv, page, Dv]

@@ -1,9 +1,9 @@
 // The tiles of lean_attention in shared memory: keys and values on their way in, and fragments on their way out.
 //
-// A warp deals with KEYS keys of every tile of BLOCK_N. They lie as the cache has them, 16-bit numbers or bytes, in rows
-// that are 16 bytes longer than their data, so that the eight rows of an ldmatrix lie in different banks. Bytes are
-// decoded in registers, where a fragment is made of them: ldmatrix moves pairs of bytes, so the columns of a fragment are
-// permuted, and the rows of q (for K) and the columns of the result (for V) are permuted alike.
+// A warp deals with KEYS keys of every tile of BLOCK_N. They lie as the cache has them, 16-bit numbers or bytes, in
+// rows that are 16 bytes longer than their data, so that the eight rows of an ldmatrix lie in different banks. Bytes
+// are decoded in registers, where a fragment is made of them: ldmatrix moves pairs of bytes, so the columns of a
+// fragment are permuted, and the columns of q (for K) and of the result (for V) are permuted alike.
 //
 // Where the rows of a cache do not begin at multiples of 16 bytes (ALIGNED is false), elements come one by one, by
 // plain loads.
@@ -69,8 +69,8 @@ DEVICE void fetch_rows(Shared<u8> tile, const Cache* source, i64 stride_d, int t
         const int chunk = i * WARP + lane_id(), row = chunk / CHUNKS, column = chunk % CHUNKS * CHUNK;
         const i64 offset = offset_of(least(row, OWN - 1));
         if (OWN * CHUNKS % WARP == 0 || row < OWN) {
-            fetch_chunk<WIDTH>((tile + (row * ROW + column * CELL)).template as<Cache>(), source, offset, stride_d, column,
-                               row < there);
+            fetch_chunk<WIDTH>((tile + (row * ROW + column * CELL)).template as<Cache>(), source, offset, stride_d,
+                               column, row < there);
         }
     }
 }

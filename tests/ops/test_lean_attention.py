@@ -298,7 +298,7 @@ def test_decoding_is_the_last_rows_of_attention(backend: str, device: str) -> No
     torch.testing.assert_close(out, expected.to(out.dtype), **_rounded_to(out.dtype))
 
 
-def _rounded_to(dtype: torch.dtype) -> dict[str, float]:
+def _rounded_to(dtype: torch.dtype) -> dict[str, Any]:
     """How far apart two results of numbers near 1 may be."""
     return {"rtol": 2e-3, "atol": 5e-4} if dtype == torch.float16 else {"rtol": 1e-4, "atol": 1e-5}
 

@@ -1,5 +1,5 @@
-"""The CUDA kernel of lean_attention where it is not like the others: its schedule in every order of blocks and warps, its
-counters, its configurations. That its results are right, option by option, is held by ``test_lean_attention.py``.
+"""The CUDA kernel of lean_attention where it is not like the others: its schedule in every order of blocks and warps,
+its counters, its configurations. That its results are right, option by option, is held by ``test_lean_attention.py``.
 """
 
 from __future__ import annotations
