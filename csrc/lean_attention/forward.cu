@@ -43,26 +43,27 @@ struct Reader {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
-                       const Cache* k_ptr,          // [B, Hkv, N, D] or [pages, Hkv, page, D]
-                       const Cache* v_ptr,          // [B, Hkv, N, Dv] or [pages, Hkv, page, Dv]
-                       Element* out_ptr,            // [B, Hq, Nq, Dv]
-                       float* lse_ptr,              // [B, Hq, Nq]
-                       const int* seqlens_ptr,      // [B]
-                       const int* table_ptr,        // [B, most pages] or null
-                       const float* sinks_ptr,      // [Hq] or null
-                       const float* k_scale_ptr,    // [Hkv], one for each key, or null
-                       const float* v_scale_ptr,    // the same
-                       float* prefix_ptr,           // [B * Hq * Nq, 2], then [B * Hq * Nq, Dv]; or null
-                       float* partial_ptr,          // [slots, BLOCK_M * (2 + Dv)]
-                       u32* arrivals_ptr,           // [items], all 0 before and after
-                       Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out, KeyStrides stride_lse,
-                       KeyStrides stride_k_scale, KeyStrides stride_v_scale, i64 stride_table,
-                       int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page,
-                       float qk_scale, float softcap_log2, int window_left, int window_right,
-                       int fewest_tiles, int most_parts,  // of a share, and of an item
-                       int part_tiles,                    // of a fixed part; 0: equal shares
-                       int prefix) {                      // keys before those of every sequence
+lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
+                           const Cache* k_ptr,          // [B, Hkv, N, D] or [pages, Hkv, page, D]
+                           const Cache* v_ptr,          // [B, Hkv, N, Dv] or [pages, Hkv, page, Dv]
+                           Element* out_ptr,            // [B, Hq, Nq, Dv]
+                           float* lse_ptr,              // [B, Hq, Nq]
+                           const int* seqlens_ptr,      // [B]
+                           const int* table_ptr,        // [B, most pages] or null
+                           const float* sinks_ptr,      // [Hq] or null
+                           const float* k_scale_ptr,    // [Hkv], one for each key, or null
+                           const float* v_scale_ptr,    // the same
+                           float* prefix_ptr,           // [B * Hq * Nq, 2], then [B * Hq * Nq, Dv]; or null
+                           float* partial_ptr,          // [slots, BLOCK_M * (2 + Dv)]
+                           u32* arrivals_ptr,           // [items], all 0 before and after
+                           Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out,
+                           KeyStrides stride_lse, KeyStrides stride_k_scale, KeyStrides stride_v_scale,
+                           i64 stride_table,
+                           int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page,
+                           float qk_scale, float softcap_log2, int window_left, int window_right,
+                           int fewest_tiles, int most_parts,  // of a share, and of an item
+                           int part_tiles,                    // of a fixed part; 0: equal shares
+                           int prefix) {                      // keys before those of every sequence
     SharedMemory arena;
     const Shared<u8> pool = arena.take<u8>(POOL);
     const Shared<Element> q_tile = pool.as<Element>();
