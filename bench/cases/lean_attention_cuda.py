@@ -28,7 +28,7 @@ _WARP = 32
 
 @dataclass(frozen=True)
 class Problem(io.Problem):
-    """A call as :mod:`.lean_attention_io` has it, and the warps of a block in its own pass and in that over a prefix."""
+    """A call as :mod:`.lean_attention_io` has it, and the warps of a block: in its own pass, in that over a prefix."""
 
     warps: tuple[int, int] = (1, 1)
 
@@ -153,7 +153,7 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
         keys = call.kv_heads * call.prefix * call.pair
         # One kernel in two passes: what the first hands to the second is no input and no output.
         floor = Bytes(floor.read + keys - count * _NUMBER * (call.value_dim + 1), floor.written)
-    return {"lean_attention_forward": Account("fwd", floor, model)}
+    return {"lean_attention_cuda_kernel": Account("fwd", floor, model)}
 
 
 def configs(shape: Shape, dtype: torch.dtype) -> dict[str, Config]:

@@ -1,13 +1,13 @@
 // LeanAttention (Sanovar et al., 2024, arXiv:2405.10480, section 4) with mma.sync and cp.async: attention of a few new
-// positions to long caches, every block with an equal share of all keys (schedule.cuh), or with a fixed part of an item.
+// positions to long caches, every block with an equal share of all keys (schedule.cuh) or a fixed part of an item.
 //
 //     s_ij = scale k_scale q_i . k_j, capped and masked      out_i = sum_j exp(s_ij - lse_i) v_scale v_j
 //
 // An item is BLOCK_M rows that read the same keys, the Nq positions of the query heads of one key head: row g Nq + i is
 // position i of the group's head g. So the 16 rows of a matrix instruction are filled by the group, and its keys are
-// read once. A block of ROW_WARPS x KEY_WARPS warps: warps of a kind in the first have the same 16 rows, those of a kind
-// in the second the same keys of every tile. Fragments of q stay in registers; a warp's scores go from the accumulators
-// into the fragment of the second product without leaving them.
+// read once. Of the ROW_WARPS x KEY_WARPS warps of a block, those equal in the first have the same 16 rows, those equal
+// in the second the same keys of every tile. Fragments of q stay in registers up to 128 columns; a warp's scores go
+// from accumulators into the fragment of the second product without leaving the registers.
 //
 // A segment that is no whole item leaves (m, l, acc) in the workspace, and its block counts itself in at the item; the
 // last one merges in the order of the slots. Nobody waits, and the counter is back at zero.
@@ -26,9 +26,11 @@
 #include "tiles.cuh"
 #include "walk.cuh"
 
+constexpr int Q_BYTES = BLOCK_M * Q_ROW * 2;
 constexpr int TILE_BYTES = STAGES * KEY_WARPS * KEYS_BYTES;
 constexpr int SUM_BYTES = KEY_WARPS * BLOCK_M * (MERGE_ROW + 2) * 4;
-constexpr int POOL = TILE_BYTES > SUM_BYTES ? TILE_BYTES : SUM_BYTES;
+// The sums take the place of q and the tiles.
+constexpr int POOL = Q_BYTES + TILE_BYTES > SUM_BYTES ? Q_BYTES + TILE_BYTES : SUM_BYTES;
 
 // A row of q: of which sequence, which head, and which of its newest positions.
 struct Reader {
@@ -40,33 +42,34 @@ struct Reader {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
-                       const Cache* k_ptr,          // [B, Hkv, N, D] or [pages, Hkv, page, D]
-                       const Cache* v_ptr,          // [B, Hkv, N, Dv] or [pages, Hkv, page, Dv]
-                       Element* out_ptr,            // [B, Hq, Nq, Dv]
-                       float* lse_ptr,              // [B, Hq, Nq]
-                       const int* seqlens_ptr,      // [B]
-                       const int* table_ptr,        // [B, most pages] or null
-                       const float* sinks_ptr,      // [Hq] or null
-                       const float* k_scale_ptr,    // [Hkv], one for each key, or null
-                       const float* v_scale_ptr,    // the same
-                       float* prefix_ptr,           // [B * Hq * Nq, 2], then [B * Hq * Nq, Dv]; or null
-                       float* partial_ptr,          // [slots, BLOCK_M * (2 + Dv)]
-                       u32* arrivals_ptr,           // [items], all 0 before and after
-                       Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out, KeyStrides stride_lse,
-                       KeyStrides stride_k_scale, KeyStrides stride_v_scale, i64 stride_table,
-                       int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page,
-                       float qk_scale, float softcap_log2, int window_left, int window_right,
-                       int fewest_tiles, int most_parts,  // of a share, and of an item
-                       int part_tiles,                    // of a fixed part; 0: equal shares
-                       int prefix) {                      // keys before those of every sequence
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
+                           const Cache* k_ptr,          // [B, Hkv, N, D] or [pages, Hkv, page, D]
+                           const Cache* v_ptr,          // [B, Hkv, N, Dv] or [pages, Hkv, page, Dv]
+                           Element* out_ptr,            // [B, Hq, Nq, Dv]
+                           float* lse_ptr,              // [B, Hq, Nq]
+                           const int* seqlens_ptr,      // [B]
+                           const int* table_ptr,        // [B, most pages] or null
+                           const float* sinks_ptr,      // [Hq] or null
+                           const float* k_scale_ptr,    // [Hkv], one for each key, or null
+                           const float* v_scale_ptr,    // the same
+                           float* prefix_ptr,           // [B * Hq * Nq, 2], then [B * Hq * Nq, Dv]; or null
+                           float* partial_ptr,          // [slots, BLOCK_M * (2 + Dv)]
+                           u32* arrivals_ptr,           // [items], all 0 before and after
+                           Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out,
+                           KeyStrides stride_lse, KeyStrides stride_k_scale, KeyStrides stride_v_scale,
+                           i64 stride_table,
+                           int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page,
+                           float qk_scale, float softcap_log2, int window_left, int window_right,
+                           int fewest_tiles, int most_parts,  // of a share, and of an item
+                           int part_tiles,                    // of a fixed part; 0: equal shares
+                           int prefix) {                      // keys before those of every sequence
     SharedMemory arena;
-    const Shared<Element> q_tile = arena.take<Element>(BLOCK_M * Q_ROW);
     const Shared<u8> pool = arena.take<u8>(POOL);
+    const Shared<Element> q_tile = pool.as<Element>();
     const Shared<int> line_tile = arena.take<int>(sizeof(Line) / sizeof(int));
     const Shared<u32> flag = arena.take<u32>(1);
-    Rings rings{pool, pool.as<float>(), pool.as<float>()};
+    Rings rings{pool + Q_BYTES, pool.as<float>(), pool.as<float>()};
     if constexpr (K_BY_KEY) rings.k_factors = arena.take<float>(STAGES * BLOCK_N);
     if constexpr (V_BY_KEY) rings.v_factors = arena.take<float>(STAGES * BLOCK_N);
     const Gathered gathered{pool.as<Vector<float, 2>>(), pool.as<float>() + 2 * KEY_WARPS * BLOCK_M};
@@ -159,7 +162,7 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
                 for (int i = 0; i < 4; ++i) sums.acc[n][i] *= unit;
             }
         }
-        __syncthreads();  // the sums go where tiles were
+        __syncthreads();  // the sums go where q and tiles were
         gathered.put(sums);
         __syncthreads();
 
@@ -194,6 +197,6 @@ lean_attention_forward(const Element* q_ptr,        // [B, Hq, Nq, D]
             }
         }
         more = part_tiles == 0 && next_segment(line, segment, seqlens_ptr, sizes);
-        __syncthreads();  // tiles go where sums were
+        __syncthreads();  // q and tiles go where sums were
     }
 }

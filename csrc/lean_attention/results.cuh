@@ -51,7 +51,8 @@ struct Row {
     }
 };
 
-// The sums of all warps in shared memory, in place of the tiles: m and l [KEY_WARPS, BLOCK_M], acc [.., MERGE_ROW].
+// The sums of all warps in shared memory, in place of q and the tiles: m and l [KEY_WARPS, BLOCK_M], acc with rows of
+// MERGE_ROW.
 struct Gathered {
     Shared<Vector<float, 2>> statistics;
     Shared<float> acc;
@@ -159,7 +160,8 @@ DEVICE void finish(Row& row, Element* out, i64 stride_d, float* lse, const float
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (column + i < VALUE_DIM) store_global(out + (column + i) * stride_d, Element(row.acc[vector][i] * share));
+                if (column + i >= VALUE_DIM) continue;
+                store_global(out + (column + i) * stride_d, Element(row.acc[vector][i] * share));
             }
         }
     }

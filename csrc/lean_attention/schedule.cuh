@@ -22,8 +22,8 @@ struct Sizes {
         return window_left < 0 ? 0 : most(length - rows - window_left, 0) / BLOCK_N;
     }
 
-    // Tiles of an item. Without keys it is one, of which nothing is read, so that every item has a block that writes its
-    // result.
+    // Tiles of an item. Without keys it is one, of which nothing is read, so that every item has a block that writes
+    // its result.
     DEVICE int tiles(int length) const { return most(ceil_div(length, BLOCK_N) - first_tile(length), 1); }
 };
 
@@ -43,7 +43,9 @@ struct Segment {
     DEVICE bool whole() const { return end - begin == tiles; }
 };
 
-DEVICE int share_start(int block, int total, int parts) { return block * (total / parts) + least(block, total % parts); }
+DEVICE int share_start(int block, int total, int parts) {
+    return block * (total / parts) + least(block, total % parts);
+}
 
 // Whose share a tile is in.
 DEVICE int owner(int tile, int total, int parts) {

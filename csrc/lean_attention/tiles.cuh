@@ -1,9 +1,9 @@
 // The tiles of lean_attention in shared memory: keys and values on their way in, and fragments on their way out.
 //
-// A warp deals with KEYS keys of every tile of BLOCK_N. They lie as the cache has them, 16-bit numbers or bytes, in rows
-// that are 16 bytes longer than their data, so that the eight rows of an ldmatrix lie in different banks. Bytes are
-// decoded in registers, where a fragment is made of them: ldmatrix moves pairs of bytes, so the columns of a fragment are
-// permuted, and the rows of q (for K) and the columns of the result (for V) are permuted alike.
+// A warp deals with KEYS keys of every tile of BLOCK_N. They lie as the cache has them, 16-bit numbers or bytes, in
+// rows that are 16 bytes longer than their data, so that the eight rows of an ldmatrix lie in different banks. Bytes
+// are decoded in registers, where a fragment is made of them: ldmatrix moves pairs of bytes, so the columns of a
+// fragment are permuted, and the columns of q (for K) and of the result (for V) are permuted alike.
 //
 // Where the rows of a cache do not begin at multiples of 16 bytes (ALIGNED is false), elements come one by one, by
 // plain loads.
@@ -30,6 +30,7 @@ constexpr int CELL = sizeof(Cache);
 constexpr int K_ROW = BLOCK_D * CELL + 16, V_ROW = BLOCK_V * CELL + 16;  // bytes
 constexpr int KEYS_BYTES = KEYS * (K_ROW + V_ROW);
 constexpr int Q_ROW = BLOCK_D + 8;  // elements
+constexpr bool Q_HELD = BLOCK_D <= 128;  // q stays in registers, and is read from shared memory where it is wider
 static_assert(KEYS % 16 == 0 && KEYS <= WARP && OWN * ROW_WARPS == KEYS, "a warp has 16 or 32 keys of a tile");
 
 struct Strides {
@@ -63,13 +64,14 @@ DEVICE void fetch_chunk(Shared<T> target, const T* source, i64 offset, i64 strid
 template <int WIDTH, int PADDED, class Offset>
 DEVICE void fetch_rows(Shared<u8> tile, const Cache* source, i64 stride_d, int there, const Offset& offset_of) {
     constexpr int CHUNK = 16 / CELL, CHUNKS = PADDED / CHUNK, ROW = PADDED * CELL + 16;
-#pragma unroll
+    constexpr int AT_ONCE = ALIGNED ? 8 : 1;  // elements that come one by one pass through registers
+#pragma unroll AT_ONCE
     for (int i = 0; i < (OWN * CHUNKS + WARP - 1) / WARP; ++i) {
         const int chunk = i * WARP + lane_id(), row = chunk / CHUNKS, column = chunk % CHUNKS * CHUNK;
         const i64 offset = offset_of(least(row, OWN - 1));
         if (OWN * CHUNKS % WARP == 0 || row < OWN) {
-            fetch_chunk<WIDTH>((tile + (row * ROW + column * CELL)).template as<Cache>(), source, offset, stride_d, column,
-                               row < there);
+            fetch_chunk<WIDTH>((tile + (row * ROW + column * CELL)).template as<Cache>(), source, offset, stride_d,
+                               column, row < there);
         }
     }
 }
@@ -129,8 +131,9 @@ template <class Q>
 DEVICE void multiply_keys(float (&scores)[2][4], Shared<u8> keys, const Q& q_of) {
     const int row = lane_id() % 8 + lane_id() / 16 * 8, half = lane_id() / 8 % 2;
     const Shared<u16> start = (keys + (row * K_ROW + 16 * half)).as<u16>();
+    constexpr int STEPS = BLOCK_D / UNIT, AT_ONCE = Q_HELD ? STEPS : 4;
     if constexpr (CODE == NO_CODE) {
-#pragma unroll
+#pragma unroll AT_ONCE
         for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
             u32 b[4];
             ldmatrix_x4(b, start + 16 * kk);
@@ -140,7 +143,7 @@ DEVICE void multiply_keys(float (&scores)[2][4], Shared<u8> keys, const Q& q_of)
             mma_16x8x16<Element>(scores[1], a.at, right);
         }
     } else {
-#pragma unroll
+#pragma unroll AT_ONCE
         for (int kk = 0; kk < BLOCK_D / 16; kk += 2) {
             u32 bytes[4];
             ldmatrix_x4(bytes, start + 8 * kk);

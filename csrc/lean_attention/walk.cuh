@@ -74,12 +74,10 @@ struct QFragment {
     u32 at[4];
 };
 
-constexpr bool Q_HELD = BLOCK_D <= 128;  // q stays in registers, and is read from shared memory where it is wider
-
-// 2^x where x may be -inf - (-inf): a row that has seen no key yet subtracts 0.
+// What a row subtracts before 2^x: 0 where it has seen no key yet, because -inf - (-inf) is NaN.
 DEVICE float finite_or_0(float m) { return m == -infinity() ? 0.0f : m; }
 
-// One key after the other of those that this warp fetches, and the row of its lane.
+// Lane r has the r-th of the keys of a tile that its warp fetches, and the number of its page.
 struct Place {
     int key, page;
     bool exists;
@@ -221,8 +219,8 @@ DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const
 // The sums of this warp's rows over its keys of the tiles `tile` to `tile + tiles` of a sequence of `length` keys.
 // get_q() waits for q, which is on its way, while the first tiles are too; STAGES - 1 younger groups of copies are.
 template <class GetQ, class Q>
-DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings& rings, const Softmax& softmax, int tile,
-                 int tiles, int length) {
+DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings& rings, const Softmax& softmax,
+                 int tile, int tiles, int length) {
     constexpr int AHEAD = STAGES - 1;
     const int stop = least((tile + tiles) * BLOCK_N, length);
     auto first_of = [&](int t) { return (tile + t) * BLOCK_N + key_warp() * KEYS; };

@@ -278,7 +278,7 @@ def test_a_prefix_is_keys_that_all_sequences_have(backend: str, device: str) -> 
         tensors[f"{name}_cache"] = torch.cat([common, tensors[f"{name}_cache"]], dim=2)
     tensors["cache_seqlens"] = tensors["cache_seqlens"] + 30
     for one, other in zip(call(backend), call._replace(tensors=tensors)(backend), strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, **_rounded_to(one.dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -293,10 +293,14 @@ def test_an_empty_prefix_is_none(backend: str, device: str) -> None:
 def test_decoding_is_the_last_rows_of_attention(backend: str, device: str) -> None:
     q, k, v = (torch.randn(2, heads, 40, 16, device=device).to(usual(backend)) for heads in (4, 2, 2))
     lengths = torch.full((2,), 40, dtype=torch.int32, device=device)
-    expected = flash_attention(q, k, v, causal=True, backend="reference")[:, :, -3:]
-    torch.testing.assert_close(
-        lean_attention(q[:, :, -3:], k, v, cache_seqlens=lengths, backend=backend), expected, **tolerance
-    )
+    expected = flash_attention(*(x.double() for x in (q, k, v)), causal=True, backend="reference")[:, :, -3:]
+    out = lean_attention(q[:, :, -3:], k, v, cache_seqlens=lengths, backend=backend)
+    torch.testing.assert_close(out, expected.to(out.dtype), **_rounded_to(out.dtype))
+
+
+def _rounded_to(dtype: torch.dtype) -> dict[str, Any]:
+    """How far apart two results of numbers near 1 may be."""
+    return {"rtol": 2e-3, "atol": 5e-4} if dtype == torch.float16 else {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,6 +19,7 @@ from torch import Tensor
 from iokernels import autotune
 from iokernels.bench.cases import lean_attention_schedule as twin
 from iokernels.ops.lean_attention import triton_launch
+from iokernels.ops.lean_attention.arrivals import ARRIVALS
 from iokernels.ops.lean_attention.tuning import Config
 from iokernels.testing import interpreter
 
@@ -37,7 +38,7 @@ def equal(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
 
 
 def counters_are_zero() -> bool:
-    return all(not counters.any() for counters in triton_launch._ARRIVALS.values())
+    return all(not counters.any() for counters in ARRIVALS.values())
 
 
 @contextmanager

@@ -92,8 +92,9 @@ def lean_attention(
 
     Args:
         q: ``[B, Hq, Nq, D]``, float16, bfloat16, float32 or float64; Nq from 1 to 16 (several where speculated tokens
-            are verified), D up to 256 on ``triton``. Its rows are the last Nq positions of each sequence, whose keys
-            are in the cache already (:func:`iokernels.append_kv`). Any strides.
+            are verified), D up to 256 on ``triton`` and ``cuda`` (which takes float16 and bfloat16). Its rows are the
+            last Nq positions of each sequence, whose keys are in the cache already (:func:`iokernels.append_kv`). Any
+            strides.
         k_cache: ``[B, Hkv, N, D]``, or paged ``[pages, Hkv, page, D]``. The dtype of q, float8_e4m3fn or int8. Hkv
             divides Hq; query head h reads key head ``h // (Hq/Hkv)``. Any strides, any page size.
         v_cache: ``[B, Hkv, N, Dv]``, or ``[pages, Hkv, page, Dv]``, dtype and device of k_cache.
@@ -119,7 +120,8 @@ def lean_attention(
         batch_invariant: a row's bits depend on neither the rest of the batch nor the GPU's number of SMs.
         schedule: how a GPU divides the work: ``"lean"`` (equal shares), ``"split"`` (a fixed number of parts for each
             sequence and a second kernel that combines them), or None for what tuning found better.
-        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of
+            :mod:`iokernels.runtime.dispatch`.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in the dtype and memory order of q, or ``(out, lse)`` with ``lse [B, Hq, Nq]`` the

@@ -154,7 +154,7 @@ class Launch:
         code = CODES.get(k_cache.dtype, 0)
         return cuda_kernel(
             "lean_attention/forward.cu",
-            "lean_attention_forward",
+            "lean_attention_cuda_kernel",
             Element=q.dtype,
             Cache="u8" if code else q.dtype,
             CODE=code,

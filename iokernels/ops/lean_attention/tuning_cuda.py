@@ -70,13 +70,13 @@ def table_key(problem: Problem) -> dict[str, Any]:
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """The shared memory that the kernel takes: q, then tiles, whose place the sums of the warps take in the end."""
+    """The shared memory that the kernel takes: q and tiles, whose place the sums of the warps take in the end."""
     rows, warps = 16 * problem.row_warps, problem.row_warps * config.key_warps
     a_key = problem.cache_itemsize * (problem.block_d + problem.block_v) + 32
     tiles = config.stages * config.block_n * a_key
     sums = warps * 16 * (problem.block_v + 10) * 4
     factors = 2 * _arrays(4 * config.stages * config.block_n) if problem.key_scales else 0
-    return _arrays(2 * rows * (problem.block_d + 8)) + _arrays(max(tiles, sums)) + factors + 2 * 128
+    return _arrays(max(2 * rows * (problem.block_d + 8) + tiles, sums)) + factors + 2 * 128
 
 
 def _arrays(nbytes: int) -> int:
@@ -138,8 +138,10 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
     tiles = -(-keys // config.block_n)
     rate = min(device.dram_bandwidth, config.blocks * (config.stages - 1) * config.block_n * a_key / _LATENCY)
     parts = max(min(config.blocks // items, tiles), 1)
-    each = -(-items * tiles // config.blocks) if config.stream_k else -(-items * parts // config.blocks) * (tiles // parts)
-    partials = min(2 * config.blocks, items * tiles) if config.stream_k else items * parts * (parts > 1)
+    if config.stream_k:
+        each, partials = -(-items * tiles // config.blocks), min(2 * config.blocks, items * tiles)
+    else:
+        each, partials = -(-items * parts // config.blocks) * (tiles // parts), items * parts * (parts > 1)
     merge = 2 * partials * 16 * problem.row_warps * (problem.block_v + 2) * 4 / device.dram_bandwidth
     return each * config.blocks * config.block_n * a_key / rate + merge
 
@@ -159,7 +161,7 @@ SPACE: Space[Config] = Space(
             "schedule", ("stream_k",),
             lambda problem, device, lean: problem.schedule == "auto" or lean == (problem.schedule == "lean"),
         ),
-        Constraint("keys of a warp", ("block_n", "key_warps"), lambda p, device, keys, warps: keys // warps in (16, 32)),
+        Constraint("keys of a warp", ("block_n", "key_warps"), lambda p, device, n, warps: n // warps in (16, 32)),
         Constraint("warps", ("key_warps",), lambda p, device, warps: p.row_warps * warps <= MOST_WARPS),
         fits_shared_memory(("block_n", "key_warps", "stages"), _shared),
         Constraint("resident", ("block_n", "blocks", "key_warps", "stages"), _resident),
