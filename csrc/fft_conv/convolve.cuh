@@ -70,11 +70,15 @@ DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots<R>& f
     }
 }
 
-// One block. `spectrum`: fp16 pairs of the head, as the lanes hold them, divided by `scale`; `sign` is -1 for its
-// conjugate. `store(member, position, values)` receives the results, 4 at a time, those of unwanted positions too.
-template <class Store>
-DEVICE void convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
-                     float sign, const Store& store, Here at = HERE) {
+// By what the two members of what `convolve` left in the planes are to be multiplied.
+struct Undo {
+    float r, i;
+};
+
+// One block, up to stage 1 back, which the caller has to do (back_to_signal). `spectrum`: fp16 pairs of the head, as the
+// lanes hold them, divided by `scale`; `sign` is -1 for its conjugate. Three barriers, the last at the end.
+DEVICE Undo convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
+                     float sign, Here at = HERE) {
     Exponents e;
     {
         Signal z;
@@ -94,17 +98,5 @@ DEVICE void convolve(const Chip& chip, const Source (&source)[2], const Place& p
     }
     block_sync(at);
     const float undo = scale * (1.0f / (MIDDLE * POINTS));
-    const float back[2] = {undo * scale_back(e.r), undo * scale_back(e.i)};
-    back_to_signal(
-        chip.planes, chip.roots.of<N1>(),
-        [&](int position, Values re, Values im) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                re.at[j] *= back[0];
-                im.at[j] *= back[1];
-            }
-            store(0, position, re);
-            if (place.stop[1] > 0) store(1, position, im);
-        },
-        at);
+    return {undo * scale_back(e.r), undo * scale_back(e.i)};
 }

@@ -42,28 +42,36 @@ fft_conv_fwd_kernel(const Element* u_ptr,     // [B, H, N]
 
 #pragma unroll 1
     for (int unit = part * units; unit < last; ++unit) {
-        const int b0 = unit % pairs * members, start = unit / pairs * step - lead;
+        const int start = unit / pairs * step - lead, b0 = unit % pairs * members;
         const bool two = members == 2 && b0 + 1 < batch;
-        const int b1 = two ? b0 + 1 : b0;
         const Place place = {start, seqlen, {seqlen, two ? seqlen : 0}};
         Source source[2];
 #pragma unroll
         for (int member = 0; member < 2; ++member) {
-            const int b = member ? b1 : b0;
+            const int b = two ? b0 + member : b0;
+            const i64 row = static_cast<i64>(b) * heads + head;
             source[member] = {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head), 0,
-                              state_ptr == nullptr ? state_ptr : state_ptr + (static_cast<i64>(b) * heads + head) * past,
-                              past, periodic != 0, false, aligned != 0};
+                              state_ptr == nullptr ? state_ptr : state_ptr + row * past, past,
+                              periodic != 0, false, aligned != 0};
         }
-        convolve(chip, source, place, spectrum, scale, 1.0f, [&](int member, int position, Values w) {
-            const int b = member ? b1 : b0, time = start + position, first = start + lead;
-            const int stop = least(seqlen, first + step);
+        const Undo undo = convolve(chip, source, place, spectrum, scale, 1.0f);
+
+        const int b = afresh(b0), first = start + lead, stop = least(seqlen, first + step);
+        const auto finish = [&](int member, int time, Values& w, float factor) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) w.at[j] *= factor;
             if (post_ptr != nullptr) {
-                const Values gate = load_times(row_of(post_ptr, stride_post, b, head), time, first, stop,
-                                               aligned != 0);
+                const Row post = row_of(post_ptr, stride_post, b + member, head);
+                const Values gate = load_times(post, time, first, stop, aligned != 0);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) w.at[j] *= gate.at[j];
             }
-            store_times(y_ptr + (static_cast<i64>(b) * heads + head) * seqlen, w, time, first, stop, aligned != 0);
+            const i64 row = static_cast<i64>(b + member) * heads + head;
+            store_times(y_ptr + row * seqlen, w, time, first, stop, aligned != 0);
+        };
+        back_to_signal(chip.planes, chip.roots.of<N1>(), [&](int position, Values re, Values im) {
+            finish(0, start + position, re, undo.r);
+            if (two) finish(1, start + position, im, undo.i);
         });
     }
 }

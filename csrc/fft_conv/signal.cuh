@@ -297,7 +297,8 @@ DEVICE void columns_of(u32 (&x)[4][2], Shared<fp16> plane, int slab, int k, Here
     }
 }
 
-// Stage 1 back: hands `store(position, re, im)` the numbers at 4 positions from `position` on, of all that are not zero.
+// Stage 1 back: hands `store(position, re, im)` the numbers at 4 positions from `position` on, of all but those that
+// HALF leaves out.
 template <class Store>
 DEVICE void back_to_signal(const Planes& planes, const Roots<N1>& f, const Store& store, Here at = HERE) {
     const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
