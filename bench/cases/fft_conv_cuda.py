@@ -137,5 +137,5 @@ ACCOUNTS = Accounts(
     naive_bytes=naive_bytes,
     naive=NAIVE,
     shapes=tuple((VOCABULARY.parse(text), dtype) for text, dtype in _SHAPES),
-    test_configs=dict.fromkeys((FORWARD, BACKWARD), Config(4096, 2, 4)),
+    test_configs=dict.fromkeys((FORWARD, BACKWARD), Config(4096, 2, 8)),
 )

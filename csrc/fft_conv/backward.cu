@@ -57,22 +57,23 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
         }
         const bool first = which == 0;
         rescale(z, {first ? scales.g.r : scales.product - scales.g.r, first ? scales.g.i : scales.product - scales.g.i});
-        stage1<FIRST, ROUND>({first ? of_g.r : of_v.r, first ? of_g.i : of_v.i}, z, chip.roots.of<N1>(), at);
+        stage1<FIRST, ROUND>({first ? of_g.r : of_v.r, first ? of_g.i : of_v.i}, z, chip.first, at);
     }
     block_sync(at);
     const float factor = power_of_two(scales.product);
+    const Roots f(chip.second, at);
 #pragma unroll 1
     for (int row = warp_id(); row < ROUND; row += WARPS) {
         Square g, v;
-        stage2(g, of_g, row, chip.roots.of<R>(), chip.inner, at);
-        stage2(v, of_v, row, chip.roots.of<R>(), chip.inner, at);
+        stage2(g, of_g, row, f, chip.inner, at);
+        stage2(v, of_v, row, f, chip.inner, at);
         float* of_row = sums + 2 * (FIRST + row) * COLUMNS + 8 * lane_id();
 #pragma unroll
         for (int m = 0; m < BLOCKS; ++m) {
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
-                const Sums a = stage3(g, m, tile, chip.roots.of<R>(), at);
-                const Sums b = stage3(v, m, tile, chip.roots.of<R>(), at);
+                const Sums a = stage3(g, m, tile, f, at);
+                const Sums b = stage3(v, m, tile, f, at);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float* to = of_row + 8 * WARP * (m * TILES + tile) + 4 * half;
@@ -179,7 +180,7 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
                     store(member, time, w, dpost_ptr, dy_ptr, stride_dy);
                 }
             };
-            back_to_signal(chip.planes, chip.roots.of<N1>(), [&](int position, Values re, Values im) {
+            back_to_signal(chip.planes, chip.first, [&](int position, Values re, Values im) {
                 finish(0, place.start + position, re, undo.r);
                 if (two) finish(1, place.start + position, im, undo.i);
             });

@@ -19,17 +19,21 @@ constexpr float MIDDLE = middle();
 
 // What a thread block has at hand.
 struct Chip {
-    Matrices roots;
-    Planes planes;        // [N1][R R]
-    Shared<u32> inner;    // the factors between stages 2 and 3
-    Shared<int> scratch;  // [4 WARPS]
+    Planes planes;           // [N1][R R]
+    RootTable<N1> first;     // F of stage 1
+    RootTable<R> second;     // F of stages 2 and 3
+    Shared<u32> inner;       // the factors between them
+    Shared<int> scratch;     // [4 WARPS]
 
     DEVICE Chip(SharedMemory& arena) {
         planes = {arena.take<fp16>(POINTS), arena.take<fp16>(POINTS)};
+        first.table = arena.take<u32>(RootTable<N1>::ENTRIES);
+        second.table = arena.take<u32>(RootTable<R>::ENTRIES);
         inner = arena.take<u32>(4 * QUADS);
         scratch = arena.take<int>(4 * WARPS);
+        first.make();
+        second.make();
         make_inner_twiddles(inner);
-        roots.make();
     }
 };
 
@@ -41,7 +45,7 @@ struct Place {
 };
 
 // The product with the filter, of the frequencies of one k1, in place. `sign` is -1 for its conjugate.
-DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots<R>& f, Here at = HERE) {
+DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots& f, Here at = HERE) {
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m) {
         Square p;
@@ -85,16 +89,17 @@ DEVICE Undo convolve(const Chip& chip, const Source (&source)[2], const Place& p
         load_pair(z, source, place.start, place.seqlen, place.stop, at);
         e = largest(z, chip.scratch, at);
         rescale(z, e);
-        stage1<0, N1>(chip.planes, z, chip.roots.of<N1>(), at);
+        stage1<0, N1>(chip.planes, z, chip.first, at);
     }
     block_sync(at);
+    const Roots f(chip.second, at);
 #pragma unroll 1
     for (int k1 = warp_id(); k1 < N1; k1 += WARPS) {
         Square z;
-        stage2(z, chip.planes, k1, chip.roots.of<R>(), chip.inner, at);
+        stage2(z, chip.planes, k1, f, chip.inner, at);
         __syncwarp();
-        filter(z, spectrum + k1 * COLUMNS, sign, chip.roots.of<R>(), at);
-        back_to_stage1(chip.planes, k1, z, chip.roots.of<R>(), chip.inner, at);
+        filter(z, spectrum + k1 * COLUMNS, sign, f, at);
+        back_to_stage1(chip.planes, k1, z, f, chip.inner, at);
     }
     block_sync(at);
     const float undo = scale * (1.0f / (MIDDLE * POINTS));

@@ -69,7 +69,7 @@ fft_conv_fwd_kernel(const Element* u_ptr,     // [B, H, N]
             const i64 row = static_cast<i64>(b + member) * heads + head;
             store_times(y_ptr + row * seqlen, w, time, first, stop, aligned != 0);
         };
-        back_to_signal(chip.planes, chip.roots.of<N1>(), [&](int position, Values re, Values im) {
+        back_to_signal(chip.planes, chip.first, [&](int position, Values re, Values im) {
             finish(0, start + position, re, undo.r);
             if (two) finish(1, start + position, im, undo.i);
         });

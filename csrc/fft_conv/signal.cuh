@@ -237,20 +237,22 @@ DEVICE void rescale(Signal& z, Exponents e) {
 
 // Stage 1: rows FIRST to FIRST + ROWS of k1, with their factors, as rows 0 to ROWS of the planes.
 template <int FIRST, int ROWS>
-DEVICE void stage1(const Planes& planes, const Signal& z, const Roots<N1>& f, Here at = HERE) {
+DEVICE void stage1(const Planes& planes, const Signal& z, const RootTable<N1>& table, Here at = HERE) {
     const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
 #pragma unroll
-    for (int slab = 0; slab < SLABS; ++slab) {
+    for (int m = FIRST / 16; m < (FIRST + ROWS + 15) / 16; ++m) {
+        RootBlock f[HELD];
 #pragma unroll
-        for (int m = FIRST / 16; m < (FIRST + ROWS + 15) / 16; ++m) {
+        for (int k = 0; k < HELD; ++k) f[k] = table.block(m, FIRST_BLOCK + k, at);
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab) {
             Sums d[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 d[j] = {};
 #pragma unroll
                 for (int k = 0; k < HELD; ++k) {
-                    add_product<false>(d[j], f.r[m][FIRST_BLOCK + k], f.i[m][FIRST_BLOCK + k], z.r[slab][k][j],
-                                       z.i[slab][k][j], at);
+                    add_product<false>(d[j], f[k].r, f[k].i, z.r[slab][k][j], z.i[slab][k][j], at);
                 }
             }
 #pragma unroll
@@ -300,7 +302,7 @@ DEVICE void columns_of(u32 (&x)[4][2], Shared<fp16> plane, int slab, int k, Here
 // Stage 1 back: hands `store(position, re, im)` the numbers at 4 positions from `position` on, of all but those that
 // HALF leaves out.
 template <class Store>
-DEVICE void back_to_signal(const Planes& planes, const Roots<N1>& f, const Store& store, Here at = HERE) {
+DEVICE void back_to_signal(const Planes& planes, const RootTable<N1>& table, const Store& store, Here at = HERE) {
     const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
 #pragma unroll 1
     for (int slab = 0; slab < SLABS; ++slab) {
@@ -312,12 +314,15 @@ DEVICE void back_to_signal(const Planes& planes, const Roots<N1>& f, const Store
         }
 #pragma unroll
         for (int m = FIRST_BLOCK; m < ROW_BLOCKS; ++m) {
+            RootBlock f[ROW_BLOCKS];
+#pragma unroll
+            for (int k = 0; k < ROW_BLOCKS; ++k) f[k] = table.block(m, k, at);
             Sums d[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 d[j] = {};
 #pragma unroll
-                for (int k = 0; k < ROW_BLOCKS; ++k) add_product<true>(d[j], f.r[m][k], f.i[m][k], xr[k][j], xi[k][j], at);
+                for (int k = 0; k < ROW_BLOCKS; ++k) add_product<true>(d[j], f[k].r, f[k].i, xr[k][j], xi[k][j], at);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

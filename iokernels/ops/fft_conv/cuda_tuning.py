@@ -89,9 +89,10 @@ def refusal(seqlen: Any, taps: Any, mode: str, state: bool, smem_block: int) -> 
 
 
 def shared_bytes(length: int) -> int:
-    """Of a thread block: two planes of float16, the factors between stages 2 and 3, and the largest exponents."""
-    _, r = factors(length)
-    return 4 * length + 4 * r * r + 256
+    """Of a thread block: two planes of float16, both matrices of roots, the factors between stages 2 and 3, and the
+    largest exponents."""
+    n1, r = factors(length)
+    return 4 * length + 4 * n1 * n1 + 8 * r * r + 256
 
 
 def most_warps(length: int) -> int:
