@@ -114,7 +114,7 @@ COMPILATION = Compilation(
             ("n=8k,gated=1", torch.bfloat16),
             ("n=16k,gated=1", torch.bfloat16),
             ("n=4k,causal=0", torch.bfloat16),
-            ("n=32k,causal=0", torch.bfloat16),
+            ("n=16k,causal=0", torch.bfloat16),
             ("n=64k,nk=1k,gated=1", torch.float16),
         )
     ),

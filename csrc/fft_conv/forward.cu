@@ -9,8 +9,8 @@
 // largest element is known, after stage 1, and before stage 1 back.
 //
 // Bytes that a unit asks for: u and pre (and the past) once for every position inside the sequence, post and y once; the
-// spectrum, 4 M, which units of a head share in the caches. FLOPs of a pair: 16 M (N1 + 2 R), half a block (N1 = 32)
-// less those of N1 / 2. Shared memory: 4 M bytes for the numbers, 4 R R for factors.
+// spectrum, 4 M, which units of a head share in the caches. FLOPs of a pair: 16 M (N1 + 2 R), of which half a block saves
+// those of N1 / 2 if N1 = 32. Shared memory: 4 M bytes for the numbers, 4 N1 N1 + 8 R R for roots and factors.
 //
 // Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
 #include "convolve.cuh"

@@ -252,13 +252,13 @@ DEVICE void stage1(const Planes& planes, const Signal& z, const RootTable<N1>& t
                 d[j] = {};
 #pragma unroll
                 for (int k = 0; k < HELD; ++k) {
-                    add_product<false>(d[j], f[k].r, f[k].i, z.r[slab][k][j], z.i[slab][k][j], at);
+                    add_product<false>(d[j], f[k], z.r[slab][k][j], z.i[slab][k][j], at);
                 }
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 if (16 * m + 8 * half < FIRST || 16 * m + 8 * half >= FIRST + ROWS) continue;
-                const int k1 = 16 * m + 8 * half + group, column = first_column(slab) + 4 * pair;
+                const int k1 = afresh(16 * m + 8 * half + group), column = first_column(slab) + 4 * pair;
                 const Complex next = root_of_unity<POINTS>(k1), far = root_of_unity<POINTS>(16 * k1);
                 Complex w = root_of_unity<POINTS>(k1 * column);
 #pragma unroll
@@ -322,7 +322,7 @@ DEVICE void back_to_signal(const Planes& planes, const RootTable<N1>& table, con
             for (int j = 0; j < 4; ++j) {
                 d[j] = {};
 #pragma unroll
-                for (int k = 0; k < ROW_BLOCKS; ++k) add_product<true>(d[j], f[k].r, f[k].i, xr[k][j], xi[k][j], at);
+                for (int k = 0; k < ROW_BLOCKS; ++k) add_product<true>(d[j], f[k], xr[k][j], xi[k][j], at);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -72,6 +72,12 @@ struct RootBlock {
     u32 r[4], i[4];
 };
 
+template <int COUNT>
+DEVICE void negated(u32 (&to)[COUNT], const u32 (&from)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) to[i] = from[i] ^ 0x80008000u;
+}
+
 // F[j, k] = w_N^(j k) in shared memory, as the lanes hold its blocks. A phase that needs F in registers loads it there,
 // so that the others have the room.
 template <int N>
@@ -134,13 +140,7 @@ struct Sums {
     float r[4], i[4];
 };
 
-template <int COUNT>
-DEVICE void negated(u32 (&to)[COUNT], const u32 (&from)[COUNT]) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) to[i] = from[i] ^ 0x80008000u;
-}
-
-// d += F x, or with CONJ conj(F) x, where F is a left operand.
+// d += F x, or with CONJ conj(F) x, where F is a left operand. Here x is negated, and may be dead after it.
 template <bool CONJ>
 DEVICE void add_product(Sums& d, const u32 (&fr)[4], const u32 (&fi)[4], const u32 (&xr)[2], const u32 (&xi)[2],
                         Here at = HERE) {
@@ -155,6 +155,22 @@ DEVICE void add_product(Sums& d, const u32 (&fr)[4], const u32 (&fi)[4], const u
         negated(minus, xi);
         mma_16x8x16<fp16>(d.r, fi, minus, at);
         mma_16x8x16<fp16>(d.i, fi, xr, at);
+    }
+}
+
+// The same of a block that was loaded for many x, which stay: here F is negated.
+template <bool CONJ>
+DEVICE void add_product(Sums& d, const RootBlock& f, const u32 (&xr)[2], const u32 (&xi)[2], Here at = HERE) {
+    u32 minus[4];
+    negated(minus, f.i);
+    mma_16x8x16<fp16>(d.r, f.r, xr, at);
+    mma_16x8x16<fp16>(d.i, f.r, xi, at);
+    if constexpr (CONJ) {
+        mma_16x8x16<fp16>(d.r, f.i, xi, at);
+        mma_16x8x16<fp16>(d.i, minus, xr, at);
+    } else {
+        mma_16x8x16<fp16>(d.r, minus, xi, at);
+        mma_16x8x16<fp16>(d.i, f.i, xr, at);
     }
 }
 
