@@ -8,22 +8,23 @@
 //     w  = inverse(K V)                                dpost = dy w
 //
 // dv is the same convolution run backwards in time, on blocks that begin where the results of forward.cu's begin: those
-// make the first `step` positions and look at the ones behind. A block with HALF reaches nothing behind it and is its own.
+// make the first `step` positions and look at the ones behind. A block with HALF reaches nothing behind it and is its
+// own.
 //
 // Three passes over a block, then, of which the second and the third are the forward kernel's; what a later one reads
-// again the caches have. dK needs two transforms at once, so it is made in two rounds, of the lower and of the upper half
-// of k1: each has room for both, and shared memory is that of the forward kernel.
+// again the caches have. dK needs two transforms at once, so it is made in two rounds, of the lower and of the upper
+// half of k1: each has room for both, and shared memory is that of the forward kernel.
 //
-// Scaling: a member of a pair is scaled by itself, as in the forward pass. But in dK the members are added up, so there v
-// is scaled to the same product with g for both, that of the larger one; the smaller has less to add.
+// Scaling: a member of a pair is scaled by itself, as in the forward pass. But in dK the members are added up, so there
+// v is scaled to the same product with g for both, that of the larger one; the smaller has less to add.
 //
 // Every thread block keeps its own sum of dK in global memory: a lane reads and writes what it alone has written, 8 M
-// bytes, which stay in the second-level cache. PyTorch adds those of a head and brings them back to taps. No atomics: the
-// bits are the same on every run. The first unit of a thread block writes without reading.
+// bytes, which stay in the second-level cache. PyTorch adds those of a head and brings them back to taps. No atomics:
+// the bits are the same on every run. The first unit of a thread block writes without reading.
 //
-// Bytes that a unit asks for: u, pre, dy and post twice for dK; dy and post, then u and pre where gates need them, for dv;
-// u and pre, then dy, for dpost; du, dpre, dpost; the spectrum once for dv and once for dpost; the sum. FLOPs of a pair:
-// 16 M (N1 + 2 R) each for dv and dpost, 16 M (N1 + 2 R) for the two transforms of dK.
+// Bytes that a unit asks for: u, pre, dy and post twice for dK; dy and post, then u and pre where gates need them, for
+// dv; u and pre, then dy, for dpost; du, dpre, dpost; the spectrum once for dv and once for dpost; the sum. FLOPs of a
+// pair: 16 M (N1 + 2 R) each for dv and dpost, 16 M (N1 + 2 R) for the two transforms of dK.
 //
 // Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
 #include "convolve.cuh"
@@ -38,8 +39,8 @@ struct Scales {
 
 // dK of the rows FIRST to FIRST + ROUND of k1. `source(which, member)` is g (0) or v (1).
 template <int FIRST, class Sources>
-DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place, Scales& scales, float* sums, bool fresh,
-                     Here at = HERE) {
+DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place, Scales& scales, float* sums,
+                     bool fresh, Here at = HERE) {
     const Planes of_g = {chip.planes.r, chip.planes.r + ROUND * COLUMNS};
     const Planes of_v = {chip.planes.i, chip.planes.i + ROUND * COLUMNS};
 #pragma unroll 1
@@ -56,7 +57,9 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
             }
         }
         const bool first = which == 0;
-        rescale(z, {first ? scales.g.r : scales.product - scales.g.r, first ? scales.g.i : scales.product - scales.g.i});
+        const Exponents of_g_or_v = {first ? scales.g.r : scales.product - scales.g.r,
+                                     first ? scales.g.i : scales.product - scales.g.i};
+        rescale(z, of_g_or_v);
         stage1<FIRST, ROUND>({first ? of_g.r : of_v.r, first ? of_g.i : of_v.i}, z, chip.first, at);
     }
     block_sync(at);
@@ -81,8 +84,8 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
                     if (!fresh) sum = load_global_vector<4>(to, at);
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const Complex x = {a.r[2 * half + e], a.i[2 * half + e]}, y = {b.r[2 * half + e], b.i[2 * half + e]};
-                        const Complex product = x * conj(y);
+                        const Complex x = {a.r[2 * half + e], a.i[2 * half + e]};
+                        const Complex y = {b.r[2 * half + e], b.i[2 * half + e]}, product = x * conj(y);
                         sum.at[2 * e] += product.r * factor;
                         sum.at[2 * e + 1] += product.i * factor;
                     }
@@ -159,7 +162,8 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
             const Undo undo = convolve(chip, source, place, spectrum, scale, of_v ? -1.0f : 1.0f);
 
             const int b = afresh(b0), stop = least(seqlen, now + step);
-            const auto store = [&](int member, int time, const Values& w, Element* y, const Element* gate, Strides strides) {
+            const auto store = [&](int member, int time, const Values& w, Element* y, const Element* gate,
+                                   Strides strides) {
                 if (y == nullptr) return;
                 Values product = w;
                 if (gate != nullptr) {

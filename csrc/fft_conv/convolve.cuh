@@ -6,10 +6,10 @@
 #pragma once
 #include "signal.cuh"
 
-// The power of two nearest 1 / sqrt(M) from above, half of 1 / M, applied between the two transforms. Scaled numbers are
-// below 2, those of the filter's spectrum below 1, so nothing in fp16 overflows: stages 1 and 2 forward give at most
-// 2 sqrt(2) N1 R; by Parseval's equation the input of the transform back has the energy 2^5 M at most, with which stages 3
-// and 2 back give sqrt(2^5 M) R, 2^15 for the longest.
+// The power of two nearest 1 / sqrt(M) from above, half of 1 / M, applied between the two transforms. Scaled numbers
+// are below 2, those of the filter's spectrum below 1, so nothing in fp16 overflows: stages 1 and 2 forward give at
+// most 2 sqrt(2) N1 R; by Parseval's equation the input of the transform back has the energy 2^5 M at most, with which
+// stages 3 and 2 back give sqrt(2^5 M) R, 2^15 for the longest.
 constexpr float middle() {
     float power = 1.0f;
     while (power * power * (POINTS / 4) >= 1.0f) power *= 0.5f;
@@ -79,8 +79,8 @@ struct Undo {
     float r, i;
 };
 
-// One block, up to stage 1 back, which the caller has to do (back_to_signal). `spectrum`: fp16 pairs of the head, as the
-// lanes hold them, divided by `scale`; `sign` is -1 for its conjugate. Three barriers, the last at the end.
+// One block, up to stage 1 back, which the caller has to do (back_to_signal). `spectrum`: fp16 pairs of the head, as
+// the lanes hold them, divided by `scale`; `sign` is -1 for its conjugate. Three barriers, the last at the end.
 DEVICE Undo convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
                      float sign, Here at = HERE) {
     Exponents e;

@@ -1,16 +1,17 @@
 // The forward kernel of fft_conv: y = post (k * v + skip v), v = pre u, in one pass over memory (FlashFFTConv,
 // arXiv:2311.05908).
 //
-// Overlap-save: a block of M positions makes the last M - overlap of them, or fewer. Block c of a sequence begins at the
-// time c step - lead; before time 0 lies the initial state, the sequence's own end (periodic), or zeros. Where all of a
-// sequence is one block and its first half would be zeros (HALF), only the other half is loaded, transformed and stored.
+// Overlap-save: a block of M positions makes the last M - overlap of them, or fewer. Block c of a sequence begins at
+// the time c step - lead; before time 0 lies the initial state, the sequence's own end (periodic), or zeros. Where all
+// of a sequence is one block and its first half would be zeros (HALF), only the other half is loaded, transformed and
+// stored.
 //
 // A thread block owns a head and runs through `units` blocks of pairs of sequences. Three barriers to a unit: when the
 // largest element is known, after stage 1, and before stage 1 back.
 //
-// Bytes that a unit asks for: u and pre (and the past) once for every position inside the sequence, post and y once; the
-// spectrum, 4 M, which units of a head share in the caches. FLOPs of a pair: 16 M (N1 + 2 R), of which half a block saves
-// those of N1 / 2 if N1 = 32. Shared memory: 4 M bytes for the numbers, 4 N1 N1 + 8 R R for roots and factors.
+// Bytes that a unit asks for: u and pre (and the past) once for every position inside the sequence, post and y once;
+// the spectrum, 4 M, which units of a head share in the caches. FLOPs of a pair: 16 M (N1 + 2 R), of which half a block
+// saves those of N1 / 2 if N1 = 32. Shared memory: 4 M bytes for the numbers, 4 N1 N1 + 8 R R for roots and factors.
 //
 // Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
 #include "convolve.cuh"

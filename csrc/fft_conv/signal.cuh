@@ -1,7 +1,7 @@
 // Sequences, and stage 1 of their transforms, which reads them.
 //
-// A block of POINTS positions covers a piece of a sequence: position i is at the time `start + i`. Two sequences are the
-// real and the imaginary part of one complex one. With HALF the first half of the positions is zeros: it is neither
+// A block of POINTS positions covers a piece of a sequence: position i is at the time `start + i`. Two sequences are
+// the real and the imaginary part of one complex one. With HALF the first half of the positions is zeros: it is neither
 // loaded nor multiplied (N1 = 32) nor stored.
 //
 // A warp owns SLABS times 32 columns. Its right operands come from memory as they are needed: column `group` of a tile
@@ -88,7 +88,8 @@ struct Source {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             int t = time + j;
-            if (past != nullptr && t < 0 && t >= -past_steps && stop > 0) v.at[j] = load_global(past + t + past_steps, at);
+            const bool in_past = past != nullptr && t < 0 && t >= -past_steps && stop > 0;
+            if (in_past) v.at[j] = load_global(past + t + past_steps, at);
             if (before && t < 0) t += seqlen;
             if (after && t >= seqlen) t -= seqlen;
             if (t < first || t >= stop) continue;

@@ -6,14 +6,14 @@
 //              Z2[k1; k2 n3] = sum_n2 w_R^(n2 k2) Z1[k1; n2 n3]      * w_RR^(k2 n3)                  stage 2
 //              Z3[k1; k2 k3] = sum_n3 w_R^(n3 k3) Z2[k1; k2 n3]                                      stage 3
 //
-// and back by the conjugates, in the reverse order: 3, 2, 1. Nothing is transposed or permuted: the filter's spectrum is
-// stored in the order that stage 3 leaves.
+// and back by the conjugates, in the reverse order: 3, 2, 1. Nothing is transposed or permuted: the filter's spectrum
+// is stored in the order that stage 3 leaves.
 //
 // Where it happens. Between stage 1 and the others the numbers lie in shared memory, as two planes of fp16, [N1][R R].
 // Stage 1 belongs to columns: a warp owns 32 of them. The rest belongs to rows: a warp takes [R, R] matrices of one k1
 // through stages 2 and 3, the product with the filter, and back, all in registers. For that the orientation of each
-// product is chosen so that an accumulator is the next operand as it is. An accumulator [m, n] can be a left operand, or
-// transposed a right one, and either way n is summed over next:
+// product is chosen so that an accumulator is the next operand as it is. An accumulator [m, n] can be a left operand,
+// or transposed a right one, and either way n is summed over next:
 //
 //     Z2 [k2, n3] = F z [n2, n3]         right operand by ldmatrix      n3 next
 //     Z3 [k2, k3] = Z2 F                 Z2 as left operand             k3 next
@@ -181,8 +181,8 @@ struct Planes {
     Shared<fp16> r, i;
 };
 
-// Where a column of a row lies. Groups of 8 columns are exchanged so that no access meets a bank twice: neither those of
-// stage 1, 4 or 8 rows at a time, nor ldmatrix, 8 times R columns apart.
+// Where a column of a row lies. Groups of 8 columns are exchanged so that no access meets a bank twice: neither those
+// of stage 1, 4 or 8 rows at a time, nor ldmatrix, 8 times R columns apart.
 DEVICE int place(int row, int column) {
     const int chunk = column / 8;
     const int moved = chunk ^ ((row & 3) << 1 | (row >> 2 & 1)) ^ (chunk >> 3 & (R == 32 ? 3 : 1));

@@ -1,4 +1,4 @@
-"""Launch parameters of the CUDA kernels of fft_conv: how transforms cover a sequence, the analytic default, the space."""
+"""Launch parameters of the CUDA kernels of fft_conv: covers of a sequence, the analytic default, the space."""
 
 from __future__ import annotations
 
