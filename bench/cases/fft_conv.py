@@ -12,6 +12,8 @@ from torch import Tensor
 
 from iokernels.bench.case import Case, Implementation, Inputs, Limit, Outputs, Pass, Point, Prepare
 from iokernels.bench.cases.fft_conv_accounts import ACCOUNTS
+from iokernels.bench.cases.fft_conv_cuda import ACCOUNTS as CUDA_ACCOUNTS
+from iokernels.bench.cases.fft_conv_cuda import COMPILATION as CUDA_COMPILATION
 from iokernels.bench.cases.fft_conv_kernels import COMPILATION, mode
 from iokernels.bench.cases.fft_conv_shapes import VOCABULARY
 from iokernels.bench.cases.fft_conv_tuning import TUNING
@@ -220,6 +222,7 @@ CASE = Case(
         "reference": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
         "torch": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
         "triton": Implementation((*_HALVES, torch.float32), "N or Nk up to 4194304"),
+        "cuda": Implementation(_HALVES, "N or Nk up to 16384"),
     },
     suites=SUITES,
     make_inputs=make_inputs,
@@ -232,6 +235,8 @@ CASE = Case(
     peers=peers,
     accounts=ACCOUNTS,
     compilation=COMPILATION,
+    cuda_accounts=CUDA_ACCOUNTS,
+    cuda_compilation=CUDA_COMPILATION,
     tuning=TUNING,
     limit=limit,
 )

@@ -1,34 +1,50 @@
-"""How the Triton kernels of fft_conv are tuned: what each choice depends on, and launching one kernel alone."""
+"""How the kernels of fft_conv are tuned: what each choice depends on, and launching one kernel alone."""
 
 from __future__ import annotations
 
 import torch
 
 from iokernels.bench.case import Tuning
+from iokernels.bench.cases import fft_conv_cuda as cuda
 from iokernels.bench.cases.fft_conv_kernels import configs, launcher
 from iokernels.bench.cases.fft_conv_kernels import launch as launch_pass
+from iokernels.bench.cases.fft_conv_kernels import mode as mode_of
 from iokernels.bench.shape import Shape
-from iokernels.ops.fft_conv.tuning import OUTER_KERNEL, Problem
+from iokernels.ops.fft_conv import cuda_tuning
+from iokernels.ops.fft_conv.options import reach
+from iokernels.ops.fft_conv.tuning import Problem
 from iokernels.ops.fft_conv.tuning_space import TUNABLES
 from iokernels.runtime.device import DeviceSpec, assume
 
-_LEAVES = {"fft_conv_fwd": (), "fft_conv_bwd": ("u", "k", "pre_gate", "post_gate", "skip"), OUTER_KERNEL: ()}
+_LEAVES = {
+    kernel: ("u", "k", "pre_gate", "post_gate", "skip") if "bwd" in kernel else ()
+    for kernel in (*TUNABLES, *cuda_tuning.TUNABLES)
+}
 
 
 def kernels(shape: Shape) -> tuple[str, ...]:
-    """Both passes; and where transforms go through memory, the first and the last step."""
-    return tuple(configs(shape, torch.float16))
+    """Both passes of Triton, where transforms go through memory the first and the last step of those; and both passes
+    in CUDA C++ where their transforms serve."""
+    mode, taps = reach(shape.n, shape.nk, mode_of(shape), shape.keep, bool(shape.state))
+    most = max(cuda_tuning.shared_bytes(length) for length in cuda_tuning.LENGTHS)
+    served = cuda_tuning.refusal(shape.n, taps, mode, bool(shape.state), most) is None
+    return (*configs(shape, torch.float16), *(cuda_tuning.TUNABLES if served else ()))
 
 
-def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Problem:
+def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Problem | cuda_tuning.Problem:
     """What a call of ``shape`` asks of ``kernel``."""
     with assume(device):
+        if kernel in cuda_tuning.TUNABLES:
+            return cuda.launcher(shape, dtype).problem(kernel.removesuffix("_cuda"))
         return launcher(shape, dtype).problem(kernel)
 
 
 def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
     """Launch ``kernel`` with meta tensors."""
-    launch_pass(shape, dtype, "bwd" if kernel == "fft_conv_bwd" else "fwd")
+    made = cuda.launch if kernel in cuda_tuning.TUNABLES else launch_pass
+    made(shape, dtype, "bwd" if "bwd" in kernel else "fwd")
 
 
-TUNING = Tuning(TUNABLES, kernels, problem, launch, _LEAVES)
+_FUNCTIONS = {kernel: kernel.removesuffix("_cuda") + "_kernel" for kernel in cuda_tuning.TUNABLES}
+
+TUNING = Tuning({**TUNABLES, **cuda_tuning.TUNABLES}, kernels, problem, launch, _LEAVES, _FUNCTIONS)

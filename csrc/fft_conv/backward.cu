@@ -8,22 +8,23 @@
 //     w  = inverse(K V)                                dpost = dy w
 //
 // dv is the same convolution run backwards in time, on blocks that begin where the results of forward.cu's begin: those
-// make the first `step` positions and look at the ones behind. A block with HALF reaches nothing behind it and is its own.
+// make the first `step` positions and look at the ones behind. A block with HALF reaches nothing behind it and is its
+// own.
 //
 // Three passes over a block, then, of which the second and the third are the forward kernel's; what a later one reads
-// again the caches have. dK needs two transforms at once, so it is made in two rounds, of the lower and of the upper half
-// of k1: each has room for both, and shared memory is that of the forward kernel.
+// again the caches have. dK needs two transforms at once, so it is made in two rounds, of the lower and of the upper
+// half of k1: each has room for both, and shared memory is that of the forward kernel.
 //
-// Scaling: a member of a pair is scaled by itself, as in the forward pass. But in dK the members are added up, so there v
-// is scaled to the same product with g for both, that of the larger one; the smaller has less to add.
+// Scaling: a member of a pair is scaled by itself, as in the forward pass. But in dK the members are added up, so there
+// v is scaled to the same product with g for both, that of the larger one; the smaller has less to add.
 //
 // Every thread block keeps its own sum of dK in global memory: a lane reads and writes what it alone has written, 8 M
-// bytes, which stay in the second-level cache. PyTorch adds those of a head and brings them back to taps. No atomics: the
-// bits are the same on every run. The first unit of a thread block writes without reading.
+// bytes, which stay in the second-level cache. PyTorch adds those of a head and brings them back to taps. No atomics:
+// the bits are the same on every run. The first unit of a thread block writes without reading.
 //
-// Bytes that a unit asks for: u, pre, dy and post twice for dK; dy and post, then u and pre where gates need them, for dv;
-// u and pre, then dy, for dpost; du, dpre, dpost; the spectrum once for dv and once for dpost; the sum. FLOPs of a pair:
-// 16 M (N1 + 2 R) each for dv and dpost, 16 M (N1 + 2 R) for the two transforms of dK.
+// Bytes that a unit asks for: u, pre, dy and post twice for dK; dy and post, then u and pre where gates need them, for
+// dv; u and pre, then dy, for dpost; du, dpre, dpost; the spectrum once for dv and once for dpost; the sum. FLOPs of a
+// pair: 16 M (N1 + 2 R) each for dv and dpost, 16 M (N1 + 2 R) for the two transforms of dK.
 //
 // Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
 #include "convolve.cuh"
@@ -38,10 +39,10 @@ struct Scales {
 
 // dK of the rows FIRST to FIRST + ROUND of k1. `source(which, member)` is g (0) or v (1).
 template <int FIRST, class Sources>
-DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place, Scales& scales, float* sums, bool fresh,
-                     Here at = HERE) {
-    const Planes planes[2] = {{chip.planes.r, chip.planes.r + ROUND * COLUMNS},
-                              {chip.planes.i, chip.planes.i + ROUND * COLUMNS}};
+DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place, Scales& scales, float* sums,
+                     bool fresh, Here at = HERE) {
+    const Planes of_g = {chip.planes.r, chip.planes.r + ROUND * COLUMNS};
+    const Planes of_v = {chip.planes.i, chip.planes.i + ROUND * COLUMNS};
 #pragma unroll 1
     for (int which = 0; which < 2; ++which) {
         const Source pair[2] = {source(which, 0), source(which, 1)};
@@ -55,24 +56,27 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
                 scales.product = most(scales.g.r + e.r, scales.g.i + e.i);
             }
         }
-        const Exponents v = {scales.product - scales.g.r, scales.product - scales.g.i};
-        rescale(z, which == 0 ? scales.g : v);
-        stage1<FIRST, ROUND>(which == 0 ? planes[0] : planes[1], z, chip.roots.of<N1>(), at);
+        const bool first = which == 0;
+        const Exponents of_g_or_v = {first ? scales.g.r : scales.product - scales.g.r,
+                                     first ? scales.g.i : scales.product - scales.g.i};
+        rescale(z, of_g_or_v);
+        stage1<FIRST, ROUND>({first ? of_g.r : of_v.r, first ? of_g.i : of_v.i}, z, chip.first, at);
     }
     block_sync(at);
     const float factor = power_of_two(scales.product);
+    const Roots f(chip.second, at);
 #pragma unroll 1
     for (int row = warp_id(); row < ROUND; row += WARPS) {
         Square g, v;
-        stage2(g, planes[0], row, chip.roots.of<R>(), chip.inner, at);
-        stage2(v, planes[1], row, chip.roots.of<R>(), chip.inner, at);
+        stage2(g, of_g, row, f, chip.inner, at);
+        stage2(v, of_v, row, f, chip.inner, at);
         float* of_row = sums + 2 * (FIRST + row) * COLUMNS + 8 * lane_id();
 #pragma unroll
         for (int m = 0; m < BLOCKS; ++m) {
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
-                const Sums a = stage3(g, m, tile, chip.roots.of<R>(), at);
-                const Sums b = stage3(v, m, tile, chip.roots.of<R>(), at);
+                const Sums a = stage3(g, m, tile, f, at);
+                const Sums b = stage3(v, m, tile, f, at);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float* to = of_row + 8 * WARP * (m * TILES + tile) + 4 * half;
@@ -80,8 +84,8 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
                     if (!fresh) sum = load_global_vector<4>(to, at);
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const Complex x = {a.r[2 * half + e], a.i[2 * half + e]}, y = {b.r[2 * half + e], b.i[2 * half + e]};
-                        const Complex product = x * conj(y);
+                        const Complex x = {a.r[2 * half + e], a.i[2 * half + e]};
+                        const Complex y = {b.r[2 * half + e], b.i[2 * half + e]}, product = x * conj(y);
                         sum.at[2 * e] += product.r * factor;
                         sum.at[2 * e + 1] += product.i * factor;
                     }
@@ -127,16 +131,16 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
     for (int unit = part * units; unit < last; ++unit) {
         const int b0 = unit % pairs * members, now = unit / pairs * step;
         const bool two = members == 2 && b0 + 1 < batch;
-        const int b1 = two ? b0 + 1 : b0;
         Place place = {now - lead, seqlen, {seqlen, two ? seqlen : 0}};
         const auto inputs = [&](int member) -> Source {
-            const int b = member ? b1 : b0;
-            const float* state = state_ptr == nullptr ? state_ptr : state_ptr + (static_cast<i64>(b) * heads + head) * past;
-            return {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head), 0, state, past,
+            const int b = afresh(two ? b0 + member : b0);
+            const i64 row = static_cast<i64>(b) * heads + head;
+            return {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head), 0,
+                    state_ptr == nullptr ? state_ptr : state_ptr + row * past, past,
                     periodic != 0, false, whole};
         };
         const auto gradients = [&](int member, int first, bool after) -> Source {
-            const int b = member ? b1 : b0;
+            const int b = afresh(two ? b0 + member : b0);
             return {row_of(dy_ptr, stride_dy, b, head), row_of(post_ptr, stride_post, b, head), first, nullptr, 0,
                     false, after, whole};
         };
@@ -155,25 +159,34 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
             place.start = of_v && !HALF ? now : now - lead;
             const Source source[2] = {of_v ? gradients(0, 0, periodic != 0) : inputs(0),
                                       of_v ? gradients(1, 0, periodic != 0) : inputs(1)};
-            convolve(chip, source, place, spectrum, scale, of_v ? -1.0f : 1.0f, [&](int member, int position, Values w) {
-                const int b = member ? b1 : b0, time = place.start + position, stop = least(seqlen, now + step);
-                const i64 to = (static_cast<i64>(b) * heads + head) * seqlen;
-                const auto store = [&](Element* y, const Element* gate, Strides strides) {
-                    if (y == nullptr) return;
-                    Values product = w;
-                    if (gate != nullptr) {
-                        const Values factor = load_times(row_of(gate, strides, b, head), time, now, stop, whole);
+            const Undo undo = convolve(chip, source, place, spectrum, scale, of_v ? -1.0f : 1.0f);
+
+            const int b = afresh(b0), stop = least(seqlen, now + step);
+            const auto store = [&](int member, int time, const Values& w, Element* y, const Element* gate,
+                                   Strides strides) {
+                if (y == nullptr) return;
+                Values product = w;
+                if (gate != nullptr) {
+                    const Values factor = load_times(row_of(gate, strides, b + member, head), time, now, stop, whole);
 #pragma unroll
-                        for (int j = 0; j < 4; ++j) product.at[j] *= factor.at[j];
-                    }
-                    store_times(y + to, product, time, now, stop, whole);
-                };
-                if (of_v) {
-                    store(du_ptr, pre_ptr, stride_pre);
-                    store(dpre_ptr, u_ptr, stride_u);
-                } else {
-                    store(dpost_ptr, dy_ptr, stride_dy);
+                    for (int j = 0; j < 4; ++j) product.at[j] *= factor.at[j];
                 }
+                const i64 row = static_cast<i64>(b + member) * heads + head;
+                store_times(y + row * seqlen, product, time, now, stop, whole);
+            };
+            const auto finish = [&](int member, int time, Values& w, float factor) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) w.at[j] *= factor;
+                if (of_v) {
+                    store(member, time, w, du_ptr, pre_ptr, stride_pre);
+                    store(member, time, w, dpre_ptr, u_ptr, stride_u);
+                } else {
+                    store(member, time, w, dpost_ptr, dy_ptr, stride_dy);
+                }
+            };
+            back_to_signal(chip.planes, chip.first, [&](int position, Values re, Values im) {
+                finish(0, place.start + position, re, undo.r);
+                if (two) finish(1, place.start + position, im, undo.i);
             });
         }
     }

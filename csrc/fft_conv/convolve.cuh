@@ -6,10 +6,10 @@
 #pragma once
 #include "signal.cuh"
 
-// The power of two nearest 1 / sqrt(M) from above, half of 1 / M, applied between the two transforms. Scaled numbers are
-// below 2, those of the filter's spectrum below 1, so nothing in fp16 overflows: stages 1 and 2 forward give at most
-// 2 sqrt(2) N1 R; by Parseval's equation the input of the transform back has the energy 2^5 M at most, with which stages 3
-// and 2 back give sqrt(2^5 M) R, 2^15 for the longest.
+// The power of two nearest 1 / sqrt(M) from above, half of 1 / M, applied between the two transforms. Scaled numbers
+// are below 2, those of the filter's spectrum below 1, so nothing in fp16 overflows: stages 1 and 2 forward give at
+// most 2 sqrt(2) N1 R; by Parseval's equation the input of the transform back has the energy 2^5 M at most, with which
+// stages 3 and 2 back give sqrt(2^5 M) R, 2^15 for the longest.
 constexpr float middle() {
     float power = 1.0f;
     while (power * power * (POINTS / 4) >= 1.0f) power *= 0.5f;
@@ -19,17 +19,21 @@ constexpr float MIDDLE = middle();
 
 // What a thread block has at hand.
 struct Chip {
-    Matrices roots;
-    Planes planes;        // [N1][R R]
-    Shared<u32> inner;    // the factors between stages 2 and 3
-    Shared<int> scratch;  // [4 WARPS]
+    Planes planes;           // [N1][R R]
+    RootTable<N1> first;     // F of stage 1
+    RootTable<R> second;     // F of stages 2 and 3
+    Shared<u32> inner;       // the factors between them
+    Shared<int> scratch;     // [4 WARPS]
 
     DEVICE Chip(SharedMemory& arena) {
         planes = {arena.take<fp16>(POINTS), arena.take<fp16>(POINTS)};
+        first.table = arena.take<u32>(RootTable<N1>::ENTRIES);
+        second.table = arena.take<u32>(RootTable<R>::ENTRIES);
         inner = arena.take<u32>(4 * QUADS);
         scratch = arena.take<int>(4 * WARPS);
+        first.make();
+        second.make();
         make_inner_twiddles(inner);
-        roots.make();
     }
 };
 
@@ -41,7 +45,7 @@ struct Place {
 };
 
 // The product with the filter, of the frequencies of one k1, in place. `sign` is -1 for its conjugate.
-DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots<R>& f, Here at = HERE) {
+DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots& f, Here at = HERE) {
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m) {
         Square p;
@@ -70,41 +74,34 @@ DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots<R>& f
     }
 }
 
-// One block. `spectrum`: fp16 pairs of the head, as the lanes hold them, divided by `scale`; `sign` is -1 for its
-// conjugate. `store(member, position, values)` receives the results, 4 at a time, those of unwanted positions too.
-template <class Store>
-DEVICE void convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
-                     float sign, const Store& store, Here at = HERE) {
+// By what the two members of what `convolve` left in the planes are to be multiplied.
+struct Undo {
+    float r, i;
+};
+
+// One block, up to stage 1 back, which the caller has to do (back_to_signal). `spectrum`: fp16 pairs of the head, as
+// the lanes hold them, divided by `scale`; `sign` is -1 for its conjugate. Three barriers, the last at the end.
+DEVICE Undo convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
+                     float sign, Here at = HERE) {
     Exponents e;
     {
         Signal z;
         load_pair(z, source, place.start, place.seqlen, place.stop, at);
         e = largest(z, chip.scratch, at);
         rescale(z, e);
-        stage1<0, N1>(chip.planes, z, chip.roots.of<N1>(), at);
+        stage1<0, N1>(chip.planes, z, chip.first, at);
     }
     block_sync(at);
+    const Roots f(chip.second, at);
 #pragma unroll 1
     for (int k1 = warp_id(); k1 < N1; k1 += WARPS) {
         Square z;
-        stage2(z, chip.planes, k1, chip.roots.of<R>(), chip.inner, at);
+        stage2(z, chip.planes, k1, f, chip.inner, at);
         __syncwarp();
-        filter(z, spectrum + k1 * COLUMNS, sign, chip.roots.of<R>(), at);
-        back_to_stage1(chip.planes, k1, z, chip.roots.of<R>(), chip.inner, at);
+        filter(z, spectrum + k1 * COLUMNS, sign, f, at);
+        back_to_stage1(chip.planes, k1, z, f, chip.inner, at);
     }
     block_sync(at);
     const float undo = scale * (1.0f / (MIDDLE * POINTS));
-    const float back[2] = {undo * scale_back(e.r), undo * scale_back(e.i)};
-    back_to_signal(
-        chip.planes, chip.roots.of<N1>(),
-        [&](int position, Values re, Values im) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                re.at[j] *= back[0];
-                im.at[j] *= back[1];
-            }
-            store(0, position, re);
-            if (place.stop[1] > 0) store(1, position, im);
-        },
-        at);
+    return {undo * scale_back(e.r), undo * scale_back(e.i)};
 }

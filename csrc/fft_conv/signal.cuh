@@ -1,7 +1,7 @@
 // Sequences, and stage 1 of their transforms, which reads them.
 //
-// A block of POINTS positions covers a piece of a sequence: position i is at the time `start + i`. Two sequences are the
-// real and the imaginary part of one complex one. With HALF the first half of the positions is zeros: it is neither
+// A block of POINTS positions covers a piece of a sequence: position i is at the time `start + i`. Two sequences are
+// the real and the imaginary part of one complex one. With HALF the first half of the positions is zeros: it is neither
 // loaded nor multiplied (N1 = 32) nor stored.
 //
 // A warp owns SLABS times 32 columns. Its right operands come from memory as they are needed: column `group` of a tile
@@ -88,7 +88,8 @@ struct Source {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             int t = time + j;
-            if (past != nullptr && t < 0 && t >= -past_steps && stop > 0) v.at[j] = load_global(past + t + past_steps, at);
+            const bool in_past = past != nullptr && t < 0 && t >= -past_steps && stop > 0;
+            if (in_past) v.at[j] = load_global(past + t + past_steps, at);
             if (before && t < 0) t += seqlen;
             if (after && t >= seqlen) t -= seqlen;
             if (t < first || t >= stop) continue;
@@ -237,26 +238,28 @@ DEVICE void rescale(Signal& z, Exponents e) {
 
 // Stage 1: rows FIRST to FIRST + ROWS of k1, with their factors, as rows 0 to ROWS of the planes.
 template <int FIRST, int ROWS>
-DEVICE void stage1(const Planes& planes, const Signal& z, const Roots<N1>& f, Here at = HERE) {
+DEVICE void stage1(const Planes& planes, const Signal& z, const RootTable<N1>& table, Here at = HERE) {
     const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
 #pragma unroll
-    for (int slab = 0; slab < SLABS; ++slab) {
+    for (int m = FIRST / 16; m < (FIRST + ROWS + 15) / 16; ++m) {
+        RootBlock f[HELD];
 #pragma unroll
-        for (int m = FIRST / 16; m < (FIRST + ROWS + 15) / 16; ++m) {
+        for (int k = 0; k < HELD; ++k) f[k] = table.block(m, FIRST_BLOCK + k, at);
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab) {
             Sums d[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 d[j] = {};
 #pragma unroll
                 for (int k = 0; k < HELD; ++k) {
-                    add_product<false>(d[j], f.r[m][FIRST_BLOCK + k], f.i[m][FIRST_BLOCK + k], z.r[slab][k][j],
-                                       z.i[slab][k][j], at);
+                    add_product<false>(d[j], f[k], z.r[slab][k][j], z.i[slab][k][j], at);
                 }
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 if (16 * m + 8 * half < FIRST || 16 * m + 8 * half >= FIRST + ROWS) continue;
-                const int k1 = 16 * m + 8 * half + group, column = first_column(slab) + 4 * pair;
+                const int k1 = afresh(16 * m + 8 * half + group), column = first_column(slab) + 4 * pair;
                 const Complex next = root_of_unity<POINTS>(k1), far = root_of_unity<POINTS>(16 * k1);
                 Complex w = root_of_unity<POINTS>(k1 * column);
 #pragma unroll
@@ -297,9 +300,10 @@ DEVICE void columns_of(u32 (&x)[4][2], Shared<fp16> plane, int slab, int k, Here
     }
 }
 
-// Stage 1 back: hands `store(position, re, im)` the numbers at 4 positions from `position` on, of all that are not zero.
+// Stage 1 back: hands `store(position, re, im)` the numbers at 4 positions from `position` on, of all but those that
+// HALF leaves out.
 template <class Store>
-DEVICE void back_to_signal(const Planes& planes, const Roots<N1>& f, const Store& store, Here at = HERE) {
+DEVICE void back_to_signal(const Planes& planes, const RootTable<N1>& table, const Store& store, Here at = HERE) {
     const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
 #pragma unroll 1
     for (int slab = 0; slab < SLABS; ++slab) {
@@ -311,12 +315,15 @@ DEVICE void back_to_signal(const Planes& planes, const Roots<N1>& f, const Store
         }
 #pragma unroll
         for (int m = FIRST_BLOCK; m < ROW_BLOCKS; ++m) {
+            RootBlock f[ROW_BLOCKS];
+#pragma unroll
+            for (int k = 0; k < ROW_BLOCKS; ++k) f[k] = table.block(m, k, at);
             Sums d[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 d[j] = {};
 #pragma unroll
-                for (int k = 0; k < ROW_BLOCKS; ++k) add_product<true>(d[j], f.r[m][k], f.i[m][k], xr[k][j], xi[k][j], at);
+                for (int k = 0; k < ROW_BLOCKS; ++k) add_product<true>(d[j], f[k], xr[k][j], xi[k][j], at);
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -6,14 +6,14 @@
 //              Z2[k1; k2 n3] = sum_n2 w_R^(n2 k2) Z1[k1; n2 n3]      * w_RR^(k2 n3)                  stage 2
 //              Z3[k1; k2 k3] = sum_n3 w_R^(n3 k3) Z2[k1; k2 n3]                                      stage 3
 //
-// and back by the conjugates, in the reverse order: 3, 2, 1. Nothing is transposed or permuted: the filter's spectrum is
-// stored in the order that stage 3 leaves.
+// and back by the conjugates, in the reverse order: 3, 2, 1. Nothing is transposed or permuted: the filter's spectrum
+// is stored in the order that stage 3 leaves.
 //
 // Where it happens. Between stage 1 and the others the numbers lie in shared memory, as two planes of fp16, [N1][R R].
 // Stage 1 belongs to columns: a warp owns 32 of them. The rest belongs to rows: a warp takes [R, R] matrices of one k1
 // through stages 2 and 3, the product with the filter, and back, all in registers. For that the orientation of each
-// product is chosen so that an accumulator is the next operand as it is. An accumulator [m, n] can be a left operand, or
-// transposed a right one, and either way n is summed over next:
+// product is chosen so that an accumulator is the next operand as it is. An accumulator [m, n] can be a left operand,
+// or transposed a right one, and either way n is summed over next:
 //
 //     Z2 [k2, n3] = F z [n2, n3]         right operand by ldmatrix      n3 next
 //     Z3 [k2, k3] = Z2 F                 Z2 as left operand             k3 next
@@ -67,50 +67,9 @@ DEVICE Complex root_of_unity(int power) {
 
 // ---- matrices of roots ---------------------------------------------------------------------------------------------
 
-// F[j, k] = w_N^(j k) as left operands, block by block; .b(...) as right ones.
-template <int N>
-struct Roots {
-    u32 r[N / 16][N / 16][4], i[N / 16][N / 16][4];
-
-    DEVICE void make() {
-        const int group = lane_id() / 4, pair = lane_id() % 4;
-#pragma unroll
-        for (int m = 0; m < N / 16; ++m) {
-#pragma unroll
-            for (int k = 0; k < N / 16; ++k) {
-#pragma unroll
-                for (int q = 0; q < 4; ++q) {
-                    const int row = 16 * m + group + 8 * (q & 1), column = 16 * k + 2 * pair + 8 * (q >> 1);
-                    const Complex a = root_of_unity<N>(row * column), b = root_of_unity<N>(row * (column + 1));
-                    r[m][k][q] = pack<fp16>(a.r, b.r);
-                    i[m][k][q] = pack<fp16>(a.i, b.i);
-                }
-            }
-        }
-    }
-};
-
-// Those of both sizes; what no stage uses the compiler drops.
-struct Matrices {
-    Roots<32> wide;
-    Roots<16> narrow;
-
-    DEVICE void make() {
-        if constexpr (N1 == 32 || R == 32) wide.make();
-        if constexpr (N1 == 16 || R == 16) narrow.make();
-    }
-    template <int N>
-    DEVICE const Roots<N>& of() const {
-        if constexpr (N == 32) {
-            return wide;
-        } else {
-            return narrow;
-        }
-    }
-};
-
-struct Sums {
-    float r[4], i[4];
+// 16 by 16 of them as a left operand, by symmetry also as two right ones.
+struct RootBlock {
+    u32 r[4], i[4];
 };
 
 template <int COUNT>
@@ -119,7 +78,69 @@ DEVICE void negated(u32 (&to)[COUNT], const u32 (&from)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) to[i] = from[i] ^ 0x80008000u;
 }
 
-// d += F x, or with CONJ conj(F) x, where F is a left operand.
+// F[j, k] = w_N^(j k) in shared memory, as the lanes hold its blocks. A phase that needs F in registers loads it there,
+// so that the others have the room.
+template <int N>
+struct RootTable {
+    static constexpr int BLOCKS_ACROSS = N / 16, ENTRIES = BLOCKS_ACROSS * BLOCKS_ACROSS * 2 * WARP * 4;
+    Shared<u32> table;
+
+    DEVICE void make() const {
+        for (int entry = threadIdx.x; entry < ENTRIES / 8; entry += THREADS) {
+            const int lane = entry % WARP, block = entry / WARP;
+            Vector<u32, 4> r, i;
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                const int row = block / BLOCKS_ACROSS * 16 + lane / 4 + 8 * (q & 1);
+                const int column = block % BLOCKS_ACROSS * 16 + lane % 4 * 2 + 8 * (q >> 1);
+                const Complex a = root_of_unity<N>(row * column), b = root_of_unity<N>(row * (column + 1));
+                r.at[q] = pack<fp16>(a.r, b.r);
+                i.at[q] = pack<fp16>(a.i, b.i);
+            }
+            store_shared_vector(table + (2 * block * WARP + lane) * 4, r);
+            store_shared_vector(table + ((2 * block + 1) * WARP + lane) * 4, i);
+        }
+    }
+
+    DEVICE RootBlock block(int m, int k, Here at = HERE) const {
+        const int first = 2 * (m * BLOCKS_ACROSS + k);
+        const Vector<u32, 4> r = load_shared_vector<4>(table + (first * WARP + lane_id()) * 4, at);
+        const Vector<u32, 4> i = load_shared_vector<4>(table + ((first + 1) * WARP + lane_id()) * 4, at);
+        RootBlock loaded;
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+            loaded.r[q] = r.at[q];
+            loaded.i[q] = i.at[q];
+        }
+        return loaded;
+    }
+};
+
+// The F of stages 2 and 3, in registers.
+struct Roots {
+    u32 r[BLOCKS][BLOCKS][4], i[BLOCKS][BLOCKS][4];
+
+    DEVICE Roots(const RootTable<R>& table, Here at = HERE) {
+#pragma unroll
+        for (int m = 0; m < BLOCKS; ++m) {
+#pragma unroll
+            for (int k = 0; k < BLOCKS; ++k) {
+                const RootBlock loaded = table.block(m, k, at);
+#pragma unroll
+                for (int q = 0; q < 4; ++q) {
+                    r[m][k][q] = loaded.r[q];
+                    i[m][k][q] = loaded.i[q];
+                }
+            }
+        }
+    }
+};
+
+struct Sums {
+    float r[4], i[4];
+};
+
+// d += F x, or with CONJ conj(F) x, where F is a left operand. Here x is negated, and may be dead after it.
 template <bool CONJ>
 DEVICE void add_product(Sums& d, const u32 (&fr)[4], const u32 (&fi)[4], const u32 (&xr)[2], const u32 (&xi)[2],
                         Here at = HERE) {
@@ -137,6 +158,22 @@ DEVICE void add_product(Sums& d, const u32 (&fr)[4], const u32 (&fi)[4], const u
     }
 }
 
+// The same of a block that was loaded for many x, which stay: here F is negated.
+template <bool CONJ>
+DEVICE void add_product(Sums& d, const RootBlock& f, const u32 (&xr)[2], const u32 (&xi)[2], Here at = HERE) {
+    u32 minus[4];
+    negated(minus, f.i);
+    mma_16x8x16<fp16>(d.r, f.r, xr, at);
+    mma_16x8x16<fp16>(d.i, f.r, xi, at);
+    if constexpr (CONJ) {
+        mma_16x8x16<fp16>(d.r, f.i, xi, at);
+        mma_16x8x16<fp16>(d.i, minus, xr, at);
+    } else {
+        mma_16x8x16<fp16>(d.r, minus, xi, at);
+        mma_16x8x16<fp16>(d.i, f.i, xr, at);
+    }
+}
+
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
 // Real and imaginary parts, [rows][R R] each.
@@ -144,8 +181,8 @@ struct Planes {
     Shared<fp16> r, i;
 };
 
-// Where a column of a row lies. Groups of 8 columns are exchanged so that no access meets a bank twice: neither those of
-// stage 1, 4 or 8 rows at a time, nor ldmatrix, 8 times R columns apart.
+// Where a column of a row lies. Groups of 8 columns are exchanged so that no access meets a bank twice: neither those
+// of stage 1, 4 or 8 rows at a time, nor ldmatrix, 8 times R columns apart.
 DEVICE int place(int row, int column) {
     const int chunk = column / 8;
     const int moved = chunk ^ ((row & 3) << 1 | (row >> 2 & 1)) ^ (chunk >> 3 & (R == 32 ? 3 : 1));
@@ -201,7 +238,7 @@ struct Square {
 };
 
 // Stage 2 of row `row` of the planes.
-DEVICE void stage2(Square& z, const Planes& planes, int row, const Roots<R>& f, Shared<u32> table, Here at = HERE) {
+DEVICE void stage2(Square& z, const Planes& planes, int row, const Roots& f, Shared<u32> table, Here at = HERE) {
     constexpr int LOADED = R == 32 ? 1 : 2;  // tiles that one ldmatrix loads
     const int lane = afresh(lane_id());
 #pragma unroll
@@ -230,7 +267,7 @@ DEVICE void stage2(Square& z, const Planes& planes, int row, const Roots<R>& f, 
 }
 
 // Stage 3: frequencies (k2, k3) at rows 16 m, columns 8 tile.
-DEVICE Sums stage3(const Square& z, int m, int tile, const Roots<R>& f, Here at = HERE) {
+DEVICE Sums stage3(const Square& z, int m, int tile, const Roots& f, Here at = HERE) {
     Sums d = {};
 #pragma unroll
     for (int k = 0; k < BLOCKS; ++k) {
@@ -249,7 +286,7 @@ DEVICE Sums stage3(const Square& z, int m, int tile, const Roots<R>& f, Here at 
 }
 
 // One accumulator of conj(F) x^T: rows 16 m, columns 8 tile.
-DEVICE Sums back_product(const Square& x, int m, int tile, const Roots<R>& f, Here at = HERE) {
+DEVICE Sums back_product(const Square& x, int m, int tile, const Roots& f, Here at = HERE) {
     Sums d = {};
 #pragma unroll
     for (int k = 0; k < BLOCKS; ++k) {
@@ -262,7 +299,7 @@ DEVICE Sums back_product(const Square& x, int m, int tile, const Roots<R>& f, He
 }
 
 // Stages 3 and 2 back, of k1 = row, with the factors of stage 1, into that row of the planes.
-DEVICE void back_to_stage1(const Planes& planes, int row, const Square& p, const Roots<R>& f, Shared<u32> table,
+DEVICE void back_to_stage1(const Planes& planes, int row, const Square& p, const Roots& f, Shared<u32> table,
                            Here at = HERE) {
     Square v;
 #pragma unroll

@@ -18,9 +18,13 @@ from iokernels.bench.cases.fft_conv import CASE, limit
 from iokernels.bench.proof import Proof
 from iokernels.ops.fft_conv.options import TWO_SIDED, Options, band_length, kept_bins
 from iokernels.ops.fft_conv.tuning import Config
+from iokernels.runtime import device as devices
 from iokernels.testing import budget, inputs
 
 BACKENDS = ("torch", "triton")
+emulated = pytest.mark.skipif(devices.EMULATE and devices.cxx() is None, reason="the emulator needs g++")
+CUDA = pytest.param("cuda", marks=emulated)
+"""What takes 16-bit inputs alone."""
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
@@ -38,7 +42,13 @@ def check(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None
 
 @pytest.mark.parametrize("point", CASE.check_points(), ids=lambda point: point.name)
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [(name, dtype) for name in BACKENDS for dtype in CASE.implementations[name].dtypes], ids=str
+    ("backend", "dtype"),
+    [
+        pytest.param(name, dtype, marks=emulated if name == "cuda" else ())
+        for name in (*BACKENDS, "cuda")
+        for dtype in CASE.implementations[name].dtypes
+    ],
+    ids=str,
 )
 def test_every_option(backend: str, point: Point, dtype: torch.dtype, device: str) -> None:
     verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
@@ -57,7 +67,7 @@ def test_the_proof_can_fail(wrong: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 7, 63, 64, 100, 255, 256, 1000, 1024, 4096])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
 def test_lengths(backend: str, n: int, device: str) -> None:
     """Filters of one tap, of an eighth, as long as the sequence (causal and circular), and two-sided."""
     u = draw(3, 1, n, dtype=torch.float16, device=device)
@@ -97,8 +107,12 @@ def test_numpy_agrees(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, dtype) for name in BACKENDS for dtype in (torch.float16, torch.bfloat16, torch.float32)]
+    + [pytest.param("cuda", dtype, marks=emulated) for dtype in (torch.float16, torch.bfloat16)],
+    ids=str,
+)
 def test_amplitudes(backend: str, dtype: torch.dtype, amplitude: float, device: str) -> None:
     """Relative accuracy does not depend on the scale of inputs, filters or gradients."""
     u = (draw(2, 1, 300, device=device) * amplitude).to(dtype).requires_grad_()
@@ -157,7 +171,7 @@ def test_streaming_is_the_whole(backend: str, cuts: tuple[int, ...], device: str
     [(100, 100, {}), (300, 40, {}), (700, 20, {}), (64, 127, {"causal": False}), (1024, 1024, {"freq_keep": 0.25})],
     ids=str,
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
 def test_spectrum_is_the_filter(backend: str, n: int, taps: int, options: dict[str, Any], device: str) -> None:
     u, k = draw(3, 2, n, dtype=torch.float16, device=device), draw(2, taps, device=device)
     spectrum = kernel_spectrum(k, n, dtype=u.dtype, backend=backend, **options)
@@ -208,7 +222,7 @@ def test_dropped_frequencies_are_not_computed() -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "strided"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
 def test_layouts(backend: str, layout: Any, device: str) -> None:
     """Every element beside the tensors is NaN: whoever reads it shows it."""
     values = [draw(3, 2, 300, seed=seed, dtype=torch.bfloat16, device=device) for seed in range(3)]

@@ -67,7 +67,7 @@ def test_accepted(change: dict[str, Any]) -> None:
         ({"return_state": True, "freq_keep": 0.5}, ValueError, r"return_state does not go with freq_keep"),
         ({"return_state": 1}, TypeError, r"return_state is int; it must be a bool"),
         ({"batch_invariant": None}, TypeError, r"batch_invariant is NoneType; it must be a bool"),
-        ({"backend": "fast"}, ValueError, r"backend is 'fast'; it must be None or one of triton, torch, reference"),
+        ({"backend": "fast"}, ValueError, r"backend is 'fast'; it must be None or one of triton, cuda, torch"),
     ],
     ids=short_id,
 )

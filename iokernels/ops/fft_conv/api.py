@@ -78,9 +78,10 @@ def fft_conv(
         ValueError: shapes, devices or numbers that do not fit; the message names the argument.
         UnsupportedError: the named backend cannot run this call.
 
-    No argument is modified. Sums are float32, products of float16 and bfloat16 inputs too; on ``triton`` and ``cuda`` the values
-    between two steps of a transform are float16. Under autocast u and the gates are cast to the autocast dtype.
-    Gradients can be taken once; ``backend="reference"`` supports higher orders. A :class:`KernelSpectrum` has none.
+    No argument is modified. Sums are float32, products of float16 and bfloat16 inputs too; on ``triton`` and ``cuda``
+    the values between two steps of a transform are float16. Under autocast u and the gates are cast to the autocast
+    dtype. Gradients can be taken once; ``backend="reference"`` supports higher orders. A :class:`KernelSpectrum` has
+    none.
     """
     u, pre_gate, post_gate = autocast(u, pre_gate, post_gate)
     spectrum = k if isinstance(k, KernelSpectrum) else None
@@ -250,7 +251,9 @@ def _cuda_refusal(
     mode, taps = reach(n, taps, mode, keep, state and taps > 1)
     from .cuda_tuning import refusal
 
-    return devices.cuda_refusal(device) or refusal(n, taps, mode, state and taps > 1, devices.spec_of(device).smem_block)
+    return devices.cuda_refusal(device) or refusal(
+        n, taps, mode, state and taps > 1, devices.spec_of(device).smem_block
+    )
 
 
 def _state_after(u: Tensor, width: int, options: Options) -> Tensor:

@@ -1,4 +1,4 @@
-"""Filters as the CUDA kernels want them, frequencies in the order of their lanes, and the way back, by ``torch.fft``."""
+"""Filters as the CUDA kernels want them, frequencies in the lanes' order, and the way back, by ``torch.fft``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch parameters of the CUDA kernels of fft_conv: how transforms cover a sequence, the analytic default, the space."""
+"""Launch parameters of the CUDA kernels of fft_conv: covers of a sequence, the analytic default, the space."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ KERNELS = ("fft_conv_fwd", "fft_conv_bwd")
 
 LENGTHS = (4096, 8192, 16384, 32768)
 """The transforms: 16 or 32 times 16 * 16 or 32 * 32."""
+
+LONGEST_WHOLE = 16384
+"""The longest block of which no half is zeros: of a longer one a thread cannot hold its share of the input."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ def cover(length: int, seqlen: int, taps: int, mode: str, state: bool) -> Cover 
 
     What lies before a block's first result is rounded up to a multiple of 4, so that accesses stay aligned.
     """
-    if mode == CIRCULAR and seqlen == length:
+    if mode == CIRCULAR and seqlen == length <= LONGEST_WHOLE:
         return Cover(False, 0, length, 1, False)
     if mode != CIRCULAR and not state and 2 * seqlen <= length:
         # Lags of both signs fit: no output is reached around the end.
         return Cover(True, length // 2, length // 2, 1, False)
-    if mode == TWO_SIDED or taps - 1 > length // 2:
+    if mode == TWO_SIDED or taps - 1 > length // 2 or length > LONGEST_WHOLE:
         return None
     lead = -(-(taps - 1) // 4) * 4
     step = length - lead
@@ -81,17 +84,18 @@ def refusal(seqlen: Any, taps: Any, mode: str, state: bool, smem_block: int) -> 
     able = [length for length in LENGTHS if shared_bytes(length) <= smem_block]
     if any(cover(length, seqlen, taps, mode, state) is not None for length in able):
         return None
-    half = max(able) // 2
+    half, whole = max(able) // 2, min(max(able), LONGEST_WHOLE) // 2
     return (
         f"its transforms on chip serve sequences up to {half} with any filter that reaches no further, and filters up "
-        f"to {half + 1} taps with any sequence; N is {seqlen} with {taps} taps"
+        f"to {whole + 1} taps with any sequence; N is {seqlen} with {taps} taps"
     )
 
 
 def shared_bytes(length: int) -> int:
-    """Of a thread block: two planes of float16, the factors between stages 2 and 3, and the largest exponents."""
-    _, r = factors(length)
-    return 4 * length + 4 * r * r + 256
+    """Of a thread block: two planes of float16, both matrices of roots, the factors between stages 2 and 3, and the
+    largest exponents."""
+    n1, r = factors(length)
+    return 4 * length + 4 * n1 * n1 + 8 * r * r + 256
 
 
 def most_warps(length: int) -> int:
@@ -142,7 +146,7 @@ def work(problem: Problem, length: int) -> float:
     blocks = cover_of(problem, length)
     assert blocks is not None
     n1, r = factors(length)
-    first = n1 * (0.75 if blocks.half and n1 == 32 else 1.0)
+    first = n1 * (0.5 if blocks.half and n1 == 32 else 1.0)
     touched = min(length, problem.seqlen + blocks.lead) + min(blocks.step, problem.seqlen)
     return blocks.chunks * (8 * length * (first + 2 * r) / 200 + 2 * touched)
 
