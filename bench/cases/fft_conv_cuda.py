@@ -81,8 +81,9 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
 
     _, grid, units, inputs, after, scale = sizes(backward)
     sums = 2 * backward.length * _SUM
-    # Twice, for the halves of dK: v, and g of what a block makes. Then g for dv; what gates it; for dpost v and dy.
-    read = 2 * (inputs + tensors * tensor) + after + units * backward.length * _FREQUENCY
+    # For the exponents and twice for the halves of dK: v, and g of what a block makes. Then g for dv; what gates it;
+    # for dpost v and dy.
+    read = 3 * (inputs + tensors * tensor) + after + units * backward.length * _FREQUENCY
     if shape.gated:
         read += 2 * tensor + inputs + tensor + units * backward.length * _FREQUENCY
     read += (units - grid) * sums + scale
