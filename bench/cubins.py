@@ -63,7 +63,7 @@ def _word(value: Constant) -> str:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Compile, report; 1 where a kernel spills registers."""
+    """Compile, report; 1 where a kernel spills registers or does not fit on its GPU."""
     if refusal := ahead.refusal():
         raise UsageError(refusal)
     if not devices.has_triton():
@@ -75,15 +75,41 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     builds = [build for case in cases for build in wanted(case, map(named, TARGETS))]
     with Console(stderr=True).status(f"compiling {len(builds)} kernels with {ahead.compiler()}"):
         found = compiled(builds, Path(arguments.out))
-    rows = [_row(build, taken) for build, taken in found]
-    table = render.table(*_COLUMNS, right=_COLUMNS[4:])
-    for row in rows:
-        table.add_row(*(escape(str(row[name])) for name in _COLUMNS))
-    console.print(table if rows else "no operator has CUDA kernels")
+    rows = [row(build, taken) for build, taken in found]
+    _print(rows, console)
     if arguments.md is not None:
         Path(arguments.md).write_text(page(rows))
     render.write_json(arguments.json, {"compiler": ahead.compiler(), "rows": rows})
-    return int(any(row["spills"] for row in rows))
+    return int(any(map(fault, rows)))
+
+
+def fault(row: dict[str, Any]) -> str:
+    """What is wrong with a compiled kernel, if anything is."""
+    if row["spills"]:
+        return f"{row['spills']} B spilled"
+    return "" if row["blocks"] else f"{row['shared']} B shared, too much for one block"
+
+
+def _print(rows: list[dict[str, Any]], console: Console) -> None:
+    """A line for every kernel and GPU, over all its constants, and one for everything that is wrong."""
+    if not rows:
+        console.print("no operator has CUDA kernels")
+        return
+    numbers = ("compiled", "registers", "shared", "blocks")
+    table = render.table("kernel", "GPU", *numbers, right=numbers)
+    for name, slug in dict.fromkeys((row["kernel"], row["GPU"]) for row in rows):
+        these = [row for row in rows if (row["kernel"], row["GPU"]) == (name, slug)]
+        spans = (_span([row[number] for row in these]) for number in numbers[1:])
+        table.add_row(name, slug, str(len(these)), *spans)
+    console.print(table)
+    for row in filter(fault, rows):
+        said = f"{row['kernel']} on {row['GPU']}: {fault(row)} ({row['constants']})"
+        console.print(f"[bold red]WRONG[/] {escape(said)}", highlight=False, soft_wrap=True)
+
+
+def _span(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def wanted(case: Case, specs: Iterable[DeviceSpec]) -> list[Build]:
@@ -102,16 +128,16 @@ def wanted(case: Case, specs: Iterable[DeviceSpec]) -> list[Build]:
     return list(found.values())
 
 
-def compiled(builds: list[Build], folder: Path) -> list[tuple[Build, Resources]]:
-    """Compile into ``folder`` what is not there yet, and read what each kernel takes.
+def compiled(builds: list[Build], folder: Path, *, by_nvcc: bool = True) -> list[tuple[Build, Resources]]:
+    """Compile into ``folder`` what is not there yet, and read what each kernel takes. NVRTC, which is faster and keeps
+    its results elsewhere, compiles without ``by_nvcc`` or where there is no nvcc.
 
     Raises:
         UsageError: a kernel does not compile, or there is no ninja beside nvcc.
     """
     from iokernels.autotune.resources import of_cubin
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if ahead.command(80, "", "") is None:
+    if not by_nvcc or ahead.command(80, "", "") is None:
         paths = [nvrtc.cubin(build.kernel, build.spec.sm) for build in builds]
     else:
         _ninja(builds, folder)
@@ -124,6 +150,7 @@ def compiled(builds: list[Build], folder: Path) -> list[tuple[Build, Resources]]
 
 
 def _ninja(builds: list[Build], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja")
     if ninja is None:
         raise UsageError("ninja is not installed, which runs nvcc: pip install ninja")
@@ -144,10 +171,8 @@ def _ninja(builds: list[Build], folder: Path) -> None:
         raise UsageError(f"a kernel does not compile:\n{done.stdout.strip()}\n{done.stderr.strip()}".strip())
 
 
-_COLUMNS = ("operator", "kernel", "constants", "GPU", "registers", "spills", "shared", "warps", "blocks")
-
-
-def _row(build: Build, taken: Resources) -> dict[str, Any]:
+def row(build: Build, taken: Resources) -> dict[str, Any]:
+    """What is reported of one kernel. No blocks: it does not fit."""
     return {
         "operator": build.operator,
         "kernel": build.kernel.name,
@@ -157,7 +182,7 @@ def _row(build: Build, taken: Resources) -> dict[str, Any]:
         "spills": taken.spill_bytes,
         "shared": taken.shared_bytes,
         "warps": taken.num_warps,
-        "blocks": taken.blocks_per_sm(build.spec)[0],
+        "blocks": taken.blocks_per_sm(build.spec)[0] if build.smem <= build.spec.smem_block else 0,
     }
 
 
@@ -166,8 +191,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     said = {(row["operator"], row["kernel"], row["constants"]): {} for row in rows}
     for row in rows:
         cell = f"{row['registers']} r, {row['shared'] / 1024:.4g} KiB, {row['blocks']}"
-        if row["spills"]:
-            cell += f", **{row['spills']} B spilled**"
+        if fault(row):
+            cell += f", **{fault(row)}**"
         said[row["operator"], row["kernel"], row["constants"]][row["GPU"]] = cell
     slugs = [slug for slug in TARGETS if any(row["GPU"] == slug for row in rows)]
     names = [f"{slug} (sm_{re.sub('^sm_', '', nvrtc.architecture(named(slug).sm))})" for slug in slugs]

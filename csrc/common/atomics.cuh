@@ -29,6 +29,7 @@ DEVICE void atomic_add_shared(Shared<T> s, T value, Here at = HERE) {
 // ++*counter, after all that this thread wrote, and what it saw others write.
 DEVICE void atomic_count_release(u32* counter, Here at = HERE) {
 #ifdef IOKERNELS_EMULATE
+    emulate::release(counter);
     atomic_add(counter, 1u, at);
 #else
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
@@ -39,6 +40,8 @@ DEVICE void atomic_count_release(u32* counter, Here at = HERE) {
 DEVICE u32 atomic_count_wrapping(u32* counter, u32 highest, Here at = HERE) {
 #ifdef IOKERNELS_EMULATE
     emulate::global(counter, sizeof(u32), emulate::Access::atomic, at);
+    emulate::release(counter);
+    emulate::acquire(counter);
     const u32 was = *counter;
     *counter = was >= highest ? 0 : was + 1;
     emulate::give_way();

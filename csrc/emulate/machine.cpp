@@ -79,9 +79,14 @@ void run_lane() {
     __builtin_unreachable();
 }
 
-void begin(Block& block, Index index) {
+void begin(Block& block, uint32_t number) {
     const Launch& launch = *machine->launch;
+    const Index index{number % launch.grid.x, number / launch.grid.x % launch.grid.y,
+                      number / launch.grid.x / launch.grid.y};
     block.index = index;
+    block.number = number;
+    block.released = 0;
+    block.seen.clear();
     block.unfinished = block.warps;
     prepare_shared(block);
     for (Barrier& barrier : block.barrier) barrier = Barrier();
@@ -182,8 +187,11 @@ void own_stack(Fiber& fiber) {
 }  // namespace
 
 const char* place(const char* file) {
-    const char* found = strstr(file, "csrc/");
-    return found ? found + 5 : file;
+    const char *name = file, *folder = file;
+    for (const char* c = file; *c; ++c) {
+        if (*c == '/') folder = name, name = c + 1;
+    }
+    return folder;
 }
 
 void say(const char* format, ...) {
@@ -325,10 +333,12 @@ void wait_for_count(const unsigned* counter, unsigned goal, Here at) {
     check_global(counter, sizeof(*counter), at);
     give_way();
     const Poller poller{current, counter, goal, at};
-    if (reached(poller)) return;
-    machine->pollers.push_back(poller);
-    current->warp->ready &= ~current->bit();
-    leave();
+    if (!reached(poller)) {
+        machine->pollers.push_back(poller);
+        current->warp->ready &= ~current->bit();
+        leave();
+    }
+    acquire(counter);
 }
 
 void mistyped(const Launch& launch, int argument, const char* wanted) {
@@ -349,6 +359,7 @@ int run(Launch& launch, Body body) {
     for (int i = 0; i < 8; ++i) here.random();
     own_stack(here.scheduler);
     machine = &here;
+    watch_races(true);
     const uint64_t total = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
     const auto threads = static_cast<int>(launch.block.x);
     std::vector<uint32_t> order(total);
@@ -357,10 +368,6 @@ int run(Launch& launch, Body body) {
 
     std::vector<std::unique_ptr<Block>> blocks(launch.cooperative ? total : std::min<uint64_t>(total, TOGETHER));
     uint64_t begun = 0;
-    auto next_index = [&] {
-        const uint32_t i = order[begun++];
-        return Index{i % launch.grid.x, i / launch.grid.x % launch.grid.y, i / launch.grid.x / launch.grid.y};
-    };
     for (auto& block : blocks) {
         block = std::make_unique<Block>();
         block->warps = (threads + LANES - 1) / LANES;
@@ -376,7 +383,7 @@ int run(Launch& launch, Body body) {
             }
         }
         here.resident.push_back(block.get());
-        begin(*block, next_index());
+        begin(*block, order[begun++]);
     }
     while (!here.failed) {
         if (here.queue.empty() || (here.random() & 15) == 0) look_at_pollers();
@@ -395,11 +402,12 @@ int run(Launch& launch, Body body) {
         resume(here.scheduler, next_lane(warp));
         if (here.failed) break;
         enqueue(warp);
-        if (!warp.block->unfinished && begun < total) begin(*warp.block, next_index());
+        if (!warp.block->unfinished && begun < total) begin(*warp.block, order[begun++]);
     }
     for (auto& block : blocks) {
         for (int t = 0; t < threads; ++t) idle_stacks.push_back(block->warp[t / LANES].lane[t % LANES].fiber.stack);
     }
+    watch_races(false);
     machine = nullptr;
     self = nullptr;
     return here.failed;

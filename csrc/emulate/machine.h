@@ -52,6 +52,9 @@ void mma(float* d, const unsigned* a, const unsigned* b, Operand operand, Here a
 // Barrier `id` of the block for `threads` threads, 0 for all; a warp that does not wait is only counted.
 void barrier(int id, int threads, bool wait, Here at);
 void wait_for_count(const unsigned* counter, unsigned goal, Here at);
+// What this block did so far is over for all who acquire the counter later.
+void release(const unsigned* counter);
+void acquire(const unsigned* counter);
 // Lets another warp run.
 void give_way();
 

@@ -35,6 +35,11 @@ Argument* owner(const char* p, size_t bytes) {
     return nullptr;
 }
 
+const Argument* holder(const char* p) {
+    const Argument* found = owner(p, 1);
+    return found ? found : &machine->launch->argument[0];
+}
+
 [[noreturn]] void stray(const char* p, size_t bytes, const char* did, Here at) {
     const Launch& launch = *machine->launch;
     const Argument* nearest = nullptr;
@@ -63,6 +68,9 @@ Argument* owner(const char* p, size_t bytes) {
 
 }  // namespace
 
+const char* name_of_argument(const char* p) { return holder(p)->name; }
+long long offset_in_argument(const char* p) { return p - static_cast<const char*>(holder(p)->data); }
+
 void global(const void* where, size_t bytes, Access access, Here at) {
     const char* p = static_cast<const char*>(where);
     static const char* const verbs[] = {"read", "wrote", "updated", "read"};
@@ -72,6 +80,8 @@ void global(const void* where, size_t bytes, Access access, Here at) {
     if (reinterpret_cast<uintptr_t>(p) % bytes) {
         fault(at, "%s %zu bytes of %s at an address that is no multiple of %zu", did, bytes, argument->name, bytes);
     }
+    // As in shared memory, single bytes are not watched.
+    if (bytes > 1) touch_global(p, bytes, access, at);
     switch (access) {
         case Access::read:
             argument->read += bytes;
@@ -111,14 +121,6 @@ uint16_t number_of(Here at) {
     return known[slot] = static_cast<uint16_t>(sites.size() - 1);
 }
 
-// Whether what `before` says was over when this lane of the current warp came here.
-bool over(const Touch& before, const Warp& warp, int lane) {
-    if (!before.step) return true;
-    if (before.warp != warp.index) return warp.clock[before.warp] >= before.step;
-    // What one instruction of the whole warp read is read when the next one begins.
-    return warp.clock[warp.index] > before.step || before.lane == lane || before.lane == WHOLE_WARP;
-}
-
 [[noreturn]] void race(const void* p, const char* did, const Touch& before, const char* was, Here at) {
     const long long offset = static_cast<const char*>(p) - current->warp->block->shared;
     const Here there = sites[before.site];
@@ -148,6 +150,19 @@ void note_read(Cell& cell, const Touch& now) {
 }
 
 }  // namespace
+
+Here site(uint16_t number) { return sites[number]; }
+
+Touch touch_of(const Warp& warp, int lane, Here at) {
+    return {warp.clock[warp.index], static_cast<uint8_t>(warp.index), static_cast<uint8_t>(lane), number_of(at)};
+}
+
+bool over(const Touch& before, const Warp& warp, int lane) {
+    if (!before.step) return true;
+    if (before.warp != warp.index) return warp.clock[before.warp] >= before.step;
+    // What one instruction of the whole warp read is read when the next one begins.
+    return warp.clock[warp.index] > before.step || before.lane == lane || before.lane == WHOLE_WARP;
+}
 
 void touch(const void* p, size_t bytes, Access access, int lane, Here at) {
     const Warp& warp = *current->warp;

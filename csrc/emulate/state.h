@@ -79,6 +79,9 @@ struct Cell {
 
 struct Block {
     Index index;
+    uint32_t number = 0;         // in the grid
+    uint32_t released = 0;       // how often it counted a counter up
+    std::vector<uint32_t> seen;  // by block: how much of what it released this one has seen
     int warps = 0, unfinished = 0;
     std::vector<Warp> warp;
     Barrier barrier[16];
@@ -120,7 +123,7 @@ extern Lane* current;
 [[noreturn]] void fault(Here at, const char* format, ...) __attribute__((format(printf, 2, 3)));
 // Appends to the report.
 void say(const char* format, ...) __attribute__((format(printf, 1, 2)));
-// The part of a path that a reader wants.
+// The last folder of a path, and the file.
 const char* place(const char* file);
 
 // Suspends the current lane until its warp is ready again.
@@ -133,6 +136,15 @@ void gather(const char* collective, Here at, void* given, bool (*complete)(Warp&
 
 // Marks bytes of shared memory as touched by `lane` (or WHOLE_WARP) of the current warp; faults on a race.
 void touch(const void* p, size_t bytes, Access access, int lane, Here at);
+Touch touch_of(const Warp& warp, int lane, Here at);
+// Whether `before`, in the same block, was over when this lane of the warp came here.
+bool over(const Touch& before, const Warp& warp, int lane);
+Here site(uint16_t number);
+// The same for global memory, of one byte or more; and whether it is watched.
+void touch_global(const void* p, size_t bytes, Access access, Here at);
+void watch_races(bool on);
+const char* name_of_argument(const char* p);
+long long offset_in_argument(const char* p);
 void check_shared(const void* p, size_t bytes, const char* begin, const char* end, size_t aligned, Here at,
                   const char* did);
 void prepare_shared(Block& block);

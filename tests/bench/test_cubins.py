@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from iokernels.runtime.launch import cuda_kernel
 
 pytestmark = pytest.mark.skipif(ahead.refusal() is not None, reason=ahead.refusal() or "")
 
-SOURCE = str(Path(__file__).parents[1] / "csrc" / "matmul.cu")
+SOURCE = str(Path(__file__).parents[1] / "cuda" / "matmul.cu")
 
 
 def launch(shape: Any, dtype: torch.dtype, which: str) -> None:
@@ -76,20 +77,36 @@ def test_spills_and_errors_fail(
     command = ["cubins", "flash_attention", "--out", str(tmp_path)]
     (build,) = cubins.wanted(case, [named("h100-sxm")])[:1]
     spilling = cubins.compiled([build], tmp_path)[0][1]
-    monkeypatch.setattr(cubins, "compiled", lambda *_: [(build, replace(spilling, spill_bytes=16))])
-    assert main([*command, "--md", str(tmp_path / "x.md")]) == 1
-    assert "16 B spilled" in (tmp_path / "x.md").read_text()
+    for worse, said in (({"spill_bytes": 16}, "16 B spilled"), ({"shared_bytes": 300_000}, "too much for one block")):
+        monkeypatch.setattr(cubins, "compiled", lambda *_, worse=worse: [(build, replace(spilling, **worse))])
+        assert main([*command, "--md", str(tmp_path / "x.md")]) == 1
+        assert said in (tmp_path / "x.md").read_text()
+        assert f"WRONG matmul on h100-sxm: {said}" in capsys.readouterr().out.replace("300000 B shared, ", "")
     monkeypatch.undo()
     broken = replace(build, kernel=cuda_kernel(SOURCE, "matmul", WARPS=2))
     with pytest.raises(cubins.UsageError, match="does not compile"):
         cubins.compiled([broken], tmp_path / "broken")
-    assert capsys.readouterr().out
 
 
 WITH_KERNELS = [case for case in map(load, CASES) if case.cuda_compilation is not None]
 
 
 @pytest.mark.parametrize("case", WITH_KERNELS, ids=lambda case: case.operator)
-def test_no_kernel_spills(case: Case, tmp_path: Path) -> None:
-    for build, taken in cubins.compiled(cubins.wanted(case, [named("l40s")]), tmp_path):
-        assert taken.spill_bytes == 0, build
+def test_no_kernel_spills_or_is_too_large(case: Case, tmp_path: Path) -> None:
+    builds = cubins.wanted(case, [named("l40s")])  # the least shared memory of all
+    found = cubins.compiled(builds, tmp_path, by_nvcc=find_spec("cupy") is None)
+    assert len(found) == len(builds)
+    faults = {
+        f"{build.kernel.name} {build.constants}": cubins.fault(cubins.row(build, taken)) for build, taken in found
+    }
+    assert {name: fault for name, fault in faults.items() if fault} == {}
+
+
+def test_the_page_is_of_the_kernels_of_today() -> None:
+    page = Path(__file__).parents[2] / "docs" / "guides" / "cubins.md"
+    builds = [build for case in WITH_KERNELS for build in cubins.wanted(case, map(named, cubins.TARGETS))]
+    lines = page.read_text().splitlines() if page.exists() else []
+    listed = {tuple(line.split(" | ")[:2]) for line in lines if line.startswith("| `")}
+    assert listed == {(f"| `{build.kernel.name}`", f"`{build.constants}`") for build in builds}
+    assert [build for build in builds if build.smem > build.spec.smem_block] == []
+    assert "**" not in "".join(lines), "a kernel spills, or is too large"

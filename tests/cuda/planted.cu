@@ -18,6 +18,8 @@ extern "C" __global__ void reverse(const float* x_ptr, float* y_ptr, u32* counte
     if (FAULT == NO_WAIT) {
         if (t < N / 4) copy_async(tile + 4 * t, x_ptr + 4 * t);
         commit_copies();
+    } else if (FAULT == MISALIGNED) {
+        store_shared(tile + t, load_global_vector<2>(x_ptr + t).at[0]);
     } else {
         store_shared(tile + (FAULT == STRAY_SHARED ? t + 1 : t),
                      load_global(x_ptr + (FAULT == STRAY_READ ? t - 1 : t)));
@@ -44,5 +46,4 @@ extern "C" __global__ void reverse(const float* x_ptr, float* y_ptr, u32* counte
     const float value = load_shared(tile + (n - 1 - t));
     if (FAULT == OVERWRITE) store_shared(tile + t, value);
     store_global(y_ptr + (FAULT == STRAY_WRITE ? t + 1 : t), value);
-    if (FAULT == MISALIGNED) store_global_vector(y_ptr + t, Vector<float, 2>{{value, value}});
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_the_right_kernel_passes() -> None:
         ("STRAY_WRITE", ("thread 63", "wrote 4 bytes, 4 of them after the end of y_ptr", "store_global(y_ptr")),
         ("STRAY_READ", ("thread 0", "read 4 bytes that begin 4 before x_ptr", "load_global(x_ptr")),
         ("STRAY_SHARED", ("thread 63", "offset 256 of an array of 256 bytes in shared memory", "store_shared(tile")),
-        ("MISALIGNED", ("wrote 8 bytes of y_ptr at an address that is no multiple of 8", "store_global_vector")),
+        ("MISALIGNED", ("read 8 bytes of x_ptr at an address that is no multiple of 8", "load_global_vector")),
         ("HALF_BARRIER", ("deadlock", "warp 0 waits at barrier 0", "warp 1 has returned", "__syncthreads();")),
         ("MISMATCH", ("barrier mismatch", "__syncthreads();")),
         ("DEADLOCK", ("deadlock", "warp 0 waits at barrier 1", "warp 1 waits at barrier 2", "(t < WARP ? 1 : 2, 64)")),
@@ -72,8 +73,38 @@ def test_fault_is_caught(fault: str, said: tuple[str, ...]) -> None:
 def test_blocks_that_wait_for_a_count_that_does_not_come() -> None:
     with pytest.raises(KernelFault, match="only in a cooperative launch"):
         reverse("COUNT_DEADLOCK")
-    with pytest.raises(KernelFault, match=r"(?s)deadlock.*waits for a count of 1, planted.cu:\d+, and it is 0"):
+    with pytest.raises(KernelFault, match=r"(?s)deadlock.*waits for a count of 1, cuda/planted.cu:\d+, and it is 0"):
         reverse("COUNT_DEADLOCK", cooperative=True)
+
+
+BLOCKS = SOURCE.with_name("planted_blocks.cu")
+
+
+@pytest.mark.parametrize("fault", [0, 1, 2, 4])
+def test_race_between_blocks_that_wait_for_one_another(fault: int) -> None:
+    advice = {1: "no barrier between", 2: "no counter between", 4: "no counter between"}
+    for seed in range(20):
+        x, counter = torch.empty(2, 4, 64), torch.zeros(1, dtype=torch.int32)
+        blocks = 1 if fault == 1 else 4
+        args = {"x_ptr": x, "counter": counter, "blocks": blocks, "steps": 4}
+        kernel = cuda_kernel(str(BLOCKS), "exchange", FAULT=fault)
+        with warp_order(seed), pytest.raises(KernelFault) if fault else nullcontext() as caught:
+            kernel.launch((blocks,), 64, 0, args, cooperative=True)
+        if caught is not None:
+            assert "race: this thread" in str(caught.value)
+            assert "of x_ptr, which thread" in str(caught.value)
+            assert str(caught.value).endswith(advice[fault])
+
+
+@pytest.mark.parametrize("fault", [0, 3])
+def test_race_with_the_block_that_comes_last(fault: int) -> None:
+    for seed in range(20):
+        partial, total, counter = torch.empty(5, 64), torch.empty(64), torch.zeros(1, dtype=torch.int32)
+        args = {"partial_ptr": partial, "sum_ptr": total, "counter": counter, "blocks": 5}
+        kernel = cuda_kernel(str(BLOCKS), "last", FAULT=fault)
+        with warp_order(seed), pytest.raises(KernelFault, match="race") if fault else nullcontext():
+            kernel.launch((5,), 64, 128, args)
+        assert fault or torch.equal(total, torch.full((64,), 5.0))
 
 
 def test_gap_of_a_view_is_out_of_bounds() -> None:
