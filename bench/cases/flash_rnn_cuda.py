@@ -70,7 +70,6 @@ COMPILATION = Compilation(
             ("d=96,cell=1,h=8,state=1,nb=1", torch.float16),
             ("d=32,cell=2,lengths=1,cut=1,bias=0", torch.bfloat16),
             ("d=256,h=1", torch.bfloat16),
-            ("d=768,h=1", torch.bfloat16),
             ("d=64,cell=1,lengths=1", torch.float32),
             ("d=21,cell=3,state=1", torch.float32),
         )
