@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .options import CIRCULAR, Options, band_length, band_limited, placed, unplaced
+from .options import Options, one_period, one_period_adjoint, unplaced
 from .tuning_cuda import factors
 
 
@@ -27,7 +27,7 @@ def order_of(length: int, device: torch.device) -> Tensor:
 def spectrum_of(k: Tensor, n: int, length: int, options: Options) -> list[Tensor]:
     """The filter's frequencies, float16 ``[H, length, 2]``, and what they were divided by, float32 ``[H]``, a power of
     two."""
-    natural = torch.fft.fft(_one_period(k.float(), n, length, options))
+    natural = torch.fft.fft(one_period(k.float(), n, length, options))
     return _normalized(torch.view_as_real(natural[:, order_of(length, k.device)]))
 
 
@@ -44,7 +44,7 @@ def taps_gradient(sums: Tensor, taps: int, n: int, options: Options) -> tuple[Te
     natural = torch.empty_like(total)
     natural[:, order_of(total.shape[1], total.device)] = total
     period = torch.fft.ifft(natural).real
-    return unplaced(_one_period_adjoint(period, n, options), taps, n, options), period[:, 0]
+    return unplaced(one_period_adjoint(period, n, options), taps, n, options), period[:, 0]
 
 
 def state_gradient(g: Tensor, k: Tensor) -> Tensor:
@@ -61,30 +61,3 @@ def _normalized(wide: Tensor) -> list[Tensor]:
     exponent = torch.frexp(largest).exponent.clamp(-125, 126)  # so that its power and the reciprocal are normal numbers
     scaled = torch.ldexp(wide, -exponent[:, None, None])
     return [scaled.half().contiguous(), torch.ldexp(torch.ones_like(largest), exponent)]
-
-
-def _one_period(k: Tensor, n: int, length: int, options: Options) -> Tensor:
-    """The filter as ``keep`` leaves it, the tap of lag l at ``l mod length``."""
-    if options.keep == 1.0:
-        return placed(k, length, n, options)
-    own = band_length(n, options.mode)
-    period = band_limited(placed(k, own, n, options), options.keep)
-    if own == length:
-        return period
-    if options.mode == CIRCULAR:
-        return torch.nn.functional.pad(period, (0, length - n))
-    gap = period.new_zeros(period.shape[0], length - (2 * n - 1))
-    return torch.cat([period[:, :n], gap, period[:, own - (n - 1) :]], dim=1)
-
-
-def _one_period_adjoint(period: Tensor, n: int, options: Options) -> Tensor:
-    """The gradient of one period, of :func:`_one_period`'s length, as that of what was placed before ``keep``."""
-    if options.keep == 1.0:
-        return period
-    own, length = band_length(n, options.mode), period.shape[1]
-    if own != length and options.mode == CIRCULAR:
-        period = period[:, :n]
-    elif own != length:
-        gap = period.new_zeros(period.shape[0], own - (2 * n - 1))
-        period = torch.cat([period[:, :n], gap, period[:, length - (n - 1) :]], dim=1)
-    return band_limited(period, options.keep)

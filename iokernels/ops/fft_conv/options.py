@@ -132,3 +132,30 @@ def band_limited(period: Tensor, keep: float) -> Tensor:
     """One period of a filter without its upper frequencies. Linear and its own adjoint."""
     length = period.shape[-1]
     return torch.fft.irfft(torch.fft.rfft(period)[..., : kept_bins(keep, length)], n=length)
+
+
+def one_period(k: Tensor, n: int, length: int, options: Options) -> Tensor:
+    """The filter as ``keep`` leaves it, the tap of lag l at ``l mod length``."""
+    if options.keep == 1.0:
+        return placed(k, length, n, options)
+    own = band_length(n, options.mode)
+    period = band_limited(placed(k, own, n, options), options.keep)
+    if own == length:
+        return period
+    if options.mode == CIRCULAR:
+        return torch.nn.functional.pad(period, (0, length - n))
+    gap = period.new_zeros(period.shape[0], length - (2 * n - 1))
+    return torch.cat([period[:, :n], gap, period[:, own - (n - 1) :]], dim=1)
+
+
+def one_period_adjoint(period: Tensor, n: int, options: Options) -> Tensor:
+    """The gradient of one period, of :func:`one_period`'s length, as that of what was placed before ``keep``."""
+    if options.keep == 1.0:
+        return period
+    own, length = band_length(n, options.mode), period.shape[1]
+    if own != length and options.mode == CIRCULAR:
+        period = period[:, :n]
+    elif own != length:
+        gap = period.new_zeros(period.shape[0], own - (2 * n - 1))
+        period = torch.cat([period[:, :n], gap, period[:, length - (n - 1) :]], dim=1)
+    return band_limited(period, options.keep)

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .options import CIRCULAR, Options, band_length, band_limited, placed, unplaced
+from .options import Options, one_period, one_period_adjoint, unplaced
 from .tuning import Blocks, Through
 
 
@@ -41,7 +41,7 @@ def planes_of(k: Tensor, n: int, cover: Blocks | Through, dtype: torch.dtype, op
     ``[H]``, a power of two. On chip the planes are ``[H, 2, N1, N2]``, that is, ``[N2, N1]`` transposed; through memory
     ``[H, N0 / 2 + 1, 2, N1, N2]``, those of every row."""
     outer, n1, n2 = cover.outer, cover.n1, cover.n2
-    period = _one_period(k.float(), n, outer * n1 * n2, options)
+    period = one_period(k.float(), n, outer * n1 * n2, options)
     natural = torch.view_as_real(torch.fft.fft(period)).view(-1, n2, n1, outer, 2)
     planes = natural[:, :, :, : outer // 2 + 1].permute(0, 3, 4, 2, 1)
     return normalized(planes[:, 0] if outer == 1 else planes, dtype)
@@ -84,31 +84,4 @@ def taps_gradient(sums: Tensor, taps: int, n: int, cover: Blocks | Through, opti
         mirrored = natural[:, :, 1 : outer // 2].flip(1, 2).conj_physical()
         natural = torch.cat([natural, mirrored], dim=2)
     period = torch.fft.ifft(natural.flatten(1)).real
-    return unplaced(_one_period_adjoint(period, n, options), taps, n, options), period[:, 0]
-
-
-def _one_period(k: Tensor, n: int, length: int, options: Options) -> Tensor:
-    """The filter as ``keep`` leaves it, the tap of lag l at ``l mod length``."""
-    if options.keep == 1.0:
-        return placed(k, length, n, options)
-    own = band_length(n, options.mode)
-    period = band_limited(placed(k, own, n, options), options.keep)
-    if own == length:
-        return period
-    if options.mode == CIRCULAR:
-        return torch.nn.functional.pad(period, (0, length - n))
-    gap = period.new_zeros(period.shape[0], length - (2 * n - 1))
-    return torch.cat([period[:, :n], gap, period[:, own - (n - 1) :]], dim=1)
-
-
-def _one_period_adjoint(period: Tensor, n: int, options: Options) -> Tensor:
-    """The gradient of one period, of :func:`_one_period`'s length, as that of what was placed before ``keep``."""
-    if options.keep == 1.0:
-        return period
-    own, length = band_length(n, options.mode), period.shape[1]
-    if own != length and options.mode == CIRCULAR:
-        period = period[:, :n]
-    elif own != length:
-        gap = period.new_zeros(period.shape[0], own - (2 * n - 1))
-        period = torch.cat([period[:, :n], gap, period[:, length - (n - 1) :]], dim=1)
-    return band_limited(period, options.keep)
+    return unplaced(one_period_adjoint(period, n, options), taps, n, options), period[:, 0]
