@@ -13,7 +13,7 @@ struct Incoming {
     static constexpr int CHUNK = 16 / sizeof(T);
     static constexpr int ROW = UNITS + CHUNK;  // rows lie in different banks
     static constexpr int CHUNKS = COUNT * TILE * UNITS / CHUNK;
-    static constexpr int EACH = VECTORS ? ceil_div(CHUNKS, THREADS) : 1;
+    static constexpr int EACH = VECTORS ? most(ceil_div(CHUNKS, THREADS), 1) : 1;
     static constexpr int SIZE = most(COUNT, 1) * TILE * ROW;
 
     const T* base;

@@ -52,4 +52,4 @@ def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
         assert set(kernel["matrix"]) & {"HMMA", "HGMMA", "UTCHMMA"}, kernel
         if kernel["kernel"] in THROUGH or ("fwd" in kernel["kernel"] and vocabulary.parse(kernel["shape"]).n < 4096):
             # Transforms of 8192 points keep part of what they need in local memory, as the command says.
-            assert kernel["spill_bytes"] <= 64, kernel  # a word or two, with some compilers
+            assert kernel["spill_bytes"] <= 192, kernel  # none or a word or two with Triton 3.6, more with 3.7
