@@ -30,6 +30,7 @@ constexpr int CELL = sizeof(Cache);
 constexpr int K_ROW = BLOCK_D * CELL + 16, V_ROW = BLOCK_V * CELL + 16;  // bytes
 constexpr int KEYS_BYTES = KEYS * (K_ROW + V_ROW);
 constexpr int Q_ROW = BLOCK_D + 8;  // elements
+constexpr bool Q_HELD = BLOCK_D <= 128;  // q stays in registers, and is read from shared memory where it is wider
 static_assert(KEYS % 16 == 0 && KEYS <= WARP && OWN * ROW_WARPS == KEYS, "a warp has 16 or 32 keys of a tile");
 
 struct Strides {
@@ -130,8 +131,9 @@ template <class Q>
 DEVICE void multiply_keys(float (&scores)[2][4], Shared<u8> keys, const Q& q_of) {
     const int row = lane_id() % 8 + lane_id() / 16 * 8, half = lane_id() / 8 % 2;
     const Shared<u16> start = (keys + (row * K_ROW + 16 * half)).as<u16>();
+    constexpr int STEPS = BLOCK_D / UNIT, AT_ONCE = Q_HELD ? STEPS : 4;
     if constexpr (CODE == NO_CODE) {
-#pragma unroll
+#pragma unroll AT_ONCE
         for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
             u32 b[4];
             ldmatrix_x4(b, start + 16 * kk);
@@ -141,7 +143,7 @@ DEVICE void multiply_keys(float (&scores)[2][4], Shared<u8> keys, const Q& q_of)
             mma_16x8x16<Element>(scores[1], a.at, right);
         }
     } else {
-#pragma unroll
+#pragma unroll AT_ONCE
         for (int kk = 0; kk < BLOCK_D / 16; kk += 2) {
             u32 bytes[4];
             ldmatrix_x4(bytes, start + 8 * kk);

@@ -74,8 +74,6 @@ struct QFragment {
     u32 at[4];
 };
 
-constexpr bool Q_HELD = BLOCK_D <= 128;  // q stays in registers, and is read from shared memory where it is wider
-
 // What a row subtracts before 2^x: 0 where it has seen no key yet, because -inf - (-inf) is NaN.
 DEVICE float finite_or_0(float m) { return m == -infinity() ? 0.0f : m; }
 

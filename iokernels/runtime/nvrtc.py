@@ -7,22 +7,20 @@ CuPy is imported when a kernel is first asked for.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import artifacts
+from .arguments import give_back, packed
 from .device import guard
 from .errors import KernelCompileError, KernelLaunchError, UnsupportedError
-from .launch import Argument, CudaKernel, Int64, extents
+from .launch import Argument, CudaKernel, extents
 
 __all__ = ["Loaded", "architecture", "cubin", "loaded", "version"]
 
@@ -106,6 +104,11 @@ class Loaded:
     function: int
     most_smem: int = 48 * 1024  # what a launch may take without asking
 
+    @property
+    def index(self) -> int:
+        """The number of the GPU."""
+        return self.device.index
+
     def launch(
         self,
         grid: tuple[int, ...],
@@ -116,20 +119,12 @@ class Loaded:
     ) -> None:
         """As :meth:`~iokernels.runtime.launch.CudaKernel.launch`."""
         _, driver = _bindings()
-        layout, values = [], []
-        for name, value in args.items():
-            code, *parts = _packed(self, name, value)
-            layout.append(code)
-            values += parts
-        buffer, offsets = _fields(tuple(layout))
-        fields = ctypes.create_string_buffer(buffer.pack(*values), buffer.size + 8)
-        start = ctypes.addressof(fields)
-        pointers = (ctypes.c_void_p * len(offsets))(*(start + offset for offset in offsets))
         x, y, z = extents(grid)
+        frame = packed(self.kernel.name, self.index, args)
         with guard(self.device):
             _enter(driver, self.device)
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            given = (x, y, z, block, 1, 1, smem, stream, ctypes.addressof(pointers))
+            given = (x, y, z, block, 1, 1, smem, stream, frame.address)
             try:
                 if smem > self.most_smem:
                     driver.funcSetAttribute(self.function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
@@ -143,39 +138,13 @@ class Loaded:
                     f"{self.kernel.name}: the driver refused a {'cooperative ' if cooperative else ''}launch of "
                     f"{(x, y, z)} blocks of {block} threads with {smem} bytes of shared memory: {error}"
                 ) from error
+        give_back(frame)
 
 
 def _enter(driver: Any, device: torch.device) -> None:
     """See that the driver has a context in this thread: a thread that has only been handed tensors has none."""
     if not driver.ctxGetCurrent():
         torch.cuda.set_device(device)
-
-
-def _packed(loaded: Loaded, name: str, value: Argument) -> tuple[Any, ...]:
-    """The code of an argument for :mod:`struct`, and what to pack."""
-    if isinstance(value, Tensor):
-        if value.device != loaded.device:
-            raise KernelLaunchError(f"{loaded.kernel.name}: {name} is on {value.device}, not on {loaded.device}")
-        return "Q", value.data_ptr()
-    if value is None:
-        return "Q", 0
-    if isinstance(value, float):
-        return "f", value
-    if isinstance(value, tuple):
-        return f"{len(value)}q", *value
-    if isinstance(value, Int64):
-        return "q", value
-    if not -(2**31) <= value < 2**31:
-        raise KernelLaunchError(f"{loaded.kernel.name}: {name} is {value}, beyond the 32 bits that it is passed in")
-    return "i", value
-
-
-@lru_cache(maxsize=1024)
-def _fields(layout: tuple[str, ...]) -> tuple[struct.Struct, tuple[int, ...]]:
-    """How arguments of these codes lie behind one another, each at a multiple of 8 bytes, and where each begins."""
-    padded = [code + "4x" if code in "if" else code for code in layout]
-    sizes = [struct.calcsize("=" + code) for code in padded]
-    return struct.Struct("=" + "".join(padded)), tuple(sum(sizes[:place]) for place in range(len(sizes)))
 
 
 _loaded: dict[tuple[CudaKernel, int], Loaded] = {}

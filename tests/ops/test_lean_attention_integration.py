@@ -16,7 +16,7 @@ from iokernels.ops.lean_attention.op import attend
 from iokernels.ops.lean_attention.options import SCHEDULES, Options
 from iokernels.runtime import device as devices
 
-from .lean_attention_calls import Call, make
+from .lean_attention_calls import CUDA, Call, make, usual
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,12 +46,12 @@ interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="these tensors ar
 @pytest.mark.parametrize(
     ("backend", "layout"),
     [("torch", "contiguous"), ("torch", "bnhd"), ("torch", "strided"),
-     pytest.param("triton", "contiguous", marks=interpreted)],
+     pytest.param("triton", "contiguous", marks=interpreted), pytest.param("cuda", "contiguous", marks=CUDA.marks)],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind: str, backend: str, layout: str) -> None:
     given = {name: x for name, x in KINDS[kind].items() if name not in ("window", "softcap", "batch_invariant")}
-    call = make(0, (11, 4), heads=4, kv_heads=2, layout=layout, **given)
+    call = make(0, (11, 4), heads=4, kv_heads=2, layout=layout, **{"dtype": usual(backend), **given})
     tensors: Any = {name: x.nan_to_num() if x.is_floating_point() and layout == "contiguous" else x
                for name, x in call.tensors.items()}  # fmt: skip
     if layout != "contiguous":

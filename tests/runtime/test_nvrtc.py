@@ -132,6 +132,13 @@ class Driver:
         self.calls.append(("cooperative", function, *given[:7]))
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on the first GPU."""
+
+    def get_device(self) -> int:
+        return 0
+
+
 SIZES = (8, 8, 4, 8, 4, 16)
 
 
@@ -145,11 +152,12 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_launch_hands_every_argument_over(driver: Driver) -> None:
-    loaded = nvrtc.Loaded(MATMUL, torch.device("cpu"), 1, 2)
-    x = torch.empty(4)
+    loaded = nvrtc.Loaded(MATMUL, torch.device("cuda", 0), 1, 2)
+    x = OnGpu(torch.empty(4))
     args = {"x": x, "none": None, "n": -3, "total": Int64(2**40), "scale": 0.5, "strides": (7, 2**33)}
-    loaded.launch((5, 2), 128, 1024, args, False)
-    assert driver.calls == [("launch", 2, 5, 2, 1, 128, 1, 1, 1024, 77, 0)]
+    for _ in range(2):  # the second launch uses the memory of the first
+        loaded.launch((5, 2), 128, 1024, args, False)
+    assert driver.calls == 2 * [("launch", 2, 5, 2, 1, 128, 1, 1, 1024, 77, 0)]
     as_int = [int.from_bytes(value, sys.byteorder, signed=True) for value in driver.values]
     assert as_int[:4] == [x.data_ptr(), 0, -3, 2**40]
     assert torch.frombuffer(bytearray(driver.values[4]), dtype=torch.float32).item() == 0.5
@@ -157,7 +165,7 @@ def test_launch_hands_every_argument_over(driver: Driver) -> None:
 
 
 def test_large_shared_memory_is_asked_for_once(driver: Driver) -> None:
-    loaded = nvrtc.Loaded(MATMUL, torch.device("cpu"), 1, 2)
+    loaded = nvrtc.Loaded(MATMUL, torch.device("cuda", 0), 1, 2)
     for smem in (48 * 1024, 100_000, 90_000):
         loaded.launch((1,), 32, smem, {}, True)
     assert [call[:4] for call in driver.calls if call[0] == "attribute"] == [("attribute", 2, 8, 100_000)]
@@ -167,21 +175,21 @@ def test_large_shared_memory_is_asked_for_once(driver: Driver) -> None:
 def test_thread_without_a_context_gets_one(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     entered = []
     monkeypatch.setattr(torch.cuda, "set_device", entered.append)
-    loaded = nvrtc.Loaded(MATMUL, torch.device("cpu"), 1, 2)
+    loaded = nvrtc.Loaded(MATMUL, torch.device("cuda", 0), 1, 2)
     loaded.launch((1,), 32, 0, {}, True)
     driver.context = 0
     loaded.launch((1,), 32, 0, {}, True)
-    assert entered == [torch.device("cpu")]
+    assert entered == [torch.device("cuda", 0)]
 
 
 def test_driver_error_is_named(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "launchKernel", lambda *given: 1 // 0)
-    loaded = nvrtc.Loaded(MATMUL, torch.device("cpu"), 1, 2)
+    loaded = nvrtc.Loaded(MATMUL, torch.device("cuda", 0), 1, 2)
     with pytest.raises(KernelLaunchError, match=r"matmul: the driver refused a launch of \(1, 1, 1\) blocks of 32 thr"):
         loaded.launch((1,), 32, 0, {}, False)
     with pytest.raises(KernelLaunchError, match="n is 2147483648, beyond"):
         loaded.launch((1,), 32, 0, {"n": 2**31}, False)
-    with pytest.raises(KernelLaunchError, match="x is on meta, not on cpu"):
+    with pytest.raises(KernelLaunchError, match="x is on meta, not on the GPU 0"):
         loaded.launch((1,), 32, 0, {"x": torch.empty(1, device="meta")}, False)
 
 
