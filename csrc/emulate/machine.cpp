@@ -187,8 +187,11 @@ void own_stack(Fiber& fiber) {
 }  // namespace
 
 const char* place(const char* file) {
-    const char* found = strstr(file, "csrc/");
-    return found ? found + 5 : file;
+    const char *name = file, *folder = file;
+    for (const char* c = file; *c; ++c) {
+        if (*c == '/') folder = name, name = c + 1;
+    }
+    return folder;
 }
 
 void say(const char* format, ...) {

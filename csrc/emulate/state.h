@@ -123,7 +123,7 @@ extern Lane* current;
 [[noreturn]] void fault(Here at, const char* format, ...) __attribute__((format(printf, 2, 3)));
 // Appends to the report.
 void say(const char* format, ...) __attribute__((format(printf, 1, 2)));
-// The part of a path that a reader wants.
+// The last folder of a path, and the file.
 const char* place(const char* file);
 
 // Suspends the current lane until its warp is ready again.

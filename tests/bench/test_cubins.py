@@ -21,7 +21,7 @@ from iokernels.runtime.launch import cuda_kernel
 
 pytestmark = pytest.mark.skipif(ahead.refusal() is not None, reason=ahead.refusal() or "")
 
-SOURCE = str(Path(__file__).parents[1] / "csrc" / "matmul.cu")
+SOURCE = str(Path(__file__).parents[1] / "cuda" / "matmul.cu")
 
 
 def launch(shape: Any, dtype: torch.dtype, which: str) -> None:

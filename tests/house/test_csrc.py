@@ -12,7 +12,7 @@ from iokernels.ops import OPERATORS
 from .tree import ROOT, files
 
 MOST_LINES, MOST_COLUMNS = 500, 120
-SOURCES = files(".cu", ".cuh", ".h", ".cpp") + sorted((ROOT / "tests" / "csrc").glob("*.cu"))
+SOURCES = files(".cu", ".cuh", ".h", ".cpp") + sorted((ROOT / "tests" / "cuda").glob("*.cu"))
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"][^>"]+[>"])', re.MULTILINE)
 FORBIDDEN = {
     r"\basm\b": "PTX belongs in csrc/common",

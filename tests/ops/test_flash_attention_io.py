@@ -108,7 +108,7 @@ def run(call: dict[str, Any], device: str = "cpu") -> Any:
 @pytest.mark.parametrize("part", range(4))  # parts, so that workers can share them
 def test_no_byte_outside_the_tensors(part: int) -> None:
     @seed(part)
-    @settings(max_examples=50, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
+    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(calls())
     def check(call: dict[str, Any]) -> None:
         run(call)

@@ -189,8 +189,10 @@ DOUBLE = {name: torch.ones(shape).double() for name, shape in (("q", Q), ("k_cac
         ({"backend": "triton", **WIDE}, UnsupportedError,
          r"backend 'triton' .*: D is 300, and its kernels hold heads up to 256 wide\. Backends that can: torch"),
         ({"backend": "triton", "v_cache": torch.ones(2, 2, 9, 264)}, UnsupportedError, r"backend .*: Dv is 264, and"),
-        ({"backend": "cuda"}, UnsupportedError, r"backend 'cuda' cannot run this call: it has no such implementation"),
-        ({"backend": "numpy"}, ValueError, r"backend is 'numpy'; it must be None or one of triton, cuda, torch, reference"),
+        ({"backend": "cuda"}, UnsupportedError,
+         r"backend 'cuda' cannot run this call: its kernel takes queries of float16 and bfloat16, not float32"),
+        ({"backend": "numpy"}, ValueError,
+         r"backend is 'numpy'; it must be None or one of triton, cuda, torch, reference"),
     ],
     ids=["float64", "wide", "wide-values", "cuda", "unknown"],
 )  # fmt: skip

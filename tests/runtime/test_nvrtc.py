@@ -19,7 +19,7 @@ from iokernels.runtime.device import OLDEST_SM, cuda_refusal
 from iokernels.runtime.errors import KernelCompileError, KernelLaunchError, UnsupportedError
 from iokernels.runtime.launch import CudaKernel, Int64, cuda_kernel, recorded
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[1] / "cuda"
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 MATMUL = cuda_kernel(str(CSRC / "matmul.cu"), "matmul", Element=torch.bfloat16, WARPS=4, BLOCK_N=64, BLOCK_K=32)
 PRIMITIVES = [

@@ -1,4 +1,4 @@
-"""The primitives of csrc/common against PyTorch, in the emulator."""
+"""The primitives of csrc/common against PyTorch, on the GPU or in the emulator."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from iokernels.runtime.device import cxx
 from iokernels.runtime.emulator import warp_order
 from iokernels.runtime.launch import Argument, Int64, cuda_kernel
 
-pytestmark = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
+from .launching import launch, needs_a_machine
+
+pytestmark = needs_a_machine
 
 HERE = Path(__file__).parent
 
@@ -20,7 +21,7 @@ HERE = Path(__file__).parent
 def run(name: str, args: dict[str, Argument], *, dtype: torch.dtype = torch.float16, grid: int = 1, block: int = 32,
         smem: int = 0, cooperative: bool = False, source: str = "primitives.cu") -> None:  # fmt: skip
     kernel = cuda_kernel(str(HERE / source), name, Element=dtype)
-    kernel.launch((grid,), block, smem, args, cooperative=cooperative)
+    launch(kernel, grid, block, smem, args, cooperative=cooperative)
 
 
 def every_kind_of_float(dtype: torch.dtype) -> Tensor:

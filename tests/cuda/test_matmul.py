@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from iokernels.runtime.device import cxx
 from iokernels.runtime.emulator import warp_order, watch
 from iokernels.runtime.launch import cuda_kernel
 
-pytestmark = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
+from .launching import NATIVE, launch, needs_a_machine
+
+pytestmark = needs_a_machine
 
 SOURCE = str(Path(__file__).with_name("matmul.cu"))
 WARPS, BLOCK_N, BLOCK_K = 2, 16, 32
@@ -23,7 +24,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     c = torch.empty(m, n)
     blocks = -(-m // (16 * WARPS)) * -(-n // BLOCK_N)
     smem = 2 * 2 * (16 * WARPS * (BLOCK_K + 8) + BLOCK_K * (BLOCK_N + 8))
-    kernel.launch((blocks,), 32 * WARPS, smem, {"a_ptr": a, "b_ptr": b, "c_ptr": c, "m": m, "n": n, "k": k})
+    launch(kernel, blocks, 32 * WARPS, smem, {"a_ptr": a, "b_ptr": b, "c_ptr": c, "m": m, "n": n, "k": k})
     return c
 
 
@@ -40,6 +41,7 @@ def test_product_in_every_order_of_warps(dtype: torch.dtype, m: int, n: int, k: 
             assert torch.equal(matmul(a, b), first)
 
 
+@pytest.mark.skipif(NATIVE, reason="the emulator counts bytes")
 def test_bytes_are_those_of_the_tiling() -> None:
     m, n, k = 50, 40, 104
     a, b = torch.randn(m, k).half(), torch.randn(k, n).half()
