@@ -31,9 +31,6 @@ struct Sums {
     float acc[BLOCK_V / 8][4];
 };
 
-// What a row subtracts before 2^x: 0 where it has seen no key yet, because -inf - (-inf) is NaN.
-DEVICE float finite_or_0(float m) { return m == -infinity() ? 0.0f : m; }
-
 // One tile of keys from `first` on: its scores, and what they add to the sums.
 template <class Q>
 DEVICE void fold(Sums& sums, const Q& q_of, Shared<Element> k_tile, Shared<Element> v_tile, const Sight& sight,

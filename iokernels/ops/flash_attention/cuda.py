@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.ops.cuda_tiles import clamp, in_sixteens
 from iokernels.runtime.device import guard, spec_of
 from iokernels.runtime.launch import Argument, Constant, Int64, cuda_kernel
 
@@ -149,8 +150,8 @@ class Launch:
             "total_k": keys,
             "qk_scale": float(options.scale / softcap if softcap > 0.0 else options.scale * math.log2(math.e)),
             "softcap_log2": softcap * math.log2(math.e),
-            "window_left": _clamp(options.window_left),
-            "window_right": _clamp(options.window_right),
+            "window_left": clamp(options.window_left),
+            "window_right": clamp(options.window_right),
         }
         self.device = spec_of(q.device)
         self.softcap = softcap > 0.0
@@ -186,17 +187,3 @@ class Launch:
 def padded(width: int) -> int:
     """A width in whole fragments of 16."""
     return -(-width // 16) * 16
-
-
-def in_sixteens(x: Tensor) -> bool:
-    """Whether every row of ``x`` is whole units of 16 bytes, at addresses that are too."""
-    *outer, last = zip(x.shape, x.stride(), strict=True)
-    unit = 16 // x.element_size()
-    if last[0] % unit or (last[1] != 1 and last[0] != 1):
-        return False
-    return x.data_ptr() % 16 == 0 and all(size <= 1 or stride % unit == 0 for size, stride in outer)
-
-
-def _clamp(side: int) -> int:
-    """A window side as int32 with room for sums: any longer one is as good as unbounded."""
-    return min(side, 2**30)

@@ -1,7 +1,7 @@
 """``flash_attention`` as ``torch.library`` operators with an ``autograd.Function`` outside.
 
-One forward and one backward operator serve dense and packed inputs and the backends ``torch``, ``triton`` and ``cuda``. This
-file imports torch alone; the backend's module is imported when it first runs.
+One forward and one backward operator serve dense and packed inputs and the backends ``torch``, ``triton`` and ``cuda``.
+This file imports torch alone; the backend's module is imported when it first runs.
 """
 
 from __future__ import annotations

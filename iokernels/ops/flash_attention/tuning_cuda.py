@@ -1,4 +1,4 @@
-"""Launch parameters of the flash_attention kernels in CUDA C++: what a configuration is, the defaults, and the spaces."""
+"""Launch parameters of the kernels of flash_attention in CUDA C++: configurations, defaults, and spaces."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FORWARD, BACKWARD_Q, BACKWARD_KV = KERNELS = (
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run a kernel: ``warps`` warps own 16 rows each (of queries; of keys where dk and dv are made), and walk
-    over the other side in tiles of ``block``."""
+    """One way to run a kernel: ``warps`` warps own 16 rows each (of queries; of keys where dk and dv are made), and
+    walk over the other side in tiles of ``block``."""
 
     block: int = field(metadata=RESULTS)
     warps: int = field(metadata=RESULTS)
