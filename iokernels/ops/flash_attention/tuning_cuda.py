@@ -93,6 +93,11 @@ def registers(problem: Problem, block: int) -> int:
     return (sums if max(problem.block_d, problem.block_v) > HELD else 2 * sums) // 4 + block + 88
 
 
+def statistics_fit(problem: Problem, block: int, warps: int) -> bool:
+    """Whether each thread asks for the statistics of at most one row, where the rows are walked over."""
+    return problem.kernel != BACKWARD_KV or block <= 32 * warps
+
+
 def default(problem: Problem) -> Config:
     """A configuration that fits, for every problem the kernels accept."""
     warps = 4 if problem.own > 32 else 2 if problem.own > 16 else 1
@@ -102,7 +107,7 @@ def default(problem: Problem) -> Config:
         config = Config(block, count)
         needed = shared_bytes(problem, config)
         fits = needed <= problem.smem_block and (blocks == 1 or blocks * (needed + 1024) <= problem.smem_sm)
-        if fits and registers(problem, block) <= 255:
+        if fits and registers(problem, block) <= 255 and statistics_fit(problem, block, count):
             return config
     return Config(16, 1)
 
@@ -130,7 +135,9 @@ def _space(kernel: str) -> Space[Config]:
             fits_shared_memory(("block", "warps"), _shared),
             Constraint("registers", ("block",), lambda problem, device, block: registers(problem, block) <= 255),
             Constraint(
-                "a thread for each row's statistics", ("block", "warps"), lambda p, d, n, warps: n <= 32 * warps
+                "a thread for each row's statistics",
+                ("block", "warps"),
+                lambda p, _, n, warps: statistics_fit(p, n, warps),
             ),
         ),
         make=Config,
