@@ -135,11 +135,11 @@ def test_the_operators_are_what_pytorch_expects() -> None:
     tensors = [torch.randn(1, 2, n, 16).half() for n in (18, 20, 20)]
     options = tuple(Options(scale=0.25, window_right=0))
     torch.library.opcheck(forward_op, (*tensors, "cuda", *options))
-    with torch.no_grad():
-        q, k, v = tensors
-        out, lse = forward_op(q, k, v, "cuda", *options)
-        arguments = (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, "cuda", *options)
-        torch.library.opcheck(backward_op, (*arguments, True, True, True, False, False))
+    q, k, v = tensors
+    out, lse = forward_op(q, k, v, "cuda", *options)
+    needs = [True, True, True, False, False]
+    gradients = torch.ones_like(out), torch.ones_like(lse)
+    torch.library.opcheck(backward_op, (*gradients, q, k, v, out, lse, needs, "cuda", *options))
 
 
 @emulated
@@ -189,8 +189,8 @@ def test_the_default_is_in_the_space(device_name: str) -> None:
     for kernel, tunable in TUNABLES.items():
         for width in range(16, 272, 16):
             for value_width in (16, 64, 128, 176, 256):
-                for length in (1, 20, 4096):
-                    problem = Problem(kernel, width, value_width, True, *machine, 64, length, length)
+                for length, softcap in ((1, False), (20, True), (4096, False), (4096, True)):
+                    problem = Problem(kernel, width, value_width, True, *machine, 64, length, length, softcap)
                     default = tunable.default(problem)
                     assert tunable.space.refusal(problem, spec, default) is None, (problem, default)
                     assert registers(problem, default.block) <= 255

@@ -166,6 +166,7 @@ class Launch:
             autotune.bucket(self.sequences * self.heads),
             autotune.bucket(self.seqlen_q),
             autotune.bucket(self.seqlen_k),
+            self.softcap,
         )
 
     def of_kernel(self, kernel: str, *tensors: Tensor) -> tuple[tuning.Config, dict[str, Constant], int]:

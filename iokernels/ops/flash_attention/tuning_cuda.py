@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     heads: int = 64  # of all sequences
     seqlen_q: int = 4096
     seqlen_k: int = 4096
+    softcap: bool = False
 
     @property
     def own(self) -> int:
@@ -83,14 +84,16 @@ def _arrays(nbytes: int) -> int:
 
 
 def registers(problem: Problem, block: int) -> int:
-    """The 32-bit registers of a thread, about: what it sums up, q where it is held, scores, and addresses."""
+    """The 32-bit registers of a thread, about: what it sums up, q where it is held, scores and their slopes, and
+    addresses."""
     if problem.kernel == FORWARD:
         held = problem.block_d // 4 if problem.block_d <= HELD else 8
         return problem.block_v // 2 + held + block // 2 + 56
     if problem.kernel == BACKWARD_Q:
         return problem.block_d // 2 + block + 64
     sums = problem.block_d + problem.block_v
-    return (sums if max(problem.block_d, problem.block_v) > HELD else 2 * sums) // 4 + block + 88
+    slopes = block // 2 if problem.softcap else 0
+    return (sums if max(problem.block_d, problem.block_v) > HELD else 2 * sums) // 4 + block + slopes + 88
 
 
 def statistics_fit(problem: Problem, block: int, warps: int) -> bool:
