@@ -10,7 +10,7 @@
 // GRAD_V false.
 //
 // FLOPs: 2 Nq Nk (2 D + 2 Dv) a query head, of what the window shows. Bytes: k, v, dk and dv once; q, dout, lse and
-// delta of each query head once for each block of keys, of what the window shows; 16 of offsets a block of packed ones.
+// delta of each query head once for each block of keys, of what the window shows; 16 of offsets a warp of packed ones.
 //
 // Constants: Element, HEAD_DIM, VALUE_DIM, BLOCK_M, WARPS, SOFTCAP, GRAD_K, GRAD_V, ALIGNED (rows of 16-byte units).
 constexpr int THREADS = 32 * WARPS, BLOCK_N = 16 * WARPS;
@@ -81,7 +81,8 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
     };
     auto put = [&](const Statistics& found, int stage) {
         const int row = static_cast<int>(threadIdx.x);
-        if (row < BLOCK_M) store_shared(statistics + (stage * BLOCK_M + row), Vector<float, 2>{{found.lse, found.delta}});
+        if (row >= BLOCK_M) return;
+        store_shared(statistics + (stage * BLOCK_M + row), Vector<float, 2>{{found.lse, found.delta}});
     };
     fetch_tile<BLOCK_N, HEAD_DIM>(k_tile, k, stride_k.n, stride_k.d, keys);
     fetch_tile<BLOCK_N, VALUE_DIM>(v_tile, v, stride_v.n, stride_v.d, keys);

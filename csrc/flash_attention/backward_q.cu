@@ -7,7 +7,7 @@
 // operand of the second product. No block writes what another writes, so there are no atomics.
 //
 // FLOPs: 2 Nq Nk (2 D + Dv) a head, of what the window shows. Bytes: q, dout, lse, delta and dq once; k and v once for
-// each block of rows, of what the window shows; 16 of offsets a block of packed sequences.
+// each block of rows, of what the window shows; 16 of offsets a warp of packed sequences.
 //
 // Constants: Element, HEAD_DIM, VALUE_DIM, BLOCK_N, WARPS, SOFTCAP, ALIGNED (rows of 16-byte units).
 constexpr int THREADS = 32 * WARPS, BLOCK_M = 16 * WARPS;

@@ -10,7 +10,7 @@
 // worked on, the next is on its way. Only tiles at an edge of what the rows see are masked.
 //
 // FLOPs: 2 Nq Nk (D + Dv) a head, of what the window shows. Bytes that blocks request: q, out and lse once; k and v once
-// for each block of rows, of what the window shows; 16 of offsets a block of packed sequences.
+// for each block of rows, of what the window shows; 16 of offsets a warp of packed sequences.
 //
 // Constants: Element, HEAD_DIM, VALUE_DIM, BLOCK_N, WARPS, SOFTCAP, ALIGNED (rows of 16-byte units).
 constexpr int THREADS = 32 * WARPS, BLOCK_M = 16 * WARPS;

@@ -190,7 +190,7 @@ WIDE = torch.ones(1, 1, 2, 512)
          r"backend 'triton' .*: D is 512, and its kernels hold heads up to 256 wide\. Backends that can: torch"),
         ({"backend": "triton", "v": torch.ones(2, 2, 7, 264)}, UnsupportedError, r"backend .*: Dv is 264, and"),
         ({"backend": "cuda"}, UnsupportedError,
-         r"backend 'cuda' cannot run this call: its kernels take float16 and bfloat16, not float32\. Backends that can"),
+         r"backend 'cuda' cannot run this call: its kernels take float16 and bfloat16, not float32\."),
         ({"backend": "numpy"}, ValueError,
          r"backend is 'numpy'; it must be None or one of triton, cuda, torch, reference"),
         ({"backend": 1}, ValueError, r"backend is 1; it must be None or one of"),

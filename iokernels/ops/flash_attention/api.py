@@ -96,7 +96,9 @@ def flash_attention(
         return_lse: also return the log-sum-exp.
         deterministic: accepted for the callers of other libraries. Every backend here gives the same bits on every
             run, forward and backward, so True and False mean the same.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of
+            :mod:`iokernels.runtime.dispatch`, which never takes ``"cuda"``. That one takes float16 and bfloat16, and
+            neither mask, bias, alibi_slopes, sinks nor dropout_p.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in the dtype and memory order of q, or ``(out, lse)`` with ``lse [B, Hq, Nq]`` the
