@@ -3,8 +3,8 @@
 //     dq_i = scale sum_j ds_ij k_j                        (ds: scores.cuh)
 //
 // A block owns BLOCK_M = 16 WARPS rows of one head, 16 to a warp, and walks over the keys that they see in tiles of
-// BLOCK_N. q and dout stay in shared memory, dq in the accumulators of its warp; ds goes from accumulators into the left
-// operand of the second product. No block writes what another writes, so there are no atomics.
+// BLOCK_N. q and dout stay in shared memory, dq in the accumulators of its warp; ds goes from accumulators into the
+// left operand of the second product. No block writes what another writes, so there are no atomics.
 //
 // FLOPs: 2 Nq Nk (2 D + Dv) a head, of what the window shows. Bytes: q, dout, lse, delta and dq once; k and v once for
 // each block of rows, of what the window shows; 16 of offsets a warp of packed sequences.
@@ -63,7 +63,8 @@ flash_attention_backward_q(const Element* q_ptr,      // [B, Hq, Nq, D]
     const int own_row = 16 * warp_id();
     const Shared<Element> q_own = q_tile + own_row * D_ROW, dout_own = dout_tile + own_row * V_ROW;
     auto row_at = [&](int row) { return least(first_row + own_row + row, q_rows.length - 1); };
-    const Sight sight([&](int row) { return window.low(row_at(row)); }, [&](int row) { return window.high(row_at(row)); });
+    const Sight sight([&](int row) { return window.low(row_at(row)); },
+                      [&](int row) { return window.high(row_at(row)); });
     Statistics of_row[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -9,8 +9,8 @@
 // from accumulators into the left operand of the second product without leaving the registers. While one tile is
 // worked on, the next is on its way. Only tiles at an edge of what the rows see are masked.
 //
-// FLOPs: 2 Nq Nk (D + Dv) a head, of what the window shows. Bytes that blocks request: q, out and lse once; k and v once
-// for each block of rows, of what the window shows; 16 of offsets a warp of packed sequences.
+// FLOPs: 2 Nq Nk (D + Dv) a head, of what the window shows. Bytes that blocks request: q, out and lse once; k and v
+// once for each block of rows, of what the window shows; 16 of offsets a warp of packed sequences.
 //
 // Constants: Element, HEAD_DIM, VALUE_DIM, BLOCK_N, WARPS, SOFTCAP, ALIGNED (rows of 16-byte units).
 constexpr int THREADS = 32 * WARPS, BLOCK_M = 16 * WARPS;
@@ -144,7 +144,8 @@ flash_attention_forward(const Element* q_ptr,       // [B, Hq, Nq, D]
     };
 
     auto row_at = [&](int row) { return least(first_row + own_row + row, q_rows.length - 1); };
-    const Sight sight([&](int row) { return window.low(row_at(row)); }, [&](int row) { return window.high(row_at(row)); });
+    const Sight sight([&](int row) { return window.low(row_at(row)); },
+                      [&](int row) { return window.high(row_at(row)); });
     Sums sums = {};
     sums.m[0] = sums.m[1] = -infinity();
     int stage = 0;

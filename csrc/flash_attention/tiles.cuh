@@ -27,7 +27,8 @@ DEVICE void fetch_tile(Shared<Element> tile, const Element* source, i64 stride_n
     constexpr int PADDED = (WIDTH + 15) / 16 * 16, CHUNKS = PADDED / 8, COUNT = ROWS * CHUNKS;
 #pragma unroll 2
     for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; ++i) {
-        const int chunk = i * THREADS + static_cast<int>(threadIdx.x), row = chunk / CHUNKS, column = chunk % CHUNKS * 8;
+        const int chunk = i * THREADS + static_cast<int>(threadIdx.x);
+        const int row = chunk / CHUNKS, column = chunk % CHUNKS * 8;
         if (COUNT % THREADS != 0 && chunk >= COUNT) break;
         const Shared<Element> target = tile + (row * ROW<PADDED> + column);
         const Element* from = source + row * stride_n;
