@@ -115,8 +115,9 @@ def compiling_cuda_for(spec: DeviceSpec) -> Iterator[list[Resources]]:
         yield compiled
     for launch in launches:
         code = ahead.cubin(launch.kernel, spec.sm).read_bytes()
-        found = of_cubin(code, num_warps=-(-launch.block // 32), dynamic_shared_bytes=launch.smem)
-        compiled += [one for one in found if one.kernel == launch.kernel.name]
+        found = of_cubin(code, num_warps=-(-launch.block // 32))
+        # As with Triton, all shared memory is dynamic, and what the cubin declares is the toolchain's own reserve.
+        compiled += [replace(one, shared_bytes=launch.smem) for one in found if one.kernel == launch.kernel.name]
 
 
 def _resources(name: str, kernel: Any) -> Resources:

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,8 +147,9 @@ def compiled(builds: list[Build], folder: Path, *, by_nvcc: bool = True) -> list
         paths = [folder / f"{build.stem}.cubin" for build in builds]
     found = []
     for build, path in zip(builds, paths, strict=True):
-        taken = of_cubin(path.read_bytes(), num_warps=-(-build.block // 32), dynamic_shared_bytes=build.smem)
-        found += [(build, one) for one in taken if one.kernel == build.kernel.name]
+        taken = of_cubin(path.read_bytes(), num_warps=-(-build.block // 32))
+        # All shared memory is dynamic; what the cubin declares is the toolchain's own reserve.
+        found += [(build, replace(one, shared_bytes=build.smem)) for one in taken if one.kernel == build.kernel.name]
     return found
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from iokernels.bench.case import Case, Implementation, Inputs, Outputs, Pass, Point
 from iokernels.bench.cases.flash_attention_accounts import ACCOUNTS
+from iokernels.bench.cases.flash_attention_cuda import ACCOUNTS as CUDA_ACCOUNTS
+from iokernels.bench.cases.flash_attention_cuda import COMPILATION as CUDA_COMPILATION
 from iokernels.bench.cases.flash_attention_kernels import COMPILATION
 from iokernels.bench.cases.flash_attention_shapes import VOCABULARY, lengths
 from iokernels.bench.cases.flash_attention_tuning import TUNING
@@ -234,6 +236,7 @@ CASE = Case(
         "reference": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
         "torch": Implementation((*_HALVES, torch.float32, torch.float64), "any"),
         "triton": Implementation((*_HALVES, torch.float32), f"1-{MAX_HEAD_DIM}"),
+        "cuda": Implementation(_HALVES, f"1-{MAX_HEAD_DIM}"),
     },
     suites=SUITES,
     make_inputs=make_inputs,
@@ -246,5 +249,7 @@ CASE = Case(
     peers=attention_peers,
     accounts=ACCOUNTS,
     compilation=COMPILATION,
+    cuda_accounts=CUDA_ACCOUNTS,
+    cuda_compilation=CUDA_COMPILATION,
     tuning=TUNING,
 )

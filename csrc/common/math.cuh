@@ -7,6 +7,9 @@ constexpr float LN2 = 0.6931471805599453f;
 
 DEVICE float infinity() { return bits_as<float>(0x7f800000u); }
 
+// What a softmax subtracts before 2^x: 0 where the maximum is still -inf, because -inf - (-inf) is NaN.
+DEVICE float finite_or_0(float m) { return m == -infinity() ? 0.0f : m; }
+
 // 2^x; results below 2^-126 are 0.
 DEVICE float exp2_fast(float x) {
 #ifdef IOKERNELS_EMULATE

@@ -74,9 +74,6 @@ struct QFragment {
     u32 at[4];
 };
 
-// What a row subtracts before 2^x: 0 where it has seen no key yet, because -inf - (-inf) is NaN.
-DEVICE float finite_or_0(float m) { return m == -infinity() ? 0.0f : m; }
-
 // Lane r has the r-th of the keys of a tile that its warp fetches, and the number of its page.
 struct Place {
     int key, page;

@@ -47,7 +47,8 @@ class FlashAttention(nn.Module):
         sinks: adds a parameter ``sinks [num_heads]``, initially 0: a learned logit that takes weight and has no value.
         causal: row i sees the keys up to ``i + Nk - Nq``, without a mask.
         scale: factor of the scores; ``head_dim ** -0.5`` if None.
-        backend: as in :func:`iokernels.flash_attention`.
+        backend: as in :func:`iokernels.flash_attention`; ``"cuda"`` takes half precision, without sinks, masks and
+            dropout.
 
     Raises:
         ValueError: sizes that do not fit, or dropout outside [0, 1).

@@ -40,7 +40,7 @@ def test_check_proves_the_backends(tmp_path: Path, capsys: pytest.CaptureFixture
     report = json.loads(target.read_text())
     rows = {(row["backend"], row["dtype"]): row for row in report["rows"]}
     assert report["ok"]
-    assert set(rows) == {(backend, dtype) for backend in ("torch", "triton") for dtype in ("bf16", "fp64")}
+    assert set(rows) == {(backend, dtype) for backend in ("torch", "triton", "cuda") for dtype in ("bf16", "fp64")}
     assert rows["torch", "fp64"]["status"] == rows["torch", "bf16"]["status"] == "ok"
     assert rows["torch", "bf16"]["worst"]["point"] == "sinks, rows without keys"
     assert 0.0 < rows["torch", "bf16"]["worst"]["ratio"] <= 1.0
@@ -75,7 +75,7 @@ def test_bench_times_what_is_right(tmp_path: Path, capsys: pytest.CaptureFixture
     assert report["ok"]
     assert report["baseline"] == "sdpa"
     rows = {(row["pass"], row["name"]): row for row in report["rows"]}
-    names = {"torch", "triton", "sdpa", "flex", "flash-attn", "flashinfer"}
+    names = {"torch", "triton", "cuda", "sdpa", "flex", "flash-attn", "flashinfer"}
     assert set(rows) == {(which, name) for which in ("fwd", "bwd", "both") for name in names}
     assert len(rows) == len(report["rows"])
     for which in ("fwd", "bwd", "both"):
@@ -165,7 +165,7 @@ def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "flash_attention", "--json", str(target)]) == 0
     (operator,) = json.loads(target.read_text())
     backends = {row["backend"]: row for row in operator["backends"]}
-    assert set(backends) == {"reference", "torch", "triton"}
+    assert set(backends) == {"reference", "torch", "triton", "cuda"}
     assert backends["torch"]["dtypes"] == ["fp16", "bf16", "fp32", "fp64"]
     assert backends["torch"]["refusals"]["cpu"] is None
     printed = capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_why_triton_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     [
         (["check", "none"], "there is no operator 'none'"),
         (["check", "-k", "no such point"], "no point named like"),
-        (["check", "--backend", "cuda"], "flash_attention has no backend 'cuda'"),
+        (["check", "--backend", "cuda"], "_attention has no backend 'cuda'"),
         (["bench", "none"], "there is no operator 'none'"),
         (["bench", "flash_attention", "--shape", "z=1"], "has no dimension 'z'"),
         (["bench", "flash_attention", "--suite", "none"], "has no suite 'none'"),

@@ -5,33 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
 from iokernels import lean_attention
-from iokernels.runtime.device import cxx
 from iokernels.testing import budget, inputs
 from iokernels.testing.poison import poison_
-
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(cxx() is None, reason="the emulator needs g++"))
-BACKENDS = ("torch", "triton", CUDA)
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 _NOWHERE = 2**31 - 1
 """A page that does not exist."""
-
-
-def runs(*dtypes: torch.dtype) -> list[Any]:
-    """Parameters ``backend, dtype``: every backend with those of the dtypes of q that it takes."""
-    found: list[Any] = [(backend, dtype) for backend in ("torch", "triton") for dtype in dtypes]
-    return found + [pytest.param("cuda", dtype, marks=CUDA.marks) for dtype in dtypes if dtype.itemsize == 2]
-
-
-def usual(backend: str) -> torch.dtype:
-    """The widest dtype of q that a backend has kernels for."""
-    return torch.float16 if backend == "cuda" else torch.float32
 
 
 class Call(NamedTuple):

@@ -17,19 +17,22 @@ from iokernels import autotune, flash_attention, flash_attention_varlen
 from iokernels.bench.case import Point
 from iokernels.bench.cases.flash_attention import CASE
 from iokernels.bench.proof import Proof
-from iokernels.ops.flash_attention import reference, triton_launch
+from iokernels.ops.flash_attention import reference, triton_launch, tuning_cuda
 from iokernels.ops.flash_attention.options import Options
 from iokernels.ops.flash_attention.tuning import Config
 from iokernels.testing import budget, inputs
 
-BACKENDS = ("torch", "triton")
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+from .backends import BACKENDS, HALF_AND_SINGLE, runs, usual
+
+PYTHON = ("torch", "triton")
+"""The backends with every option, and with float32."""
 
 SMALL_TILES = {
     "flash_attention_fwd": Config(32, 64, 4, 2),
     "flash_attention_bwd_dq": Config(64, 32, 4, 2),
     "flash_attention_bwd_dkv": Config(32, 64, 4, 2),
     "flash_attention_bwd_dbias": Config(32, 32, 4, 1),
+    **dict.fromkeys(tuning_cuda.KERNELS, tuning_cuda.Config(block=16, warps=2)),
 }
 
 
@@ -68,7 +71,7 @@ def _double(options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("point", CASE.check_points(), ids=lambda point: point.name)
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [(name, dtype) for name in BACKENDS for dtype in CASE.implementations[name].dtypes], ids=str
+    ("backend", "dtype"), [(name, dtype) for name in PYTHON for dtype in CASE.implementations[name].dtypes], ids=str
 )
 def test_every_option(backend: str, point: Point, dtype: torch.dtype, device: str) -> None:
     verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
@@ -85,8 +88,7 @@ def test_lengths(backend: str, lengths: tuple[int, int], causal: bool, device: s
     prove(backend, q, k, v, causal=causal)
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), runs(*HALF_AND_SINGLE), ids=str)
 def test_rows_without_keys(backend: str, dtype: torch.dtype, device: str) -> None:
     q, k, v = inputs.attention(4, 2, 2, 2, 70, 33, 16, dtype=dtype, device=device)
     out, lse, dq, _, _ = prove(backend, q, k, v, causal=True)
@@ -101,8 +103,8 @@ def test_rows_without_keys(backend: str, dtype: torch.dtype, device: str) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend: str, shape: tuple[int, int, int, int], device: str) -> None:
     batch, heads, seqlen_q, seqlen_k = shape
-    q = torch.randn(batch, heads, seqlen_q, 16, device=device)
-    k, v = (torch.randn(batch, heads, seqlen_k, 16, device=device) for _ in range(2))
+    q = torch.randn(batch, heads, seqlen_q, 16, dtype=usual(backend), device=device)
+    k, v = (torch.randn(batch, heads, seqlen_k, 16, dtype=usual(backend), device=device) for _ in range(2))
     out, lse, dq, dk, dv = results(backend, q, k, v)
     assert out.shape == q.shape
     assert (out == 0).all()
@@ -110,7 +112,7 @@ def test_empty(backend: str, shape: tuple[int, int, int, int], device: str) -> N
     assert all((gradient == 0).all() for gradient in (dq, dk, dv))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_bias_gradient_of_empty_calls(backend: str, device: str) -> None:
     q, k = torch.randn(1, 2, 5, 16, device=device), torch.randn(1, 2, 0, 16, device=device)
     bias = torch.randn(1, 2, 5, 1, device=device, requires_grad=True)
@@ -122,7 +124,7 @@ def test_bias_gradient_of_empty_calls(backend: str, device: str) -> None:
 @pytest.mark.parametrize(
     "widths", [(16, 16), (40, 40), (59, 59), (96, 40), (111, 192), (192, 128), (256, 256)], ids=str
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_widths(backend: str, widths: tuple[int, int], device: str) -> None:
     q, k, v = inputs.attention(5, 1, 1, 1, 45, 50, *widths, dtype=torch.float16, device=device, layout="padded")
     prove(backend, q, k, v, causal=True)
@@ -139,7 +141,7 @@ def test_layouts(backend: str, layout: Any, device: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["expanded", "transposed", "every other"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_layouts_of_the_gradient(backend: str, form: str, device: str) -> None:
     q, k, v = inputs.attention(7, 1, 2, 2, 50, 60, 16, dtype=torch.float32, device=device)
     dout = {
@@ -167,7 +169,7 @@ def test_windows(backend: str, window: tuple[int, int], lengths: tuple[int, int]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_window_as_long_as_the_sequence_is_none(backend: str, device: str) -> None:
-    q, k, v = inputs.attention(10, 1, 2, 2, 50, 70, 16, dtype=torch.float32, device=device)
+    q, k, v = inputs.attention(10, 1, 2, 2, 50, 70, 16, dtype=usual(backend), device=device)
     windowed = results(backend, q, k, v, window=(2**31 - 1, 2**40))
     for one, other in zip(windowed, results(backend, q, k, v), strict=True):
         torch.testing.assert_close(one, other)
@@ -175,13 +177,13 @@ def test_a_window_as_long_as_the_sequence_is_none(backend: str, device: str) -> 
 
 @pytest.mark.parametrize("kind", ["flat", "large", "constant"])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_logits(backend: str, dtype: torch.dtype, kind: Any, device: str) -> None:
     q, k, v = inputs.attention(11, 1, 2, 2, 70, 90, 32, dtype=dtype, device=device, kind=kind)
     prove(backend, q, k, v, causal=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_saturated_softcap(backend: str, device: str) -> None:
     q, k, v = inputs.attention(12, 1, 2, 2, 50, 70, 32, dtype=torch.float32, device=device, kind="large")
     prove(backend, q, k, v, softcap=3.0)
@@ -189,12 +191,12 @@ def test_saturated_softcap(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_negative_and_zero_scale(backend: str, device: str) -> None:
-    q, k, v = inputs.attention(13, 1, 2, 2, 50, 70, 32, dtype=torch.float32, device=device)
+    q, k, v = inputs.attention(13, 1, 2, 2, 50, 70, 32, dtype=usual(backend), device=device)
     prove(backend, q, k, v, scale=-0.2, causal=True)
     prove(backend, q, k, v, scale=0.0, causal=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_bias_of_minus_infinity_is_a_mask(backend: str, device: str) -> None:
     q, k, v = inputs.attention(14, 1, 2, 2, 50, 70, 16, dtype=torch.float32, device=device)
     mask = torch.rand(1, 1, 50, 70, device=device) < 0.5
@@ -210,7 +212,7 @@ def test_bias_of_minus_infinity_is_a_mask(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1, 1), (1, 4, 1, 70), (2, 1, 50, 1), (50, 70), (70,), (1, 1)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_broadcast_bias_and_mask(backend: str, shape: tuple[int, ...], device: str) -> None:
     q, k, v = inputs.attention(15, 2, 4, 2, 50, 70, 16, dtype=torch.float32, device=device, kind="flat")
     gradients = []
@@ -224,7 +226,7 @@ def test_broadcast_bias_and_mask(backend: str, shape: tuple[int, ...], device: s
     torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_dropout_drops_what_it_should(backend: str, device: str) -> None:
     """With v the identity, out shows the weights themselves."""
     n, p = 64, 0.3
@@ -245,7 +247,7 @@ def test_dropout_drops_what_it_should(backend: str, device: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_is_each_sequence_alone(backend: str, device: str) -> None:
     lengths_q, lengths_k = (20, 0, 37, 5), (33, 12, 0, 5)
-    q, k, v, cu_q, cu_k = inputs.packed(16, lengths_q, lengths_k, 4, 2, 16, dtype=torch.float32, device=device)
+    q, k, v, cu_q, cu_k = inputs.packed(16, lengths_q, lengths_k, 4, 2, 16, dtype=usual(backend), device=device)
     out, lse = flash_attention_varlen(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=37, max_seqlen_k=40, causal=True, return_lse=True,
         backend=backend,
@@ -258,7 +260,7 @@ def test_packed_is_each_sequence_alone(backend: str, device: str) -> None:
         torch.testing.assert_close(lse[:, rows], expected_lse.squeeze(0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PYTHON)
 def test_strided_sinks_and_offsets(backend: str, device: str) -> None:
     q, k, v, cu_q, cu_k = inputs.packed(22, (20, 7), (20, 7), 4, 2, 16, dtype=torch.float32, device=device)
     sinks = torch.linspace(-1.0, 2.0, 4, device=device)
@@ -276,7 +278,7 @@ def test_strided_sinks_and_offsets(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_no_sequence(backend: str, device: str) -> None:
-    q, k, v, cu_q, cu_k = inputs.packed(17, (20, 10), (20, 10), 2, 2, 16, dtype=torch.float32, device=device)
+    q, k, v, cu_q, cu_k = inputs.packed(17, (20, 10), (20, 10), 2, 2, 16, dtype=usual(backend), device=device)
     q, k, v = (torch.cat([x, torch.full_like(x[:7], float("nan"))]).requires_grad_() for x in (q, k, v))
     out, lse = flash_attention_varlen(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=20, max_seqlen_k=20, return_lse=True,
@@ -309,7 +311,7 @@ def test_a_row_does_not_depend_on_its_batch(device: str) -> None:
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "kv", "qv"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_some_gradients(backend: str, wanted: str, device: str) -> None:
-    q, k, v = inputs.attention(20, 1, 2, 2, 50, 50, 16, device=device)
+    q, k, v = inputs.attention(20, 1, 2, 2, 50, 50, 16, dtype=usual(backend), device=device)
     everything = results(backend, q, k, v, torch.ones(1, 2, 50, 16, device=device))[2:]
     for name, x in zip("qkv", (q, k, v), strict=True):
         x.requires_grad_(name in wanted)

@@ -20,7 +20,8 @@ from iokernels.bench.proof import Proof
 from iokernels.ops.lean_attention import tuning_cuda
 from iokernels.ops.lean_attention.tuning import Config
 
-from .lean_attention_calls import BACKENDS, CUDA, HALF_AND_SINGLE, make, prove, runs, usual
+from .backends import BACKENDS, CUDA, HALF_AND_SINGLE, runs, usual
+from .lean_attention_calls import make, prove
 
 RAGGED = (0, 40, 1, 90, 33)
 

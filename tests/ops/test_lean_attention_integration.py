@@ -16,7 +16,8 @@ from iokernels.ops.lean_attention.op import attend
 from iokernels.ops.lean_attention.options import SCHEDULES, Options
 from iokernels.runtime import device as devices
 
-from .lean_attention_calls import CUDA, Call, make, usual
+from .backends import CUDA, usual
+from .lean_attention_calls import Call, make
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

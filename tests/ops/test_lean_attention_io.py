@@ -22,7 +22,8 @@ from iokernels.ops.lean_attention.tuning import Config
 from iokernels.runtime import device as devices
 from iokernels.testing.tracer import Trace, trace
 
-from .lean_attention_calls import HALF_AND_SINGLE, Call, make
+from .backends import HALF_AND_SINGLE
+from .lean_attention_calls import Call, make
 
 interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 

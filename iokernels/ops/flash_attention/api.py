@@ -11,7 +11,7 @@ from torch import Tensor
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
-from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets
 from iokernels.runtime.plans import remembered
 
@@ -44,7 +44,10 @@ VARLEN = Contract(
 )
 
 MAX_HEAD_DIM = 256
-"""Widest head that the Triton kernels hold on chip."""
+"""Widest head that the kernels hold on chip."""
+
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes that the kernels in CUDA C++ take."""
 
 
 def flash_attention(
@@ -93,7 +96,9 @@ def flash_attention(
         return_lse: also return the log-sum-exp.
         deterministic: accepted for the callers of other libraries. Every backend here gives the same bits on every
             run, forward and backward, so True and False mean the same.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of
+            :mod:`iokernels.runtime.dispatch`, which never takes ``"cuda"``. That one takes float16 and bfloat16, and
+            neither mask, bias, alibi_slopes, sinks nor dropout_p.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in the dtype and memory order of q, or ``(out, lse)`` with ``lse [B, Hq, Nq]`` the
@@ -232,7 +237,8 @@ def _dense_plan(
     sizes = DENSE.check(
         q=q, k=k, v=v, mask=_four_dims(mask), bias=_four_dims(bias), alibi_slopes=_two_dims(alibi_slopes), sinks=sinks
     )
-    return _plan(DENSE, q, sizes, causal, window, scale, softcap, dropout_p, deterministic, alibi_slopes, backend)
+    changes = {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    return _plan(DENSE, q, sizes, causal, window, scale, softcap, dropout_p, deterministic, changes, backend)
 
 
 def _varlen_plan(
@@ -255,12 +261,13 @@ def _varlen_plan(
         q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, mask=_four_dims(mask),
         bias=_four_dims(bias), alibi_slopes=_two_dims(alibi_slopes), sinks=sinks,
     )  # fmt: skip
-    return _plan(VARLEN, q, sizes, causal, window, scale, softcap, dropout_p, deterministic, alibi_slopes, backend)
+    changes = {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    return _plan(VARLEN, q, sizes, causal, window, scale, softcap, dropout_p, deterministic, changes, backend)
 
 
 def _plan(
     contract: Contract, q: Tensor, sizes: dict[str, Any], causal: bool, window: Any, scale: Any, softcap: Any,
-    dropout_p: Any, deterministic: Any, alibi_slopes: Tensor | None, backend: str | None,
+    dropout_p: Any, deterministic: Any, changes: dict[str, Tensor | None], backend: str | None,
 ) -> Plan:  # fmt: skip
     heads, kv_heads, width = sizes["Hq"], sizes["Hkv"], sizes["D"]
     contract.require(
@@ -276,6 +283,7 @@ def _plan(
         raise TypeError(
             f"{contract.operator}: deterministic is {type(deterministic).__name__}; it must be a bool or None"
         )
+    alibi_slopes = changes["alibi_slopes"]
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError(
             f"{contract.operator}: alibi_slopes requires a gradient, which is not computed; "
@@ -287,17 +295,32 @@ def _plan(
     scale = contract.number("scale", width**-0.5 if scale is None else scale)
     softcap = contract.number("softcap", softcap, least=0.0)
     dropout_p = contract.number("dropout_p", dropout_p, least=0.0, below=1.0)
+    widths = {"D": sizes["D"], "Dv": sizes["Dv"]}
     backend = dispatch.choose(
         contract.operator,
         backend,
         q.device.type,
         {
-            "triton": partial(devices.kernel_refusal, q, {"D": sizes["D"], "Dv": sizes["Dv"]}, MAX_HEAD_DIM),
+            "triton": partial(devices.kernel_refusal, q, widths, MAX_HEAD_DIM),
+            "cuda": lambda: _cuda_refusal(q, widths, {**changes, "dropout_p": dropout_p if dropout_p > 0.0 else None}),
             "torch": lambda: None,
             "reference": lambda: None,
         },
     )
     return Plan(backend, scale, left, right, softcap, dropout_p)
+
+
+def _cuda_refusal(q: Tensor, widths: dict[str, Any], changes: dict[str, Any]) -> str | None:
+    """Why the kernels in CUDA C++ cannot run a call, as the end of a sentence, or None when they can."""
+    if q.dtype not in CUDA_DTYPES:
+        return f"its kernels take float16 and bfloat16, not {short(q.dtype)}"
+    for name, width in widths.items():
+        if width > MAX_HEAD_DIM:
+            return f"{name} is {width}, and its kernels hold heads up to {MAX_HEAD_DIM} wide"
+    for name, given in changes.items():
+        if given is not None:
+            return f"its kernels have no {name}"
+    return devices.cuda_refusal(q.device)
 
 
 def _check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> None:

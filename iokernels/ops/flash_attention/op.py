@@ -1,7 +1,7 @@
 """``flash_attention`` as ``torch.library`` operators with an ``autograd.Function`` outside.
 
-One forward and one backward operator serve dense and packed inputs and the backends ``torch`` and ``triton``. This
-file imports torch alone; the backend's module is imported when it first runs.
+One forward and one backward operator serve dense and packed inputs and the backends ``torch``, ``triton`` and ``cuda``.
+This file imports torch alone; the backend's module is imported when it first runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from iokernels.runtime.registration import lazily, register
 
 from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, empty_in_order_of, empty_lse, empty_out
 
-_backend = lazily(__package__, torch=".portable", triton=".triton_launch")
+_backend = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:

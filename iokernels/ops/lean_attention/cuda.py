@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.ops.cuda_tiles import clamp, in_sixteens
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 from iokernels.runtime.launch import CudaKernel, Int64, cuda_kernel
 
@@ -70,8 +71,8 @@ def _launch(launch: Launch, out: Tensor, lse: Tensor, prefix: Tensor | None) -> 
         "page": 0 if table is None else k_cache.shape[2],
         "qk_scale": float(options.scale / softcap if softcap > 0.0 else options.scale * math.log2(math.e)),
         "softcap_log2": softcap * math.log2(math.e),
-        "window_left": _clamp(options.window_left),
-        "window_right": _clamp(options.window_right),
+        "window_left": clamp(options.window_left),
+        "window_right": clamp(options.window_right),
         "fewest_tiles": tuning.FEWEST_TILES,
         "most_parts": launch.most_parts,
         "part_tiles": launch.part_tiles,
@@ -167,7 +168,7 @@ class Launch:
             PAGED=self.table is not None,
             K_BY_KEY=per_key(options.k_scale),
             V_BY_KEY=per_key(options.v_scale),
-            ALIGNED=all(_in_sixteens(x) for x in (q, k_cache, v_cache)),
+            ALIGNED=all(in_sixteens(x) for x in (q, k_cache, v_cache)),
             OF_PREFIX=self.of_prefix,
         )
 
@@ -183,19 +184,5 @@ def _quads(width: int) -> int:
     return -(-width // 4) * 4
 
 
-def _in_sixteens(x: Tensor) -> bool:
-    """Whether every row of ``x`` is whole units of 16 bytes, at addresses that are too."""
-    *outer, last = zip(x.shape, x.stride(), strict=True)
-    unit = 16 // x.element_size()
-    if last[0] % unit or last[1] != 1:
-        return False
-    return x.data_ptr() % 16 == 0 and all(size == 1 or stride % unit == 0 for size, stride in outer)
-
-
 def _stride(scale: Tensor | None) -> tuple[int, ...]:
     return scale.stride() if scale is not None and per_key(scale) else (0, 0, 0)
-
-
-def _clamp(side: int) -> int:
-    """A window side as int32 with room for sums: any longer one is as good as unbounded."""
-    return min(side, 2**30)
