@@ -118,7 +118,8 @@ def linear_attention(
 
     No argument is modified. Under autocast q, k and v are cast to the autocast dtype. Gradients can be taken once;
     ``backend="reference"`` supports higher orders. Every backend gives the same bits on every run. ``triton`` and
-    ``cuda`` round the state to the dtype of q where it meets q, so float16 needs states below 65,504; bfloat16 has no such bound.
+    ``cuda`` round the state to the dtype of q where it meets q, so float16 needs states below 65,504; bfloat16 has no
+    such bound.
     """
     q, k, v = autocast(q, k, v)
     packed = cu_seqlens is not None

@@ -1,7 +1,7 @@
 """Launch parameters of the linear_attention kernel in CUDA C++: what a configuration is, the default, and the space.
 
 A warp has 16 columns of v and their state in registers, so the warps of a block say how often q and k are read. Two
-chunks of q, k and v lie in shared memory; the default wants room for two blocks an SM.
+chunks of q, k and v lie in shared memory; the default wants room for two blocks an SM, where registers allow two.
 """
 
 from __future__ import annotations
@@ -72,6 +72,15 @@ def slices(problem: Problem, config: Config) -> int:
     return -(-problem.block_v // config.width)
 
 
+def registers(problem: Problem) -> int:
+    """The 32-bit registers of a thread, about: the state, the same rounded, and what passes through."""
+    return problem.block_k * 3 // 2 + 48
+
+
+_REGISTERS = 65536
+"""Of an SM, since sm_80."""
+
+
 def default(problem: Problem) -> Config:
     """A configuration that fits, for every problem the kernel accepts."""
     warps = min(problem.block_v // 16, MOST_WARPS)
@@ -80,14 +89,11 @@ def default(problem: Problem) -> Config:
     narrow = min(warps, 4)
     for chunk, num_warps in ((64, warps), (64, narrow), (32, warps), (32, narrow), (16, warps)):
         config = Config(chunk, num_warps)
-        if 2 * (shared_bytes(problem, config) + 1024) <= problem.smem_sm:
+        blocks = 2 if 2 * 32 * num_warps * registers(problem) <= _REGISTERS else 1
+        needed = shared_bytes(problem, config)
+        if needed <= problem.smem_block and blocks * (needed + 1024) <= problem.smem_sm:
             return config
     return config
-
-
-def registers(problem: Problem) -> int:
-    """The 32-bit registers of a thread: the state, the same rounded, and what passes through."""
-    return problem.block_k * 3 // 4 + 56
 
 
 def _shared(problem: Problem, device: DeviceSpec, chunk: int, warps: int) -> int:
