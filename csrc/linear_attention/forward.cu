@@ -1,5 +1,5 @@
-// The forward walk of linear attention with scalar decay (Qin et al., 2024, arXiv:2401.04658, equations 9 to 13; Dao and
-// Gu, 2024, arXiv:2405.21060, section 6) with mma.sync and cp.async.
+// The forward walk of linear attention with scalar decay (Qin et al., 2024, arXiv:2401.04658, equations 9 to 13; Dao
+// and Gu, 2024, arXiv:2405.21060, section 6) with mma.sync and cp.async.
 //
 //     out_i = s sum_{j <= i} exp(b_i - b_j) (q_i . k_j) v_j        state = sum_j exp(b_N - b_j) k_j v_j^T
 //
@@ -17,12 +17,12 @@
 // The 16 by 16 pieces of the scores are shared out among all warps and meet in shared memory. Chunks arrive in a ring
 // of two stages, the next one while this one is worked on; two barriers a chunk.
 //
-// FLOPs: N ((C + 16) (K slices + V) + 4 K V) a head: scores are made below the diagonal only, and once for each slice of
-// columns. Bytes: q and k once for each slice, v and out once, a decay a token and slice; the states at both ends,
-// float32, once; 8 bytes of offsets a warp where sequences are packed.
+// FLOPs: N ((C + 16) (K slices + V) + 4 K V) a head: pieces of scores up to the diagonal, made once for each slice of
+// columns. Bytes: q, k and decays once for each slice, v and out once; the states at both ends, float32, once; 8 bytes
+// of offsets a warp where sequences are packed.
 //
-// Constants: Element (fp16, bf16), KEY_WIDTH, VALUE_WIDTH, CHUNK, WARPS, DECAY (0: none, 1: one a head, 2: one a token),
-// ALIGNED (16-byte rows of q, k, v and out).
+// Constants: Element (fp16, bf16), KEY_WIDTH, VALUE_WIDTH, CHUNK, WARPS, ALIGNED (16-byte rows of q, k, v and out),
+// DECAY (0: none, 1: one a head, 2: one a token).
 #include "common/barriers.cuh"
 #include "common/math.cuh"
 #include "tiles.cuh"
@@ -51,7 +51,8 @@ struct Decays {
             if constexpr (DECAY == PER_HEAD) {
                 g[part] = each;
             } else {
-                if (row < CHUNK && first + row < length) g[part] = in_base_2(load_global(at + (first + row) * stride_n));
+                const bool exists = row < CHUNK && first + row < length;
+                if (exists) g[part] = in_base_2(load_global(at + (first + row) * stride_n));
             }
         }
     }

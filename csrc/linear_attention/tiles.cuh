@@ -24,13 +24,14 @@ struct Fragment {
     u32 at[4];
 };
 
-// Starts copying CHUNK rows, of which the first `there` exist, of `columns` columns; zeros for the others, up to PADDED.
+// Starts copying CHUNK rows, of which the first `there` exist, of `columns` columns; zeros elsewhere, up to PADDED.
 template <int PADDED>
 DEVICE void fetch_tile(Shared<Element> tile, const Element* source, const Strides& stride, int there, int columns) {
     constexpr int CHUNKS = PADDED / 8, COUNT = CHUNK * CHUNKS;
 #pragma unroll 2
     for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; ++i) {
-        const int chunk = i * THREADS + static_cast<int>(threadIdx.x), row = chunk / CHUNKS, column = chunk % CHUNKS * 8;
+        const int chunk = i * THREADS + static_cast<int>(threadIdx.x);
+        const int row = chunk / CHUNKS, column = chunk % CHUNKS * 8;
         if (COUNT % THREADS != 0 && chunk >= COUNT) break;
         const Shared<Element> target = tile + (row * (PADDED + 8) + column);
         const Element* from = source + row * stride.n;
