@@ -100,11 +100,13 @@ class Compilation:
     """How the kernels of one backend of an operator are compiled without a GPU.
 
     ``launch(shape, dtype, pass)`` launches the kernels of a pass through their real launchers with meta tensors.
-    ``points`` are the shapes and dtypes that together compile every branch of every kernel.
+    ``points`` are the shapes and dtypes that together compile every branch of every kernel. ``spills`` is how many
+    bytes a thread the worst of them is known to keep in local memory, as the operator's page says.
     """
 
     launch: Callable[[Shape, torch.dtype, Pass], None]
     points: tuple[tuple[Shape, torch.dtype], ...]
+    spills: int = 0
 
 
 @dataclass(frozen=True)

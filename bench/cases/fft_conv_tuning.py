@@ -10,7 +10,7 @@ from iokernels.bench.cases.fft_conv_kernels import configs, launcher
 from iokernels.bench.cases.fft_conv_kernels import launch as launch_pass
 from iokernels.bench.cases.fft_conv_kernels import mode as mode_of
 from iokernels.bench.shape import Shape
-from iokernels.ops.fft_conv import cuda_tuning
+from iokernels.ops.fft_conv import tuning_cuda
 from iokernels.ops.fft_conv.options import reach
 from iokernels.ops.fft_conv.tuning import Problem
 from iokernels.ops.fft_conv.tuning_space import TUNABLES
@@ -18,7 +18,7 @@ from iokernels.runtime.device import DeviceSpec, assume
 
 _LEAVES = {
     kernel: ("u", "k", "pre_gate", "post_gate", "skip") if "bwd" in kernel else ()
-    for kernel in (*TUNABLES, *cuda_tuning.TUNABLES)
+    for kernel in (*TUNABLES, *tuning_cuda.TUNABLES)
 }
 
 
@@ -26,25 +26,25 @@ def kernels(shape: Shape) -> tuple[str, ...]:
     """Both passes of Triton, where transforms go through memory the first and the last step of those; and both passes
     in CUDA C++ where their transforms serve."""
     mode, taps = reach(shape.n, shape.nk, mode_of(shape), shape.keep, bool(shape.state))
-    most = max(cuda_tuning.shared_bytes(length) for length in cuda_tuning.LENGTHS)
-    served = cuda_tuning.refusal(shape.n, taps, mode, bool(shape.state), most) is None
-    return (*configs(shape, torch.float16), *(cuda_tuning.TUNABLES if served else ()))
+    most = max(tuning_cuda.shared_bytes(length) for length in tuning_cuda.LENGTHS)
+    served = tuning_cuda.refusal(shape.n, taps, mode, bool(shape.state), most) is None
+    return (*configs(shape, torch.float16), *(tuning_cuda.TUNABLES if served else ()))
 
 
-def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Problem | cuda_tuning.Problem:
+def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Problem | tuning_cuda.Problem:
     """What a call of ``shape`` asks of ``kernel``."""
     with assume(device):
-        if kernel in cuda_tuning.TUNABLES:
+        if kernel in tuning_cuda.TUNABLES:
             return cuda.launcher(shape, dtype).problem(kernel.removesuffix("_cuda"))
         return launcher(shape, dtype).problem(kernel)
 
 
 def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
     """Launch ``kernel`` with meta tensors."""
-    made = cuda.launch if kernel in cuda_tuning.TUNABLES else launch_pass
+    made = cuda.launch if kernel in tuning_cuda.TUNABLES else launch_pass
     made(shape, dtype, "bwd" if "bwd" in kernel else "fwd")
 
 
-_FUNCTIONS = {kernel: kernel.removesuffix("_cuda") + "_kernel" for kernel in cuda_tuning.TUNABLES}
+_FUNCTIONS = {kernel: kernel.removesuffix("_cuda") + "_kernel" for kernel in tuning_cuda.TUNABLES}
 
-TUNING = Tuning({**TUNABLES, **cuda_tuning.TUNABLES}, kernels, problem, launch, _LEAVES, _FUNCTIONS)
+TUNING = Tuning({**TUNABLES, **tuning_cuda.TUNABLES}, kernels, problem, launch, _LEAVES, _FUNCTIONS)

@@ -13,7 +13,8 @@ from iokernels.bench.case import Case, Implementation, Inputs, Limit, Outputs, P
 from iokernels.bench.cases.flash_rnn_accounts import ACCOUNTS, floor_bytes
 from iokernels.bench.cases.flash_rnn_cuda import ACCOUNTS as CUDA_ACCOUNTS
 from iokernels.bench.cases.flash_rnn_cuda import COMPILATION as CUDA_COMPILATION
-from iokernels.bench.cases.flash_rnn_kernels import COMPILATION, TUNING
+from iokernels.bench.cases.flash_rnn_cuda import TUNING
+from iokernels.bench.cases.flash_rnn_kernels import COMPILATION
 from iokernels.bench.cases.flash_rnn_shapes import VOCABULARY, cell_of, lengths
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.ops.flash_rnn.api import flash_rnn

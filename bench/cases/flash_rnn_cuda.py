@@ -7,17 +7,18 @@ from typing import Any
 import torch
 
 from iokernels.bench.accounts import Account, Accounts, Configs
-from iokernels.bench.case import Compilation, Pass
+from iokernels.bench.case import Compilation, Pass, Tuning
 from iokernels.bench.cases import flash_rnn_cuda_io as model
 from iokernels.bench.cases.flash_rnn_accounts import NAIVE, naive_bytes, problem_of
+from iokernels.bench.cases.flash_rnn_kernels import TUNING as TRITON_TUNING
 from iokernels.bench.cases.flash_rnn_kernels import meta_call
 from iokernels.bench.cases.flash_rnn_shapes import VOCABULARY, cell_of
 from iokernels.bench.shape import Shape
 from iokernels.ops.flash_rnn import cuda
 from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.ops.flash_rnn.options import Forward, Needs, empty_history, empty_out, empty_state, empty_values
-from iokernels.ops.flash_rnn.resources import KERNELS, Config, fits, problem_for, walkers
-from iokernels.runtime.device import spec_of
+from iokernels.ops.flash_rnn.resources import KERNELS, TUNABLES, Config, Problem, fits, problem_for, walkers
+from iokernels.runtime.device import DeviceSpec, spec_of
 
 
 def configs(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
@@ -34,14 +35,19 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
     return model.accounts(problem_of(shape, dtype), configs, shared)
 
 
+def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Problem:
+    """What the choice for one kernel depends on."""
+    tensor_cores = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    kind = CELLS[cell_of(shape)]
+    return problem_for(kernel, kind, shape.d, shape.h, shape.b, dtype.itemsize, tensor_cores, device)
+
+
 def launch(shape: Shape, dtype: torch.dtype, which: Pass) -> None:
     """Launch the kernels of a pass with meta tensors; nothing where the GPU cannot hold the matrices."""
     gates, recurrent, bias, options = meta_call(shape, dtype)
     spec, kind = spec_of(gates.device), CELLS[cell_of(shape)]
-    precise = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    for kernel in KERNELS:
-        if not fits(problem_for(kernel, kind, shape.d, shape.h, shape.b, dtype.itemsize, not precise, spec)):
-            return
+    if not all(fits(problem(shape, dtype, kernel, spec)) for kernel in KERNELS):
+        return
     if which != "bwd":
         cuda.forward(gates, recurrent, bias, True, options)
     if which != "fwd":
@@ -64,7 +70,6 @@ COMPILATION = Compilation(
             ("d=96,cell=1,h=8,state=1,nb=1", torch.float16),
             ("d=32,cell=2,lengths=1,cut=1,bias=0", torch.bfloat16),
             ("d=256,h=1", torch.bfloat16),
-            ("d=768,h=1", torch.bfloat16),
             ("d=64,cell=1,lengths=1", torch.float32),
             ("d=21,cell=3,state=1", torch.float32),
         )
@@ -88,3 +93,29 @@ ACCOUNTS = Accounts(
     shapes=tuple((VOCABULARY.parse(text), dtype) for text, dtype in _SHAPES),
     test_configs=dict.fromkeys(KERNELS, Config(blocks=1, tile=8, split=1, eighths=8, stages=2)),
 )
+
+
+def _kernels(shape: Shape) -> tuple[str, ...]:
+    return TRITON_TUNING.kernels(shape) + (KERNELS if shape.recompute else KERNELS[:2])
+
+
+def _problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Any:
+    of = problem if kernel in TUNABLES else TRITON_TUNING.problem
+    return of(shape, dtype, kernel, device)
+
+
+def _launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
+    if kernel in TUNABLES:
+        launch(shape, dtype, "fwd" if kernel == "flash_rnn_fwd_cuda" else "bwd")
+    else:
+        TRITON_TUNING.launch(shape, dtype, kernel)
+
+
+TUNING = Tuning(
+    {**TRITON_TUNING.tunables, **TUNABLES},
+    _kernels,
+    _problem,
+    _launch,
+    {**TRITON_TUNING.leaves, **{f"{kernel}_cuda": names for kernel, names in TRITON_TUNING.leaves.items()}},
+)
+"""Of both backends."""

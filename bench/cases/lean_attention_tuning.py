@@ -1,35 +1,49 @@
-"""How the Triton kernels of lean_attention are tuned: what the choice depends on, and launching them."""
+"""How the kernels of lean_attention are tuned: what the choice depends on, and launching them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from iokernels.bench.case import Tuning
 from iokernels.bench.cases.lean_attention_kernels import meta_call
 from iokernels.bench.shape import Shape
-from iokernels.ops.lean_attention.tuning import KERNEL, Problem
+from iokernels.ops.lean_attention import tuning_cuda
+from iokernels.ops.lean_attention.options import capacity
+from iokernels.ops.lean_attention.tuning import KERNEL
 from iokernels.ops.lean_attention.tuning_space import TUNABLES
 from iokernels.runtime.device import DeviceSpec, assume
 
 
 def kernels(shape: Shape) -> tuple[str, ...]:
-    """One choice for a call: how keys are divided and by which kernels belong together."""
-    return (KERNEL,)
+    """One choice for a call of each backend: how keys are divided and by which kernels belong together."""
+    return KERNEL, tuning_cuda.KERNEL
 
 
-def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Problem:
-    """What a call of ``shape`` asks of the kernels."""
-    from iokernels.ops.lean_attention import triton_launch
+def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Any:
+    """What a call of ``shape`` asks of the kernels of a backend."""
+    from iokernels.ops.lean_attention import cuda, triton_launch
 
+    q, k_cache, v_cache, options = meta_call(shape, dtype)
     with assume(device):
-        return triton_launch.Launch(*meta_call(shape, dtype)).problem
+        if kernel == tuning_cuda.KERNEL:
+            return cuda.Launch(q, k_cache, v_cache, options, capacity(k_cache, options)).problem
+        return triton_launch.Launch(q, k_cache, v_cache, options).problem
 
 
 def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
-    """Launch the kernels with meta tensors."""
-    from iokernels.ops.lean_attention import triton_launch
+    """Launch the kernels of a backend with meta tensors."""
+    from iokernels.ops.lean_attention import cuda, triton_launch
 
-    triton_launch.forward(*meta_call(shape, dtype))
+    backend = cuda if kernel == tuning_cuda.KERNEL else triton_launch
+    backend.forward(*meta_call(shape, dtype))
 
 
-TUNING = Tuning(TUNABLES, kernels, problem, launch, {KERNEL: ()})
+TUNING = Tuning(
+    {**TUNABLES, tuning_cuda.KERNEL: tuning_cuda.TUNABLE},
+    kernels,
+    problem,
+    launch,
+    {KERNEL: (), tuning_cuda.KERNEL: ()},
+)

@@ -13,7 +13,8 @@
 //
 // Three passes over a block, then, of which the second and the third are the forward kernel's; what a later one reads
 // again the caches have. dK needs two transforms at once, so it is made in two rounds, of the lower and of the upper
-// half of k1: each has room for both, and shared memory is that of the forward kernel.
+// half of k1, after the largest elements were found: each has room for both, and shared memory is that of the forward
+// kernel.
 //
 // Scaling: a member of a pair is scaled by itself, as in the forward pass. But in dK the members are added up, so there
 // v is scaled to the same product with g for both, that of the larger one; the smaller has less to add.
@@ -22,9 +23,9 @@
 // bytes, which stay in the second-level cache. PyTorch adds those of a head and brings them back to taps. No atomics:
 // the bits are the same on every run. The first unit of a thread block writes without reading.
 //
-// Bytes that a unit asks for: u, pre, dy and post twice for dK; dy and post, then u and pre where gates need them, for
-// dv; u and pre, then dy, for dpost; du, dpre, dpost; the spectrum once for dv and once for dpost; the sum. FLOPs of a
-// pair: 16 M (N1 + 2 R) each for dv and dpost, 16 M (N1 + 2 R) for the two transforms of dK.
+// Bytes that a unit asks for: u, pre, dy and post three times for dK; dy and post, then u and pre where gates need
+// them, for dv; u and pre, then dy, for dpost; du, dpre, dpost; the spectrum once for dv and once for dpost; the sum.
+// FLOPs of a pair: 16 M (N1 + 2 R) each for dv and dpost, 16 M (N1 + 2 R) for the two transforms of dK.
 //
 // Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
 #include "convolve.cuh"
@@ -46,10 +47,15 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
 #pragma unroll 1
     for (int which = 0; which < 2; ++which) {
         const Source pair[2] = {source(which, 0), source(which, 1)};
-        Signal z;
-        load_pair(z, pair, place.start, place.seqlen, place.stop, at);
         if constexpr (FIRST == 0) {
-            const Exponents e = largest(z, chip.scratch + which * 2 * WARPS, at);
+            Exponents e = {-127, -127};
+#pragma unroll 1
+            for (int slab = 0; slab < SLABS; ++slab) {
+                Signal<1> z;
+                load_pair(z, pair, place.start, place.seqlen, place.stop, slab, at);
+                include(e, z);
+            }
+            e = largest(e, chip.scratch + which * 2 * WARPS, at);
             if (which == 0) {
                 scales.g = e;
             } else {
@@ -57,10 +63,16 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
             }
         }
         const bool first = which == 0;
-        const Exponents of_g_or_v = {first ? scales.g.r : scales.product - scales.g.r,
-                                     first ? scales.g.i : scales.product - scales.g.i};
-        rescale(z, of_g_or_v);
-        stage1<FIRST, ROUND>({first ? of_g.r : of_v.r, first ? of_g.i : of_v.i}, z, chip.first, at);
+        const Exponents e = {first ? scales.g.r : scales.product - scales.g.r,
+                             first ? scales.g.i : scales.product - scales.g.i};
+        const Planes planes = {first ? of_g.r : of_v.r, first ? of_g.i : of_v.i};
+#pragma unroll 1
+        for (int slab = 0; slab < SLABS; ++slab) {
+            Signal<1> z;
+            load_pair(z, pair, place.start, place.seqlen, place.stop, slab, at);
+            rescale(z, e);
+            stage1<FIRST, ROUND>(planes, z, slab, chip.first, at);
+        }
     }
     block_sync(at);
     const float factor = power_of_two(scales.product);

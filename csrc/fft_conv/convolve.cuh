@@ -83,13 +83,14 @@ struct Undo {
 // the lanes hold them, divided by `scale`; `sign` is -1 for its conjugate. Three barriers, the last at the end.
 DEVICE Undo convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
                      float sign, Here at = HERE) {
-    Exponents e;
+    Exponents e = {-127, -127};
     {
-        Signal z;
-        load_pair(z, source, place.start, place.seqlen, place.stop, at);
-        e = largest(z, chip.scratch, at);
+        Signal<SLABS> z;
+        load_pair(z, source, place.start, place.seqlen, place.stop, 0, at);
+        include(e, z);
+        e = largest(e, chip.scratch, at);
         rescale(z, e);
-        stage1<0, N1>(chip.planes, z, chip.first, at);
+        stage1<0, N1>(chip.planes, z, 0, chip.first, at);
     }
     block_sync(at);
     const Roots f(chip.second, at);

@@ -134,11 +134,12 @@ constexpr int ZERO_ROWS = HALF ? N1 / 2 : 0;
 
 DEVICE int first_column(int slab) { return 32 * (warp_id() + slab * WARPS); }
 
-// What a lane holds of a pair of sequences: the right operands of stage 1, tile j of a slab in [..][j]; and by what
-// power of two each group is too small.
+// What a lane holds of a pair of sequences, COUNT slabs: the right operands of stage 1, tile j of a slab in [..][j];
+// and by what power of two each group is too small.
+template <int COUNT>
 struct Signal {
-    u32 r[SLABS][HELD][4][2], i[SLABS][HELD][4][2];
-    int er[SLABS][HELD], ei[SLABS][HELD];
+    u32 r[COUNT][HELD][4][2], i[COUNT][HELD][4][2];
+    int er[COUNT][HELD], ei[COUNT][HELD];
 };
 
 // One member's group of a slab: rows 16 (FIRST_BLOCK + block) + ...; returns its exponent.
@@ -173,15 +174,17 @@ DEVICE int load_group(u32 (&to)[4][2], const Source& source, int start, int seql
     return own;
 }
 
-// Both members. `stop`: where each ends; the second is absent if that is 0.
-DEVICE void load_pair(Signal& z, const Source (&source)[2], int start, int seqlen, const int (&stop)[2],
-                      Here at = HERE) {
+// Both members, from slab `first` on. `stop`: where each ends; the second is absent if that is 0.
+template <int COUNT>
+DEVICE void load_pair(Signal<COUNT>& z, const Source (&source)[2], int start, int seqlen, const int (&stop)[2],
+                      int first, Here at = HERE) {
 #pragma unroll
-    for (int slab = 0; slab < SLABS; ++slab) {
+    for (int slab = 0; slab < COUNT; ++slab) {
+        const int at_slab = first + slab;
 #pragma unroll
         for (int block = 0; block < HELD; ++block) {
-            z.er[slab][block] = load_group(z.r[slab][block], source[0], start, seqlen, stop[0], slab, block, at);
-            z.ei[slab][block] = load_group(z.i[slab][block], source[1], start, seqlen, stop[1], slab, block, at);
+            z.er[slab][block] = load_group(z.r[slab][block], source[0], start, seqlen, stop[0], at_slab, block, at);
+            z.ei[slab][block] = load_group(z.i[slab][block], source[1], start, seqlen, stop[1], at_slab, block, at);
         }
     }
 }
@@ -190,18 +193,22 @@ struct Exponents {
     int r, i;
 };
 
-// The largest exponent of each member, over the whole block. Holds a barrier. `scratch` has 2 WARPS entries, to be
-// written again after two more barriers.
-DEVICE Exponents largest(const Signal& z, Shared<int> scratch, Here at = HERE) {
-    Exponents e = {-127, -127};
+// Those of one lane, and of the one that was found before.
+template <int COUNT>
+DEVICE void include(Exponents& e, const Signal<COUNT>& z) {
 #pragma unroll
-    for (int slab = 0; slab < SLABS; ++slab) {
+    for (int slab = 0; slab < COUNT; ++slab) {
 #pragma unroll
         for (int block = 0; block < HELD; ++block) {
             e.r = most(e.r, z.er[slab][block]);
             e.i = most(e.i, z.ei[slab][block]);
         }
     }
+}
+
+// The largest exponent of each member, over the whole block. Holds a barrier. `scratch` has 2 WARPS entries, to be
+// written again after two more barriers.
+DEVICE Exponents largest(Exponents e, Shared<int> scratch, Here at = HERE) {
     e.r = warp_reduce(e.r, Max{}, at);
     e.i = warp_reduce(e.i, Max{}, at);
     if (lane_id() == 0) {
@@ -218,9 +225,10 @@ DEVICE Exponents largest(const Signal& z, Shared<int> scratch, Here at = HERE) {
 }
 
 // The held numbers times 2^-e.
-DEVICE void rescale(Signal& z, Exponents e) {
+template <int COUNT>
+DEVICE void rescale(Signal<COUNT>& z, Exponents e) {
 #pragma unroll
-    for (int slab = 0; slab < SLABS; ++slab) {
+    for (int slab = 0; slab < COUNT; ++slab) {
 #pragma unroll
         for (int block = 0; block < HELD; ++block) {
             const float fr = power_of_two(z.er[slab][block] - e.r), fi = power_of_two(z.ei[slab][block] - e.i);
@@ -237,8 +245,9 @@ DEVICE void rescale(Signal& z, Exponents e) {
 }
 
 // Stage 1: rows FIRST to FIRST + ROWS of k1, with their factors, as rows 0 to ROWS of the planes.
-template <int FIRST, int ROWS>
-DEVICE void stage1(const Planes& planes, const Signal& z, const RootTable<N1>& table, Here at = HERE) {
+template <int FIRST, int ROWS, int COUNT>
+DEVICE void stage1(const Planes& planes, const Signal<COUNT>& z, int first, const RootTable<N1>& table,
+                   Here at = HERE) {
     const int lane = afresh(lane_id()), group = lane / 4, pair = lane % 4;
 #pragma unroll
     for (int m = FIRST / 16; m < (FIRST + ROWS + 15) / 16; ++m) {
@@ -246,7 +255,7 @@ DEVICE void stage1(const Planes& planes, const Signal& z, const RootTable<N1>& t
 #pragma unroll
         for (int k = 0; k < HELD; ++k) f[k] = table.block(m, FIRST_BLOCK + k, at);
 #pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab) {
+        for (int slab = 0; slab < COUNT; ++slab) {
             Sums d[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -259,7 +268,7 @@ DEVICE void stage1(const Planes& planes, const Signal& z, const RootTable<N1>& t
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 if (16 * m + 8 * half < FIRST || 16 * m + 8 * half >= FIRST + ROWS) continue;
-                const int k1 = afresh(16 * m + 8 * half + group), column = first_column(slab) + 4 * pair;
+                const int k1 = afresh(16 * m + 8 * half + group), column = first_column(first + slab) + 4 * pair;
                 const Complex next = root_of_unity<POINTS>(k1), far = root_of_unity<POINTS>(16 * k1);
                 Complex w = root_of_unity<POINTS>(k1 * column);
 #pragma unroll

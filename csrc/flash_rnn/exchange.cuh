@@ -35,13 +35,14 @@ struct Exchange {
         for (int t = 0; t < SEQ_TILES; ++t)
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
-                const Vector<Element, 2> pair = {{Element(x[t][s][0]), Element(x[t][s][1])}};
+                auto pair = paired<Element>(x[t][s]);
+                using Pair = decltype(pair);
                 if constexpr (BLOCKS == 1) {
                     const int row = c * TILE + at.sequence(t, s);
-                    store_shared_vector<2>(operand(turn) + (row * OPERAND_ROW + at.unit), pair);
+                    store_shared((operand(turn) + (row * OPERAND_ROW + at.unit)).template as<Pair>(), pair);
                 } else {
                     const int row = (turn % 2 * COUNT + c) * TILE + at.sequence(t, s);
-                    store_global_vector<2>(global + row * PADDED + at.unit, pair);
+                    store_global(reinterpret_cast<Pair*>(global + row * PADDED + at.unit), pair);
                 }
             }
     }

@@ -54,8 +54,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     exchange.pass(0);
 
     for (int step = 0; step < steps; ++step) {
-        if constexpr (VECTORS) gates.request(step + AHEAD, at);
-        commit_copies();
         Quad x[GATES][SEQ_TILES], values[VALUES][SEQ_TILES];
         Vector<float, 2> b[GATES];
         if (at.leads()) {
@@ -65,6 +63,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         Sums sums[GATES] = {};
         product_of_one(sums, weights, exchange.operand(step), at);
+        // Behind the product, whose instructions take their time, and before what waits for it.
+        if constexpr (VECTORS) gates.request(step + AHEAD, at);
+        commit_copies();
         gathering.add(sums, at);
         if (at.leads()) {
 #pragma unroll

@@ -96,10 +96,21 @@ DEVICE void load_ends(int (&ends)[SEQ_TILES][2], const Lengths& lengths, const P
 
 // ---- pairs: two neighbouring units --------------------
 
+// As one access: of one register where they are 16-bit numbers.
+template <class T>
+DEVICE auto paired(const float (&x)[2]) {
+    if constexpr (sizeof(T) == 2) {
+        return pack<T>(x[0], x[1]);
+    } else {
+        return Vector<T, 2>{{x[0], x[1]}};
+    }
+}
+
 template <class T>
 DEVICE void store_pair(T* p, const float (&x)[2], i64 stride, int unit) {
     if constexpr (VECTORS) {
-        if (inside(unit)) store_global_vector<2>(p, Vector<T, 2>{{T(x[0]), T(x[1])}});
+        auto pair = paired<T>(x);
+        if (inside(unit)) store_global(reinterpret_cast<decltype(pair)*>(p), pair);
     } else {
         if (inside(unit)) store_global(p, T(x[0]));
         if (inside(unit + 1)) store_global(p + stride, T(x[1]));

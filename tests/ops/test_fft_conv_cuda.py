@@ -13,8 +13,8 @@ from torch import Tensor
 
 from iokernels import UnsupportedError, autotune, fft_conv
 from iokernels.bench.cases.fft_conv import limit
-from iokernels.ops.fft_conv import cuda_filters, cuda_tuning
-from iokernels.ops.fft_conv.cuda_tuning import Config
+from iokernels.ops.fft_conv import cuda_filters, tuning_cuda
+from iokernels.ops.fft_conv.tuning_cuda import Config
 from iokernels.runtime import device as devices
 from iokernels.runtime.emulator import warp_order
 from iokernels.testing import budget
@@ -105,7 +105,7 @@ def test_zeros_beside_numbers(device: str) -> None:
     assert (dk != 0).any()
 
 
-@pytest.mark.parametrize("length", cuda_tuning.LENGTHS)
+@pytest.mark.parametrize("length", tuning_cuda.LENGTHS)
 def test_a_spectrum_has_every_frequency(length: int) -> None:
     order = cuda_filters.order_of(length, torch.device("cpu"))
     assert torch.equal(order.sort().values, torch.arange(length))

@@ -249,7 +249,7 @@ def _cuda_refusal(
     if dtype not in (torch.float16, torch.bfloat16):
         return f"its kernels take float16 and bfloat16, not {short(dtype)}"
     mode, taps = reach(n, taps, mode, keep, state and taps > 1)
-    from .cuda_tuning import refusal
+    from .tuning_cuda import refusal
 
     return devices.cuda_refusal(device) or refusal(
         n, taps, mode, state and taps > 1, devices.spec_of(device).smem_block

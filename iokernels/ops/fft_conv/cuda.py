@@ -12,7 +12,7 @@ from iokernels import autotune
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 from iokernels.runtime.launch import Argument, CudaKernel, cuda_kernel
 
-from . import cuda_tuning as tuning
+from . import tuning_cuda as tuning
 from .cuda_filters import spectrum_of, state_gradient, taps_gradient, with_skip
 from .options import Gradients, Needs, Options, reach, state_dtype
 

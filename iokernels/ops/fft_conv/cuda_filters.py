@@ -7,8 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .cuda_tuning import factors
 from .options import CIRCULAR, Options, band_length, band_limited, placed, unplaced
+from .tuning_cuda import factors
 
 
 @cache
