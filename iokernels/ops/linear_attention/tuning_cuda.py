@@ -84,7 +84,8 @@ _REGISTERS = 65536
 def default(problem: Problem) -> Config:
     """A configuration that fits, for every problem the kernel accepts."""
     warps = min(problem.block_v // 16, MOST_WARPS)
-    while warps > 4 and problem.heads * -(-problem.block_v // (16 * warps)) < problem.sms:
+    # Every slice reads q and k again: only SMs that would stand idle are worth that.
+    while warps > 2 and 2 * problem.heads * -(-problem.block_v // (16 * warps)) <= problem.sms:
         warps = -(-warps // 2)
     narrow = min(warps, 4)
     for chunk, num_warps in ((64, warps), (64, narrow), (32, warps), (32, narrow), (16, warps)):
