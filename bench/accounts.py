@@ -120,8 +120,10 @@ def count(
 
 
 def _all_passes(case: Case, inputs: Inputs, backend: str) -> None:
-    outputs = case.run(inputs, backend)
-    if "bwd" not in case.passes or "bwd" not in case.implementations[backend].passes:
+    if not case.differentiates(backend):
+        with torch.no_grad():
+            case.run(inputs, backend)
         return
+    outputs = case.run(inputs, backend)
     names = [name for name in outputs if name in inputs.output_gradients]
     torch.autograd.backward([outputs[name] for name in names], [inputs.output_gradients[name] for name in names])

@@ -174,6 +174,10 @@ class Case:
         """The name of the page that documents the functions."""
         return self.documented or self.operator
 
+    def differentiates(self, backend: str) -> bool:
+        """Whether the operator has gradients, and ``backend`` computes them."""
+        return "bwd" in self.passes and "bwd" in self.implementations[backend].passes
+
     def suite(self, name: str) -> tuple[Shape, ...]:
         """The shapes of a suite. Raises :class:`UsageError`."""
         if name not in self.suites:

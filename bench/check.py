@@ -182,7 +182,10 @@ def _prove(
                 if isinstance(proof, Exception):
                     verdict = Verdict("failed", reason=f"the reference: {type(proof).__name__}: {proof}")
                 else:
-                    verdict = proof.judge(lambda inputs, row=row, case=case: case.run(inputs, row.backend))
+                    verdict = proof.judge(
+                        lambda inputs, row=row, case=case: case.run(inputs, row.backend),
+                        gradients_too=case.differentiates(row.backend),
+                    )
                 row.verdicts.append((point, verdict))
                 row.seconds += time.perf_counter() - start
                 progress.advance(task)

@@ -78,5 +78,8 @@ def prove(
     found = {}
     for contender in among:
         if contender.prepare is not None:
-            found[contender.name] = proof.judge(lambda inputs, prepare=contender.prepare: prepare(inputs)())
+            found[contender.name] = proof.judge(
+                lambda inputs, prepare=contender.prepare: prepare(inputs)(),
+                gradients_too=contender.name not in case.implementations or case.differentiates(contender.name),
+            )
     return checked, found

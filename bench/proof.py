@@ -47,9 +47,12 @@ class Verdict:
         return f"{self.status} {self.ratio:.2g}x" + (f" ({self.where})" if self.status == "wrong" else "")
 
 
-def results(inputs: Inputs, run: Run) -> dict[str, Tensor]:
+def results(inputs: Inputs, run: Run, *, gradients_too: bool = True) -> dict[str, Tensor]:
     """Outputs and gradients of one call by name, detached. Torch's generator is set to the seed of the inputs."""
     torch.manual_seed(inputs.seed)
+    if not gradients_too:
+        with torch.no_grad():
+            return {name: output.detach() for name, output in run(inputs).items()}
     outputs = run(inputs)
     used = [name for name in inputs.output_gradients if name in outputs]
     wanted = {name: x for name, x in inputs.tensors.items() if x.requires_grad}
@@ -92,10 +95,14 @@ class Proof:
             for name, low in self.low.items():
                 self._unlucky[name] = max(self._unlucky.get(name, 0.0), _largest_error(low, self.truth[name]))
 
-    def judge(self, run: Run) -> Verdict:
-        """Run an implementation on these inputs and compare all that it returns. Never raises for a broken one."""
+    def judge(self, run: Run, *, gradients_too: bool = True) -> Verdict:
+        """Run an implementation on these inputs and compare all that it returns. Never raises for a broken one.
+
+        Without ``gradients_too`` it runs while no gradients are recorded, and its outputs alone are compared: for one
+        that has no others.
+        """
         try:
-            return self._compare(results(self.inputs, run))
+            return self._compare(results(self.inputs, run, gradients_too=gradients_too))
         except UnsupportedError as refusal:
             return Verdict("refused", reason=str(refusal))
         except Exception as error:  # a kernel may break in any way: it is reported, and the others still run

@@ -271,6 +271,9 @@ def _prover(item: Item, device: torch.device) -> Callable[[Any], Verdict]:
             shape = item.case.within(item.shape, _REFERENCE_BYTES)
             proofs.append(Proof(item.case, shape, item.dtype, device))
         with autotune.override(**{item.kernel: config}):
-            return proofs[0].judge(lambda inputs: item.case.run(inputs, item.tunable.backend))
+            backend = item.tunable.backend
+            return proofs[0].judge(
+                lambda inputs: item.case.run(inputs, backend), gradients_too=item.case.differentiates(backend)
+            )
 
     return prove

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from iokernels.bench.case import Case, Implementation, Inputs, Limit, Outputs, Pass, Point, Prepare
 from iokernels.bench.cases.linear_attention_accounts import ACCOUNTS, floor_bytes
+from iokernels.bench.cases.linear_attention_cuda import ACCOUNTS as CUDA_ACCOUNTS
+from iokernels.bench.cases.linear_attention_cuda import COMPILATION as CUDA_COMPILATION
 from iokernels.bench.cases.linear_attention_kernels import COMPILATION
 from iokernels.bench.cases.linear_attention_shapes import VOCABULARY, lengths
 from iokernels.bench.cases.linear_attention_tuning import TUNING
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.ops.linear_attention.api import MAX_WIDTH, lightning_attention, linear_attention
 from iokernels.ops.linear_attention.options import columns, features, state_dtype
+from iokernels.ops.linear_attention.tuning_cuda import MAX_WIDTH as MAX_CUDA_WIDTH
 from iokernels.runtime.errors import UnsupportedError
 
 Draw = Callable[..., Tensor]
@@ -265,6 +268,7 @@ CASE = Case(
         "reference": Implementation((*HALVES, torch.float32, torch.float64), "any"),
         "torch": Implementation((*HALVES, torch.float32, torch.float64), "any"),
         "triton": Implementation((*HALVES, torch.float32), f"1-{MAX_WIDTH}"),
+        "cuda": Implementation(HALVES, f"1-{MAX_CUDA_WIDTH}", "fwd"),
     },
     suites=SUITES,
     make_inputs=make_inputs,
@@ -277,6 +281,8 @@ CASE = Case(
     peers=peers,
     accounts=ACCOUNTS,
     compilation=COMPILATION,
+    cuda_accounts=CUDA_ACCOUNTS,
+    cuda_compilation=CUDA_COMPILATION,
     tuning=TUNING,
     limit=limit,
 )

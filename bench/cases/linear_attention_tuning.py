@@ -1,13 +1,16 @@
-"""How the Triton kernels of linear_attention are tuned: what each choice depends on, and launching one kernel alone."""
+"""How the kernels of linear_attention are tuned: what each choice depends on, and launching one kernel alone."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from iokernels import autotune
+from iokernels.autotune import Tunable
 from iokernels.bench.case import Tuning
+from iokernels.bench.cases import linear_attention_cuda
 from iokernels.bench.cases.linear_attention_kernels import (
     backward,
     configs,
@@ -18,10 +21,11 @@ from iokernels.bench.cases.linear_attention_kernels import (
     meta_call,
 )
 from iokernels.bench.shape import Shape
+from iokernels.ops.linear_attention import tuning_cuda
 from iokernels.ops.linear_attention.options import Needs
 from iokernels.ops.linear_attention.tuning import Problem
 from iokernels.ops.linear_attention.tuning_space import TUNABLES
-from iokernels.runtime.device import DeviceSpec
+from iokernels.runtime.device import DeviceSpec, assume
 
 _STATE, _STEP = "linear_attention_state", "linear_attention_step"
 _LEAVES = {
@@ -32,25 +36,35 @@ _LEAVES = {
     "linear_attention_bwd_dk": ("k", "log_decay"),
     "linear_attention_bwd_dv": ("v", "log_decay"),
     _STEP: (),
+    tuning_cuda.KERNEL: (),
 }
 
 
 def kernels(shape: Shape) -> tuple[str, ...]:
-    """All of both passes; that of segments' states where sequences are cut."""
+    """All of both passes; that of segments' states where sequences are cut, and that in CUDA C++ where it can run."""
     cut = configs(shape, torch.bfloat16)["linear_attention_fwd"].segments > 1
-    return tuple(kernel for kernel in TUNABLES if kernel != _STEP and (cut or kernel != _STATE))
+    found = tuple(kernel for kernel in TUNABLES if kernel != _STEP and (cut or kernel != _STATE))
+    plain = not (shape.taylor or shape.normalize) and max(shape.d, shape.dv) <= tuning_cuda.MAX_WIDTH
+    return (*found, tuning_cuda.KERNEL) if plain else found
 
 
-def problem(shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec) -> Problem:
+def problem(
+    shape: Shape, dtype: torch.dtype, kernel: str, device: DeviceSpec
+) -> Problem | tuning_cuda.Problem:  # fmt: skip
     """What a call of ``shape`` asks of ``kernel``."""
-    from iokernels.ops.linear_attention import triton_launch
+    from iokernels.ops.linear_attention import cuda, triton_launch
 
+    if kernel == tuning_cuda.KERNEL:
+        with assume(device):
+            return cuda.Launch(*meta_call(shape, dtype)).problem
     return triton_launch.Launch(*meta_call(shape, dtype)).problem(kernel, device, crossing(shape, kernel))
 
 
 def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
     """Launch ``kernel`` with meta tensors, and what its results need."""
-    if kernel == _STEP:
+    if kernel == tuning_cuda.KERNEL:
+        linear_attention_cuda.launch(shape, dtype, "fwd")
+    elif kernel == _STEP:
         launch_step(shape, dtype)
     elif kernel == _STATE:
         chosen = configs(shape, dtype)["linear_attention_fwd"]
@@ -63,7 +77,8 @@ def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
         backward(shape, dtype, Needs("q" in wanted, "k" in wanted, "v" in wanted, learns(shape)))
 
 
-_PASSES = {kernel: tunable for kernel, tunable in TUNABLES.items() if kernel != _STEP}
+_PASSES: dict[str, Tunable[Any]] = {kernel: tunable for kernel, tunable in TUNABLES.items() if kernel != _STEP}
+_PASSES[tuning_cuda.KERNEL] = tuning_cuda.TUNABLE
 
 TUNING = Tuning(_PASSES, kernels, problem, launch, _LEAVES, {_STATE: "linear_attention_fwd_state"})
 STEP_TUNING = Tuning({_STEP: TUNABLES[_STEP]}, lambda shape: (_STEP,), problem, launch, _LEAVES)

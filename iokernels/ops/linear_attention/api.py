@@ -11,13 +11,14 @@ from torch import Tensor
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
-from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets, readable
 from iokernels.runtime.plans import remembered
 
 from . import reference
 from .op import attend, step
 from .options import Options, columns, features, state_dtype
+from .tuning_cuda import MAX_WIDTH as MAX_CUDA_WIDTH
 
 _STATES = (torch.float32, torch.float64)
 _PER_HEAD, _PER_TOKEN = Spec("H", FLOATS, optional=True), Spec("B H N", FLOATS, optional=True)
@@ -99,7 +100,8 @@ def linear_attention(
             ``[total, Hk, K]``, v ``[total, H, V]``, log_decay ``[H]`` or ``[total, H]``, and B below is S. On a GPU its
             values are never read by the host: offsets out of range are clamped to the tensors, and a sequence of
             negative length is empty. On the CPU they are checked. The backend ``torch`` reads them.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"`` (float16 and bfloat16, K and V up to 128, no feature map, no ``normalize``, no
+            gradients), ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
 
     Returns:
         ``out [B, H, N, V]`` (packed: ``[total, H, V]``, with zeros in rows of no sequence) in the dtype and memory
@@ -115,15 +117,16 @@ def linear_attention(
         UnsupportedError: the named backend cannot run this call.
 
     No argument is modified. Under autocast q, k and v are cast to the autocast dtype. Gradients can be taken once;
-    ``backend="reference"`` supports higher orders. Every backend gives the same bits on every run. ``triton`` rounds
-    the state to the dtype of q where it meets q, so float16 needs states below 65,504; bfloat16 has no such bound.
+    ``backend="reference"`` supports higher orders. Every backend gives the same bits on every run. ``triton`` and
+    ``cuda`` round the state to the dtype of q where it meets q, so float16 needs states below 65,504; bfloat16 has no
+    such bound.
     """
     q, k, v = autocast(q, k, v)
     packed = cu_seqlens is not None
     plan = remembered(
         _PLANS,
         _packed_plan if packed else _dense_plan,
-        (feature_map, scale, normalize, return_state, dispatch.requested(backend)),
+        (feature_map, scale, normalize, return_state, dispatch.requested(backend), torch.is_grad_enabled()),
         (q, k, v, log_decay, initial_state, cu_seqlens),
     )
     _check_decay("linear_attention", log_decay)
@@ -261,17 +264,21 @@ _PLANS: dict[Any, Plan] = {}
 
 
 def _dense_plan(
-    feature_map: Any, scale: Any, normalize: Any, return_state: Any, backend: str | None,
+    feature_map: Any, scale: Any, normalize: Any, return_state: Any, backend: str | None, grad: bool,
     q: Tensor, k: Tensor, v: Tensor, log_decay: Any, initial_state: Any, cu_seqlens: Any,
 ) -> Plan:  # fmt: skip
     contract = _by_decay(DENSE, log_decay)
     sizes = contract.check(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     _check_flag(contract, "return_state", return_state)
-    return _plan(contract, sizes, feature_map, scale, normalize, backend, q, "initial_state", initial_state)
+    differentiated = grad and any(x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state))
+    return _plan(
+        contract, sizes, feature_map, scale, normalize, backend, q, "initial_state", initial_state,
+        partial(_cuda_refusal, q, sizes, feature_map == "taylor", normalize, differentiated),
+    )  # fmt: skip
 
 
 def _packed_plan(
-    feature_map: Any, scale: Any, normalize: Any, return_state: Any, backend: str | None,
+    feature_map: Any, scale: Any, normalize: Any, return_state: Any, backend: str | None, grad: bool,
     q: Tensor, k: Tensor, v: Tensor, log_decay: Any, initial_state: Any, cu_seqlens: Any,
 ) -> Plan:  # fmt: skip
     contract = _by_decay(PACKED, log_decay)
@@ -283,7 +290,11 @@ def _packed_plan(
         q=q, k=k, v=v, cu_seqlens=cu_seqlens, log_decay=log_decay, initial_state=initial_state
     )  # fmt: skip
     _check_flag(contract, "return_state", return_state)
-    return _plan(contract, sizes, feature_map, scale, normalize, backend, q, "initial_state", initial_state)
+    differentiated = grad and any(x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state))
+    return _plan(
+        contract, sizes, feature_map, scale, normalize, backend, q, "initial_state", initial_state,
+        partial(_cuda_refusal, q, sizes, feature_map == "taylor", normalize, differentiated),
+    )  # fmt: skip
 
 
 def _step_plan(
@@ -292,7 +303,10 @@ def _step_plan(
 ) -> Plan:  # fmt: skip
     contract = _by_decay(STEP, log_decay)
     sizes = contract.check(q=q, k=k, v=v, state=state, log_decay=log_decay)
-    return _plan(contract, sizes, feature_map, scale, normalize, backend, q, "state", state)
+    return _plan(
+        contract, sizes, feature_map, scale, normalize, backend, q, "state", state,
+        lambda: "its kernel takes whole sequences, and there is none for a step in place",
+    )  # fmt: skip
 
 
 def _by_decay(contracts: dict[int, Contract], log_decay: Any) -> Contract:
@@ -308,7 +322,7 @@ def _by_decay(contracts: dict[int, Contract], log_decay: Any) -> Contract:
 
 def _plan(
     contract: Contract, sizes: dict[str, Any], feature_map: Any, scale: Any, normalize: Any, backend: str | None,
-    q: Tensor, state_name: str, state: Tensor | None,
+    q: Tensor, state_name: str, state: Tensor | None, cuda_refusal: dispatch.Refusal,
 ) -> Plan:  # fmt: skip
     heads, key_heads, width = sizes["H"], sizes["Hk"], sizes["K"]
     contract.require(
@@ -337,6 +351,7 @@ def _plan(
         q.device.type,
         {
             "triton": partial(_triton_refusal, q, sizes, taylor),
+            "cuda": cuda_refusal,
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -353,6 +368,24 @@ def _triton_refusal(q: Tensor, sizes: dict[str, Any], taylor: bool) -> str | Non
     if taylor and sizes["K"] > MAX_TAYLOR_WIDTH:
         return f"K is {sizes['K']}, and with the Taylor map its kernels hold widths up to {MAX_TAYLOR_WIDTH}"
     return devices.triton_refusal(q.device)
+
+
+def _cuda_refusal(
+    q: Tensor, sizes: dict[str, Any], taylor: bool, normalize: bool, differentiated: bool
+) -> str | None:  # fmt: skip
+    """Why the kernel in CUDA C++ cannot run a call, as the end of a sentence, or None when it can."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernel takes float16 and bfloat16, not {short(q.dtype)}"
+    if taylor:
+        return "its kernel has no feature map"
+    if normalize:
+        return "its kernel has no normaliser"
+    for name in ("K", "V"):
+        if sizes[name] > MAX_CUDA_WIDTH:
+            return f"{name} is {sizes[name]}, and its kernel holds widths up to {MAX_CUDA_WIDTH}"
+    if differentiated:
+        return "its kernels have no backward pass, and an input requires a gradient"
+    return devices.cuda_refusal(q.device)
 
 
 def _check_feature_map(operator: str, feature_map: Any) -> None:

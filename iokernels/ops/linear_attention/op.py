@@ -1,7 +1,8 @@
 """``linear_attention`` as ``torch.library`` operators with an ``autograd.Function`` outside.
 
 One forward, one backward and one step operator serve dense and packed inputs and the backends ``torch`` and
-``triton``. This file imports torch alone; the backend's module is imported when it first runs.
+``triton``; ``cuda`` has the forward one alone. This file imports torch alone; the backend's module is imported when it
+first runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .options import (
     empty_state,
 )
 
-_backend = lazily(__package__, torch=".portable", triton=".triton_launch")
+_backend = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
