@@ -109,7 +109,7 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
     block_sync(at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS)
 fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
                     const Element* u_ptr,     // [B, H, N]
                     const Element* pre_ptr,   // [B, H, N] or null

@@ -16,7 +16,7 @@
 // Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
 #include "convolve.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS)
 fft_conv_fwd_kernel(const Element* u_ptr,     // [B, H, N]
                     const Element* pre_ptr,   // [B, H, N] or null
                     const Element* post_ptr,  // [B, H, N] or null

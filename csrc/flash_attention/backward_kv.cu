@@ -20,7 +20,7 @@ constexpr int D_ROW = ROW<BLOCK_D>, V_ROW = ROW<BLOCK_V>;
 constexpr int OWN = BLOCK_N * (D_ROW + V_ROW), STAGE = BLOCK_M * (D_ROW + V_ROW);  // elements
 static_assert(BLOCK_M <= THREADS, "a thread asks for the statistics of one row");
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS)
 flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
                             const Element* k_ptr,      // [B, Hkv, Nk, D]
                             const Element* v_ptr,      // [B, Hkv, Nk, Dv]

@@ -16,7 +16,7 @@ constexpr int THREADS = 32 * WARPS, BLOCK_M = 16 * WARPS;
 constexpr int D_ROW = ROW<BLOCK_D>, V_ROW = ROW<BLOCK_V>;
 constexpr int OWN = BLOCK_M * (D_ROW + V_ROW), STAGE = BLOCK_N * (D_ROW + V_ROW);  // elements
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS)
 flash_attention_backward_q(const Element* q_ptr,      // [B, Hq, Nq, D]
                            const Element* k_ptr,      // [B, Hkv, Nk, D]
                            const Element* v_ptr,      // [B, Hkv, Nk, Dv]

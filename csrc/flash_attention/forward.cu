@@ -87,7 +87,7 @@ DEVICE void fold(Sums& sums, const Q& q_of, Shared<Element> k_tile, Shared<Eleme
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS)
 flash_attention_forward(const Element* q_ptr,       // [B, Hq, Nq, D]
                         const Element* k_ptr,       // [B, Hkv, Nk, D]
                         const Element* v_ptr,       // [B, Hkv, Nk, Dv]

@@ -26,6 +26,9 @@ __all__ = ["Loaded", "architecture", "cubin", "loaded", "version"]
 
 OPTIONS = ("-std=c++17", "-lineinfo")
 
+DEVICE_ALONE = "-default-device"
+"""Functions without annotation, lambdas among them, are for the device: nvcc finds that out, NVRTC has to be told."""
+
 
 def architecture(sm: int) -> str:
     """The target for compute capability ``sm``: with its own instructions (``a``) where a data-centre GPU has some."""
@@ -69,7 +72,7 @@ def cubin(kernel: CudaKernel, sm: int) -> Path:
     """
     from iokernels.csrc import ROOT
 
-    unit, options = kernel.translation_unit(), (*OPTIONS, f"-arch={architecture(sm)}")
+    unit, options = kernel.translation_unit(), (*OPTIONS, DEVICE_ALONE, f"-arch={architecture(sm)}")
     included = artifacts.sources(kernel.path, ROOT / "common" / "numbers.cuh", root=ROOT)
     key = artifacts.key_of(unit, *options, str(version()), *included.values())
     name = f"cubins/{kernel.name}-{architecture(sm)}-{key}.cubin"

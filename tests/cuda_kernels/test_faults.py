@@ -73,7 +73,9 @@ def test_fault_is_caught(fault: str, said: tuple[str, ...]) -> None:
 def test_blocks_that_wait_for_a_count_that_does_not_come() -> None:
     with pytest.raises(KernelFault, match="only in a cooperative launch"):
         reverse("COUNT_DEADLOCK")
-    with pytest.raises(KernelFault, match=r"(?s)deadlock.*waits for a count of 1, cuda/planted.cu:\d+, and it is 0"):
+    with pytest.raises(
+        KernelFault, match=r"(?s)deadlock.*waits for a count of 1, cuda_kernels/planted.cu:\d+, and it is 0"
+    ):
         reverse("COUNT_DEADLOCK", cooperative=True)
 
 
