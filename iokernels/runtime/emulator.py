@@ -294,7 +294,8 @@ def _compiled(name: str, unit: str, files: list[Path], flags: tuple[str, ...], l
     if tool is None:
         raise UnsupportedError("CUDA kernels on the CPU are compiled by g++, and there is none (CXX names another)")
     if SANITIZERS:
-        flags = (*flags, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g1")
+        # Unoptimised: an access that an optimiser drops is one that they do not see; and it compiles sooner.
+        flags = (*flags, "-O0", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g1")
     included = artifacts.sources(*files, *_named(unit, ROOT), root=ROOT)
     key = artifacts.key_of(unit, tool, _version(tool), *flags, *map(str, linked), *included, *included.values())
 
