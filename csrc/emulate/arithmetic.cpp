@@ -147,7 +147,8 @@ void multiply(Warp& warp) {
         const int group = l / 4, pair = l % 4;
         for (int half = 0; half < EACH; ++half) {
             for (int r = 0; r < 4; ++r) {
-                a[group + 8 * (r % 2)][EACH * pair + half + K / 2 * (r / 2)] = element<OPERAND>(lane.a[r], half, values);
+                const int k = EACH * pair + half + K / 2 * (r / 2);
+                a[group + 8 * (r % 2)][k] = element<OPERAND>(lane.a[r], half, values);
             }
             for (int r = 0; r < 2; ++r) {
                 b[EACH * pair + half + K / 2 * r][group] = element<OPERAND>(lane.b[r], half, values);
