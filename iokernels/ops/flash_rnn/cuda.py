@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.ops.cuda_tiles import in_sixteens
 from iokernels.runtime.device import guard, spec_of
 from iokernels.runtime.launch import Argument, Int64, cuda_kernel
 
@@ -156,19 +157,14 @@ class Launch:
 _SOURCE = {"flash_rnn_fwd_cuda": "forward", "flash_rnn_bwd_cuda": "backward", "flash_rnn_values_cuda": "values"}
 
 
-_UNALIGNED = ("recurrent_ptr", "bias_ptr", "initial_ptr", "dstate_ptr", "lengths_ptr")
-"""What is fetched once, element by element."""
+_UNALIGNED = ("recurrent_ptr", "bias_ptr", "initial_ptr", "dstate_ptr", "lengths_ptr", "arrived_ptr")
+"""What is read element by element."""
 
 
 def vectors(width: int, args: dict[str, Argument]) -> bool:
     """Whether all rows that come and go with a step are whole, aligned 16 bytes."""
     tensors = [x for name, x in args.items() if isinstance(x, Tensor) and name not in _UNALIGNED]
-    return width % 8 == 0 and all(_aligned(x) for x in tensors)
-
-
-def _aligned(x: Tensor) -> bool:
-    steps = [step * x.element_size() for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(step % 16 == 0 for step in steps)
+    return width % 8 == 0 and all(in_sixteens(x) for x in tensors)
 
 
 def steps_of(x: Tensor | None) -> tuple[int, ...]:
