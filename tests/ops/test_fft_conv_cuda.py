@@ -44,7 +44,12 @@ def gated_call(n: int, taps: int, dtype: torch.dtype, device: str, **options: An
 
 @pytest.mark.parametrize(
     ("length", "n", "taps", "causal"),
-    [(8192, 4096, 4096, True), (16384, 8192, 8191, True), (16384, 16384, 300, False)],
+    [
+        (8192, 4096, 4096, True),
+        (16384, 8192, 8191, True),
+        (16384, 16384, 300, False),
+        (32768, 16384, 16384, True),
+    ],
 )
 def test_long_transforms(length: int, n: int, taps: int, causal: bool, device: str) -> None:
     """Every factor of both sizes. The tests of the room take 4096 points."""
