@@ -1,4 +1,4 @@
-"""``torch.compile`` of calls on backend ``cuda``: one graph for each, and what it computes is what eager mode does."""
+"""What holds of backend ``cuda`` whatever the operator: one graph under ``torch.compile``, a refusal that names what is missing."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from iokernels import fft_conv, flash_attention, flash_rnn, lean_attention, linear_attention
+from iokernels import UnsupportedError, fft_conv, flash_attention, flash_rnn, lean_attention, linear_attention
 from iokernels.bench.case import load
+from iokernels.runtime import device as devices
 
 from .backends import needs_cuda
 
 # Dynamo makes an instance of every autograd.Function that it traces, and PyTorch warns of instances.
-pytestmark = [
-    needs_cuda,
-    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float16) -> Callable[[int, str], Tensor]:
@@ -58,6 +57,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@needs_cuda
 @pytest.mark.parametrize("operator", CALLS)
 def test_one_graph_for_every_length(operator: str, device: str) -> None:
     """With gradients where the kernels have them."""
@@ -75,3 +75,17 @@ def test_one_graph_for_every_length(operator: str, device: str) -> None:
         assert found[1][0].abs().max() > 0.01
         for actual, expected in zip(*found, strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_what_is_missing_is_named(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy for a GPU, g++ for the emulator; tensors that nobody looks at stand in for those on a GPU."""
+    function, makers = CALLS[operator]
+    monkeypatch.setattr(devices, "has_cupy", lambda: False)
+    monkeypatch.setattr(devices, "EMULATE", True)
+    monkeypatch.setattr(devices, "cxx", lambda: None)
+    for device, missing in (("cuda", r'CuPy.* is not installed: pip install "iokernels'), ("cpu", "there is none")):
+        with FakeTensorMode():
+            given = [make(20, device) for make in makers]
+            with pytest.raises(UnsupportedError, match=rf"backend 'cuda' cannot run this call: .*{missing}"):
+                function(*given)
