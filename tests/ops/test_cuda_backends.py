@@ -1,4 +1,4 @@
-"""What holds of backend ``cuda`` whatever the operator: one graph under ``torch.compile``, a refusal that names what is missing."""
+"""What holds of backend ``cuda`` whatever the operator: one graph under ``torch.compile``, and what is missing named."""
 
 from __future__ import annotations
 
