@@ -1,4 +1,4 @@
-"""What holds of backend ``cuda`` whatever the operator: one graph under ``torch.compile``, and what is missing named."""
+"""What holds of backend ``cuda`` whatever the operator: one graph under ``torch.compile``; what is missing is named."""
 
 from __future__ import annotations
 
