@@ -183,6 +183,7 @@ def _describe_tune(commands: Any) -> None:
     tune.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")
     tune.add_argument("--suite", help="a named list of shapes (default: train or the like; in a dry run one shape)")
     tune.add_argument("--dtype", type=_dtypes, default=("bf16",), metavar="A,B", help="default: bf16")
+    tune.add_argument("--backend", choices=("triton", "cuda"), help="only the kernels of one (default: both)")
     tune.add_argument("--kernel", metavar="NAME", help="only this kernel")
     tune.add_argument("--gpu", choices=tuple(KNOWN), metavar="NAME", help=f"of {', '.join(KNOWN)} (default: this one)")
     tune.add_argument(

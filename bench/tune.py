@@ -59,13 +59,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if case.tuning is None:
         raise UsageError(f"{case.operator} has no kernels whose launch parameters can be tuned")
     spec = _device(arguments)
-    if devices.INTERPRET:
-        raise UsageError("TRITON_INTERPRET is set, and interpreted kernels have no speed to tune: unset it")
-    if not devices.has_triton():
-        raise UsageError("Triton is not installed, and without it there is nothing to tune")
     if arguments.json not in (None, "-"):
         render.writable(arguments.json)
     items = _items(case, case.tuning, arguments, spec)
+    if any(item.tunable.backend == "triton" for item in items):
+        if devices.INTERPRET:
+            raise UsageError("TRITON_INTERPRET is set, and interpreted kernels have no speed to tune: unset it")
+        if not devices.has_triton():
+            raise UsageError("Triton is not installed; without it, --backend cuda tunes the kernels in CUDA C++ alone")
     top = _TOP[not arguments.dry_run] if arguments.top is None else arguments.top
     if arguments.dry_run:
         with _progress() as progress:
@@ -109,17 +110,20 @@ def _items(case: Case, tuning: Tuning, arguments: argparse.Namespace, spec: Devi
         shapes = tuple(case.vocabulary.parse(text) for text in arguments.shape or ("",))
     else:
         shapes = case.suite(arguments.suite or case.usual_suite)
-    if arguments.kernel is not None and arguments.kernel not in tuning.tunables:
-        raise UsageError(f"--kernel: {case.operator} has {', '.join(tuning.tunables)}, not {arguments.kernel!r}")
+    able = {name: one for name, one in tuning.tunables.items() if arguments.backend in (None, one.backend)}
+    if not able:
+        raise UsageError(f"--backend: {case.operator} has no kernels of backend {arguments.backend!r} to tune")
+    if arguments.kernel is not None and arguments.kernel not in able:
+        raise UsageError(f"--kernel: {case.operator} has {', '.join(able)}, not {arguments.kernel!r}")
     found: dict[Any, Item] = {}
     for dtype in [DTYPES[name] for name in arguments.dtype]:
         takers = {name for name, one in case.implementations.items() if dtype in one.dtypes}
-        if not any(tunable.backend in takers for tunable in tuning.tunables.values()):
+        if not any(tunable.backend in takers for tunable in able.values()):
             raise UsageError(f"--dtype: the kernels of {case.operator} do not take {dtype_name(dtype)}")
         for shape in shapes:
             for kernel in tuning.kernels(shape):
                 tunable = tuning.tunables[kernel]
-                if arguments.kernel in (None, kernel) and tunable.backend in takers:
+                if kernel in able and arguments.kernel in (None, kernel) and tunable.backend in takers:
                     problem = tuning.problem(shape, dtype, kernel, spec)
                     found.setdefault((kernel, problem), Item(case, shape, dtype, kernel, tunable, problem))
     return list(found.values())

@@ -16,6 +16,26 @@ from iokernels.ops.lean_attention import tuning
 from iokernels.ops.lean_attention.tuning import KERNEL, Config
 
 
+def sizes(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of a problem that follow from the call alone, whatever the backend."""
+    return {
+        "lengths": tuple(lengths(shape)),
+        "rows": shape.n,
+        "heads": shape.h,
+        "kv_heads": shape.hkv,
+        "head_dim": shape.d,
+        "value_dim": shape.dv,
+        "itemsize": dtype.itemsize,
+        "cache_itemsize": cache_dtype(shape, dtype).itemsize,
+        "window_left": shape.left,
+        "page": shape.page,
+        "prefix": shape.prefix,
+        "head_scales": shape.scales == 1,
+        "key_scales": shape.scales == 2,
+        "sinks": bool(shape.sinks),
+    }
+
+
 def problem(shape: Shape, dtype: torch.dtype, configs: Configs) -> model.Problem:
     """What the model needs to know of a shape, and what the launcher decides of it."""
     from iokernels.ops.lean_attention import triton_launch
@@ -27,20 +47,7 @@ def problem(shape: Shape, dtype: torch.dtype, configs: Configs) -> model.Problem
     config = configs[KERNEL]
     prefix_tiles = -(-shape.prefix // config.block_n)
     return model.Problem(
-        lengths=tuple(lengths(shape)),
-        rows=shape.n,
-        heads=shape.h,
-        kv_heads=shape.hkv,
-        head_dim=shape.d,
-        value_dim=shape.dv,
-        itemsize=dtype.itemsize,
-        cache_itemsize=cache_dtype(shape, dtype).itemsize,
-        window_left=shape.left,
-        page=shape.page,
-        prefix=shape.prefix,
-        head_scales=shape.scales == 1,
-        key_scales=shape.scales == 2,
-        sinks=bool(shape.sinks),
+        **sizes(shape, dtype),
         block_m=(own.block_m, readers.block_m),
         part_tiles=(
             tuning.part_tiles(own.problem, config, own.items, own.tiles),

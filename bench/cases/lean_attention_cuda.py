@@ -13,10 +13,10 @@ from iokernels import autotune
 from iokernels.bench.accounts import Account, Accounts, Bytes, Configs
 from iokernels.bench.case import Compilation, Pass
 from iokernels.bench.cases import lean_attention_io as io
-from iokernels.bench.cases.lean_attention_accounts import NAIVE, naive_bytes
+from iokernels.bench.cases.lean_attention_accounts import NAIVE, naive_bytes, sizes
 from iokernels.bench.cases.lean_attention_kernels import meta_call
 from iokernels.bench.cases.lean_attention_schedule import parts, segments
-from iokernels.bench.cases.lean_attention_shapes import VOCABULARY, cache_dtype, lengths
+from iokernels.bench.cases.lean_attention_shapes import VOCABULARY
 from iokernels.bench.shape import Shape
 from iokernels.ops.lean_attention import tuning_cuda
 from iokernels.ops.lean_attention.options import capacity
@@ -65,20 +65,7 @@ def problem(shape: Shape, dtype: torch.dtype, configs: Configs) -> Problem:
             keys, values = options.k_prefix.unsqueeze(0), options.v_prefix.unsqueeze(0)
             common = Launch(q, keys, values, options, most, of_prefix=True)
     return Problem(
-        lengths=tuple(lengths(shape)),
-        rows=shape.n,
-        heads=shape.h,
-        kv_heads=shape.hkv,
-        head_dim=shape.d,
-        value_dim=shape.dv,
-        itemsize=dtype.itemsize,
-        cache_itemsize=cache_dtype(shape, dtype).itemsize,
-        window_left=shape.left,
-        page=shape.page,
-        prefix=shape.prefix,
-        head_scales=shape.scales == 1,
-        key_scales=shape.scales == 2,
-        sinks=bool(shape.sinks),
+        **sizes(shape, dtype),
         block_m=(16 * own.row_warps, 16 * common.row_warps),
         part_tiles=(own.part_tiles, common.part_tiles),
         most_tiles=own.tiles,

@@ -406,28 +406,12 @@ def budget_table(result: Result) -> Table:
     return shown
 
 
-def plot_budget(result: Result, path: Path) -> bool:
-    """Write the curve of :func:`budget_table` to ``path``; False where matplotlib is not installed."""
+def plots(results: Sequence[Result], known: dict[str, float], folder: Path) -> list[str]:
+    """Draw the loss curves and those of :func:`budget_table`. Returns the files' names: none without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*result.by_budget, strict=True), "o-")
-    axes.axhline(result.by_budget[-1][1], color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="keys selected", ylabel="bits per held-out byte", title="Trained dense, evaluated sparse")
-    axes.set_xscale("log", base=2)
-    figure.savefig(path, dpi=150)
-    return True
-
-
-def plot(results: Sequence[Result], known: dict[str, float], path: Path) -> bool:
-    """Write the loss curves to ``path``; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+        return []
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for result in results:
@@ -440,8 +424,18 @@ def plot(results: Sequence[Result], known: dict[str, float], path: Path) -> bool
         axes.text(0.01, value, f"{name} counts", color="grey", va="bottom", transform=axes.get_yaxis_transform())
     axes.set(xlabel="step", ylabel="bits per byte", title="Byte-level language model of Python's standard library")
     axes.legend()
-    figure.savefig(path, dpi=150)
-    return True
+    drawn = {"loss.png": figure}
+    for result in results:
+        if result.by_budget:
+            drawn["budget.png"] = figure = Figure(figsize=(5, 3.5), layout="constrained")
+            axes = figure.subplots()
+            axes.plot(*zip(*result.by_budget, strict=True), "o-")
+            axes.axhline(result.by_budget[-1][1], color="grey", linestyle=":", linewidth=1)
+            axes.set(xlabel="keys selected", ylabel="bits per held-out byte", title="Trained dense, evaluated sparse")
+            axes.set_xscale("log", base=2)
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, dpi=150)
+    return list(drawn)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -457,14 +451,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON, and nothing else, to stdout")
     asked = parser.parse_args(arguments)
     settings = replace(SHORT if asked.short else Settings(), seed=asked.seed, device=asked.device)
-    if asked.steps is not None:
-        if asked.steps < 1:
-            parser.error(f"--steps is {asked.steps}; it must be at least 1")
-        settings = replace(settings, steps=asked.steps)
-    if asked.context is not None:
-        if asked.context < 16:
-            parser.error(f"--context is {asked.context}; it must be at least 16")
-        settings = replace(settings, context=asked.context)
+    for name, least in (("steps", 1), ("context", 16)):
+        value = getattr(asked, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+        settings = replace(settings, **({} if value is None else {name: value}))
     names = list(MIXERS) if "all" in asked.mixer else list(dict.fromkeys(asked.mixer))
 
     console = Console(stderr=asked.json)
@@ -487,18 +478,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(train(name, settings, text, heard)[1])
 
     samples = (Panel(Text(result.sample), title=f"written by {result.mixer}") for result in results)
-    sparse = [result for result in results if result.by_budget]
-    console.print(Group(*samples, table(results, known), *map(budget_table, sparse)))
+    budgets = (budget_table(result) for result in results if result.by_budget)
+    console.print(Group(*samples, table(results, known), *budgets))
     report = {
         "settings": asdict(settings), "torch": torch.__version__, "python": sys.version.split()[0],
         "baselines": known, "results": [asdict(result) for result in results],
     }  # fmt: skip
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "results.json").write_text(json.dumps(report, indent=1))
-    drawn = plot(results, known, asked.out / "loss.png")
-    pictures = ["loss.png", *("budget.png" for result in sparse if plot_budget(result, asked.out / "budget.png"))]
-    wrote = " and ".join(pictures) if drawn else "and no plot: matplotlib is not installed"
-    console.print(f"In {asked.out}: results.json, {wrote}")
+    pictures = " and ".join(plots(results, known, asked.out)) or "and no plot: matplotlib is not installed"
+    console.print(f"In {asked.out}: results.json, {pictures}")
     if asked.json:
         print(json.dumps(report))
 

@@ -1,4 +1,4 @@
-"""What the launchers of kernels in CUDA C++ say of tensors and windows, whatever the operator."""
+"""What the launchers of kernels in CUDA C++ say of tensors, whatever the operator."""
 
 from __future__ import annotations
 
@@ -12,8 +12,3 @@ def in_sixteens(x: Tensor) -> bool:
     if last[0] % unit or last[1] != 1:
         return False
     return x.data_ptr() % 16 == 0 and all(size <= 1 or stride % unit == 0 for size, stride in outer)
-
-
-def clamp(side: int) -> int:
-    """A window side as int32 with room for sums: any longer one is as good as unbounded."""
-    return min(side, 2**30)

@@ -110,8 +110,3 @@ def padded(width: int) -> int:
 def is_wide(rows: int, *tensors: Tensor) -> bool:
     """Whether an offset inside a tile of ``rows`` rows can pass 2^31 elements."""
     return any((rows - 1) * abs(x.stride(2)) + (x.shape[3] - 1) * abs(x.stride(3)) >= 2**31 for x in tensors)
-
-
-def clamp(side: int) -> int:
-    """A window side as int32 with room for sums: any longer one is as good as unbounded."""
-    return min(side, 2**30)

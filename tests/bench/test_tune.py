@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,20 @@ import pytest
 import torch
 from rich.console import Console
 
+import iokernels
 from iokernels import autotune
 from iokernels.autotune import tables
 from iokernels.autotune.resources import Resources
+from iokernels.autotune.search import shortlist
 from iokernels.bench import tune
 from iokernels.bench.case import load
+from iokernels.bench.cases import CASES
 from iokernels.bench.cli import main, parser
 from iokernels.bench.measure import Call
 from iokernels.bench.tune_job import pack, unpack
 from iokernels.bench.tune_table import Plan
 from iokernels.ops.flash_attention.tuning import Config
+from iokernels.runtime import ahead
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import named
 
@@ -59,10 +65,13 @@ class LaunchClock:
 
 
 def items(*more: str) -> list[tune.Item]:
-    arguments = parser().parse_args(["tune", "flash_attention", "--shape", SHAPE, "--dtype", "fp32", *more])
-    case = load("flash_attention")
+    return items_of("flash_attention", "--shape", SHAPE, "--dtype", "fp32", *more)
+
+
+def items_of(operator: str, *more: str) -> list[tune.Item]:
+    case = load(operator)
     assert case.tuning is not None
-    return tune._items(case, case.tuning, arguments, H100)
+    return tune._items(case, case.tuning, parser().parse_args(["tune", operator, *more]), H100)
 
 
 def plan(item: tune.Item, *configs: Config) -> Plan:
@@ -91,6 +100,11 @@ def test_a_gpu_that_is_not_here_is_not_tuned_for(monkeypatch: pytest.MonkeyPatch
     ("more", "message"),
     [
         (["--kernel", "x"], "--kernel: flash_attention has flash_attention_fwd,"),
+        (
+            ["--kernel", "flash_attention_fwd", "--backend", "cuda"],
+            "--kernel: flash_attention has flash_attention_cuda_fwd,",
+        ),
+        (["--dtype", "fp32", "--backend", "cuda"], "--dtype: the kernels of flash_attention do not take fp32"),
         (["--dtype", "fp64"], "--dtype: the kernels of flash_attention do not take fp64"),
         (["--suite", "quick", "--shape", "n=8"], "--shape and --suite exclude each other"),
         (["--shape", "x=8"], "flash_attention has no dimension 'x'"),
@@ -128,6 +142,58 @@ def test_the_dry_run_compiles_without_a_gpu(tmp_path: Path) -> None:
     assert 32 <= default["registers"] <= 255
     assert 0 < best["shared_bytes"] <= H100.smem_block
     assert best["rank_ms"] <= default["rank_ms"]
+
+
+IN_CUDA = {
+    case.operator: {kernel for kernel, one in case.tuning.tunables.items() if one.backend == "cuda"}
+    for case in map(load, CASES)
+    if case.tuning is not None
+}
+"""The kernels in CUDA C++ that can be tuned, by the case that tunes them."""
+
+
+@pytest.mark.parametrize("operator", [name for name, kernels in IN_CUDA.items() if kernels])
+def test_kernels_in_cuda_are_tuned_like_the_others(operator: str) -> None:
+    """All are reached, have configurations besides the default, and a table that finds their problem again."""
+    points = [word for point in load(operator).check_points() for word in ("--shape", str(point.shape))]
+    found = items_of(operator, "--backend", "cuda", "--dtype", "fp16,bf16", *points)
+    assert {item.kernel for item in found} == IN_CUDA[operator]
+    for item in found:
+        tried = list(shortlist(item.tunable, item.problem, H100, 4))
+        assert item.tunable.default(item.problem) in tried
+        assert all(item.tunable.space.refusal(item.problem, H100, config) is None for config in tried)
+    assert any(len(list(shortlist(item.tunable, item.problem, H100, 4))) > 1 for item in found)
+
+
+def test_no_tunable_kernel_in_cuda_is_left_out() -> None:
+    for path in Path(iokernels.__file__).parent.glob("ops/*/*.py"):
+        if path.stem in ("tuning_cuda", "resources"):
+            module = import_module(f"iokernels.ops.{path.parent.name}.{path.stem}")
+            own = set(module.TUNABLES) if hasattr(module, "TUNABLES") else {module.TUNABLE.kernel}
+            assert own <= set().union(*IN_CUDA.values()), path
+
+
+@pytest.mark.skipif(ahead.refusal() is not None, reason=ahead.refusal() or "")
+def test_the_dry_run_needs_no_triton_for_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def compiling(jobs: list[Any], compile_one: Callable[[Any], Any], workers: int) -> Iterator[Any]:
+        yield ((position, compile_one(job)) for position, job in enumerate(jobs))
+
+    monkeypatch.setattr(tune, "compiling", compiling)
+    monkeypatch.setattr(devices, "has_triton", lambda: False)
+    command = ["tune", "lean_attention", "--gpu", "l40s", "--dry-run", "--shape", "b=2,h=4,nk=200,d=16", "--top", "0"]
+    assert main([*command, "--backend", "cuda", "--json", str(tmp_path / "plan.json")]) == 0
+    (row,) = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    (default,) = row["candidates"]
+    assert row["kernel"] == "lean_attention_cuda"
+    assert 32 <= default["registers"] <= 255
+    assert default["spill_bytes"] == 0
+    assert 0 < default["shared_bytes"] <= named("l40s").smem_block
+    monkeypatch.setattr(devices, "INTERPRET", False)
+    assert main(command) == 2
+    assert "Triton is not installed; without it, --backend cuda tunes" in capsys.readouterr().err
 
 
 def test_a_gpu_model_travels_to_another_process() -> None:

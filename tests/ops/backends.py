@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from iokernels.runtime.device import cxx
+from iokernels.runtime.device import cuda_refusal
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(cxx() is None, reason="the emulator needs g++"))
+_REFUSAL = cuda_refusal(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+needs_cuda = pytest.mark.skipif(_REFUSAL is not None, reason=_REFUSAL or "")
+"""For tests of the backend ``cuda``: skipped where neither a GPU nor the emulator runs it."""
+
+CUDA = pytest.param("cuda", marks=needs_cuda)
 BACKENDS = ("torch", "triton", CUDA)
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 

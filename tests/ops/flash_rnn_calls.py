@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from iokernels import flash_rnn
 from iokernels.ops.flash_rnn.cells import CELLS
-from iokernels.runtime.device import cuda_refusal
 from iokernels.testing.budget import check_relative_rms
 from iokernels.testing.inputs import poisoned_view
-
-REFUSAL = cuda_refusal(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-CUDA = [pytest.param("cuda", marks=pytest.mark.skipif(bool(REFUSAL), reason=str(REFUSAL)))]
-"""The backend ``cuda`` as a parameter of tests, skipped where neither a GPU nor the emulator runs it."""
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 """Relative RMS error allowed, over a whole tensor."""

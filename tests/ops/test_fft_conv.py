@@ -18,13 +18,9 @@ from iokernels.bench.cases.fft_conv import CASE, limit
 from iokernels.bench.proof import Proof
 from iokernels.ops.fft_conv.options import TWO_SIDED, Options, band_length, kept_bins
 from iokernels.ops.fft_conv.tuning import Config
-from iokernels.runtime import device as devices
 from iokernels.testing import budget, inputs
 
-BACKENDS = ("torch", "triton")
-emulated = pytest.mark.skipif(devices.EMULATE and devices.cxx() is None, reason="the emulator needs g++")
-CUDA = pytest.param("cuda", marks=emulated)
-"""What takes 16-bit inputs alone."""
+from .backends import BACKENDS, CUDA, HALF_AND_SINGLE, runs, usual
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
@@ -44,8 +40,8 @@ def check(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        pytest.param(name, dtype, marks=emulated if name == "cuda" else ())
-        for name in (*BACKENDS, "cuda")
+        pytest.param(name, dtype, marks=CUDA.marks if name == "cuda" else ())
+        for name in ("torch", "triton", "cuda")
         for dtype in CASE.implementations[name].dtypes
     ],
     ids=str,
@@ -67,7 +63,7 @@ def test_the_proof_can_fail(wrong: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 7, 63, 64, 100, 255, 256, 1000, 1024, 4096])
-@pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_lengths(backend: str, n: int, device: str) -> None:
     """Filters of one tap, of an eighth, as long as the sequence (causal and circular), and two-sided."""
     u = draw(3, 1, n, dtype=torch.float16, device=device)
@@ -95,7 +91,7 @@ def test_long_sequences_with_long_filters() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numpy_agrees(backend: str, device: str) -> None:
-    u, k = draw(1, 1, 90, device=device), draw(1, 40, device=device)
+    u, k = draw(1, 1, 90, dtype=usual(backend), device=device), draw(1, 40, device=device)
     full = np.convolve(u[0, 0].double().cpu().numpy(), k[0].double().cpu().numpy())
     check(fft_conv(u, k, backend=backend), torch.from_numpy(full[:90])[None, None], "y")
     periodic = full[:90].copy()
@@ -107,12 +103,7 @@ def test_numpy_agrees(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 1e3])
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [(name, dtype) for name in BACKENDS for dtype in (torch.float16, torch.bfloat16, torch.float32)]
-    + [pytest.param("cuda", dtype, marks=emulated) for dtype in (torch.float16, torch.bfloat16)],
-    ids=str,
-)
+@pytest.mark.parametrize(("backend", "dtype"), runs(*HALF_AND_SINGLE), ids=str)
 def test_amplitudes(backend: str, dtype: torch.dtype, amplitude: float, device: str) -> None:
     """Relative accuracy does not depend on the scale of inputs, filters or gradients."""
     u = (draw(2, 1, 300, device=device) * amplitude).to(dtype).requires_grad_()
@@ -130,7 +121,7 @@ def test_amplitudes(backend: str, dtype: torch.dtype, amplitude: float, device: 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zeros_beside_numbers(backend: str, device: str) -> None:
     """A sequence, a gradient or a filter of zeros has no exponent to scale by."""
-    u, k = draw(2, 2, 300, device=device), draw(2, 300, device=device)
+    u, k = draw(2, 2, 300, dtype=usual(backend), device=device), draw(2, 300, device=device)
     u[0] = 0.0
     k[1] = 0.0
     u.requires_grad_()
@@ -142,14 +133,17 @@ def test_zeros_beside_numbers(backend: str, device: str) -> None:
     assert u.grad is not None
     assert k.grad is not None
     assert (u.grad[0] == 0).all()
+    assert (u.grad[1, 0] != 0).any()
     check(y[1, :1], fft_conv(u.double(), k.double(), backend="reference")[1, :1], "y")
     assert k.grad.isfinite().all()
+    assert (k.grad != 0).any()
 
 
 @pytest.mark.parametrize("cuts", [(100,), (1, 2, 50, 200, 299)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_streaming_is_the_whole(backend: str, cuts: tuple[int, ...], device: str) -> None:
-    u, gate = (draw(2, 2, 300, seed=s, device=device).requires_grad_() for s in (0, 1))
+    dtype = usual(backend)
+    u, gate = (draw(2, 2, 300, seed=s, dtype=dtype, device=device).requires_grad_() for s in (0, 1))
     k = (draw(2, 120, device=device) / 10).requires_grad_()
     whole, last = fft_conv(u, k, pre_gate=gate, return_state=True, backend=backend)
     pieces, state = [], torch.zeros(2, 2, 119, device=device)
@@ -158,12 +152,12 @@ def test_streaming_is_the_whole(backend: str, cuts: tuple[int, ...], device: str
         pieces.append(y)
     check(torch.cat(pieces, 2), whole.detach().double(), "y")
     assert torch.equal(state, last)
-    dy = draw(2, 2, 300, seed=2, device=device)
+    dy = draw(2, 2, 300, seed=2, dtype=dtype, device=device)
     expected = torch.autograd.grad(whole, (u, k, gate), dy)
     found = torch.autograd.grad(torch.cat(pieces, 2), (u, k, gate), dy)
     for what, x, truth in zip(("du", "dk", "dpre"), found, expected, strict=True):
-        # Two float32 results are compared, and the gradient of the filter is a sum over the pieces.
-        assert budget.relative_rms(x, truth).max() < 4e-6, what
+        # Two results of this precision are compared, and the gradient of the filter is a sum over the pieces.
+        assert budget.relative_rms(x, truth).max() < (4e-6 if dtype == torch.float32 else 2e-3), what
 
 
 @pytest.mark.parametrize(
@@ -171,7 +165,7 @@ def test_streaming_is_the_whole(backend: str, cuts: tuple[int, ...], device: str
     [(100, 100, {}), (300, 40, {}), (700, 20, {}), (64, 127, {"causal": False}), (1024, 1024, {"freq_keep": 0.25})],
     ids=str,
 )
-@pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_spectrum_is_the_filter(backend: str, n: int, taps: int, options: dict[str, Any], device: str) -> None:
     u, k = draw(3, 2, n, dtype=torch.float16, device=device), draw(2, taps, device=device)
     spectrum = kernel_spectrum(k, n, dtype=u.dtype, backend=backend, **options)
@@ -187,11 +181,12 @@ def test_spectrum_is_the_filter(backend: str, n: int, taps: int, options: dict[s
     assert torch.autograd.grad(fft_conv(u, spectrum, **options).sum(), u)[0].isfinite().all()
 
 
-def test_spectrum_with_a_state(device: str) -> None:
-    u, k, past = draw(2, 1, 100, device=device), draw(1, 30, device=device), draw(2, 1, 29, device=device)
-    for backend in BACKENDS:
-        found = fft_conv(u, kernel_spectrum(k, 100, backend=backend), initial_state=past)
-        check(found, fft_conv(u.double(), k.double(), initial_state=past.double(), backend="reference"), "y")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_spectrum_with_a_state(backend: str, device: str) -> None:
+    u = draw(2, 1, 100, dtype=usual(backend), device=device)
+    k, past = draw(1, 30, device=device), draw(2, 1, 29, device=device)
+    found = fft_conv(u, kernel_spectrum(k, 100, dtype=u.dtype, backend=backend), initial_state=past)
+    check(found, fft_conv(u.double(), k.double(), initial_state=past.double(), backend="reference"), "y")
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
@@ -222,7 +217,7 @@ def test_dropped_frequencies_are_not_computed() -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "strided"])
-@pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts(backend: str, layout: Any, device: str) -> None:
     """Every element beside the tensors is NaN: whoever reads it shows it."""
     values = [draw(3, 2, 300, seed=seed, dtype=torch.bfloat16, device=device) for seed in range(3)]
@@ -239,7 +234,7 @@ def test_layouts(backend: str, layout: Any, device: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 2, 50), (2, 0, 50), (2, 2, 0)], ids=str)
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_empty(backend: str, shape: tuple[int, int, int], device: str) -> None:
-    u = torch.ones(shape, device=device, requires_grad=True)
+    u = torch.ones(shape, dtype=usual(backend), device=device, requires_grad=True)
     k = torch.ones(shape[1], 5, device=device, requires_grad=True)
     y, state = fft_conv(u, k, return_state=True, backend=backend)
     assert y.shape == shape
@@ -266,7 +261,8 @@ def test_units_of_a_thread_block_change_nothing(device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_bits_every_time(backend: str, device: str) -> None:
-    u, k = (x.requires_grad_() for x in (draw(3, 2, 300, device=device), draw(2, 300, device=device)))
+    u = draw(3, 2, 300, dtype=usual(backend), device=device).requires_grad_()
+    k = draw(2, 300, device=device).requires_grad_()
 
     def call() -> list[Tensor]:
         y = fft_conv(u, k, backend=backend)

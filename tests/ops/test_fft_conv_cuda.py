@@ -18,7 +18,9 @@ from iokernels.ops.fft_conv.tuning_cuda import Config
 from iokernels.runtime import device as devices
 from iokernels.testing import budget
 
-pytestmark = pytest.mark.skipif(devices.EMULATE and devices.cxx() is None, reason="the emulator needs g++")
+from .backends import needs_cuda
+
+pytestmark = needs_cuda
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
@@ -41,7 +43,12 @@ def gated_call(n: int, taps: int, dtype: torch.dtype, device: str, **options: An
 
 @pytest.mark.parametrize(
     ("length", "n", "taps", "causal"),
-    [(8192, 4096, 4096, True), (16384, 8192, 8191, True), (16384, 16384, 300, False)],
+    [
+        (8192, 4096, 4096, True),
+        (16384, 8192, 8191, True),
+        (16384, 16384, 300, False),
+        (32768, 16384, 16384, True),
+    ],
 )
 def test_long_transforms(length: int, n: int, taps: int, causal: bool, device: str) -> None:
     """Every factor of both sizes. The tests of the room take 4096 points."""
@@ -73,23 +80,6 @@ def test_batch_invariance(device: str) -> None:
     found = fft_conv(u, k, batch_invariant=True, backend="cuda")
     assert torch.equal(found[2:], fft_conv(u[2:], k, batch_invariant=True, backend="cuda"))
     assert not torch.equal(found, fft_conv(u, k, backend="cuda")), "or the flag would not be needed"
-
-
-def test_zeros_beside_numbers(device: str) -> None:
-    """A sequence, a gradient or a filter of zeros has no exponent to scale by."""
-    u, k = draw(2, 2, 300, dtype=torch.float16, device=device), draw(2, 300, device=device)
-    u[0] = 0.0
-    k[1] = 0.0
-    u.requires_grad_()
-    k.requires_grad_()
-    y = fft_conv(u, k, backend="cuda")
-    du, dk = torch.autograd.grad(y[1].sum(), (u, k))
-    assert (y[0] == 0).all()
-    assert (y[:, 1] == 0).all()
-    assert (du[0] == 0).all()
-    assert (du[1, 0] != 0).any()
-    assert dk.isfinite().all()
-    assert (dk != 0).any()
 
 
 @pytest.mark.parametrize("length", tuning_cuda.LENGTHS)

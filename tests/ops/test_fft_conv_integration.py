@@ -13,7 +13,7 @@ from iokernels import fft_conv, kernel_spectrum
 from iokernels.ops.fft_conv.op import backward_op, forward_op
 from iokernels.ops.fft_conv.options import CAUSAL, Options
 
-BACKENDS = ("torch", "triton")
+from .backends import BACKENDS, usual
 
 
 def arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -28,8 +28,9 @@ def arguments(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, device: str) -> None:
     # Two runs may differ in the last bits, because libraries look at the alignment; they must not show here.
-    dtype = torch.float64 if backend == "torch" else torch.float32
-    u, k, *tensors = (x.detach() / 8 for x in arguments(device, dtype).values())
+    given = arguments(device, torch.float64 if backend == "torch" else torch.float32)
+    given |= {name: given[name].to(usual(backend)) for name in ("u", "pre_gate", "post_gate") if backend == "cuda"}
+    u, k, *tensors = (x.detach() / 8 for x in given.values())
     options = Options(*tensors, mode=CAUSAL)
     torch.library.opcheck(forward_op, (u, k, [], backend, *options))
     torch.library.opcheck(backward_op, (u.flip(0), u, k, [], [True] * 6, backend, *options))
@@ -85,15 +86,18 @@ def test_finite_differences(options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(call, tuple(given.values()))
 
 
-def test_only_what_is_asked_for(device: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for(backend: str, device: str) -> None:
     """Each gradient alone is the gradient among all."""
     given = arguments(device)
-    for backend in BACKENDS:
-        everything = torch.autograd.grad(fft_conv(**given, backend=backend).square().sum(), list(given.values()))
-        for (name, _), expected in zip(given.items(), everything, strict=True):
-            alone = {other: x.detach().requires_grad_(other == name) for other, x in given.items()}
-            (found,) = torch.autograd.grad(fft_conv(**alone, backend=backend).square().sum(), alone[name])
-            torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+    for name in ("u", "pre_gate", "post_gate"):
+        given[name] = given[name].detach().to(usual(backend)).requires_grad_()
+    everything = torch.autograd.grad(fft_conv(**given, backend=backend).float().square().sum(), list(given.values()))
+    for (name, _), expected in zip(given.items(), everything, strict=True):
+        alone = {other: x.detach().requires_grad_(other == name) for other, x in given.items()}
+        (found,) = torch.autograd.grad(fft_conv(**alone, backend=backend).float().square().sum(), alone[name])
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_checkpointing(device: str) -> None:

@@ -22,7 +22,7 @@ from iokernels.ops.flash_attention.options import Options
 from iokernels.ops.flash_attention.tuning import Config
 from iokernels.testing import budget, inputs
 
-from .backends import BACKENDS, HALF_AND_SINGLE, runs, usual
+from .backends import BACKENDS, CUDA, HALF_AND_SINGLE, runs, usual
 
 PYTHON = ("torch", "triton")
 """The backends with every option, and with float32."""
@@ -69,13 +69,23 @@ def _double(options: dict[str, Any]) -> dict[str, Any]:
     return {name: x.double() if name in ("bias", "sinks") else x for name, x in options.items()}
 
 
+NOT_CUDA = {"mask": "mask", "bias": "bias", "alibi": "alibi_slopes", "sinks": "sinks", "dropout": "dropout_p"}
+"""The dimensions of a shape that ask for an option which the CUDA kernels do not have, and the option's name."""
+
+
 @pytest.mark.parametrize("point", CASE.check_points(), ids=lambda point: point.name)
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [(name, dtype) for name in PYTHON for dtype in CASE.implementations[name].dtypes], ids=str
-)
+    ("backend", "dtype"), [(name, dtype) for name in PYTHON for dtype in CASE.implementations[name].dtypes]
+    + [pytest.param("cuda", dtype, marks=CUDA.marks) for dtype in CASE.implementations["cuda"].dtypes], ids=str
+)  # fmt: skip
 def test_every_option(backend: str, point: Point, dtype: torch.dtype, device: str) -> None:
     verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
-    assert verdict.status == "ok", verdict
+    missing = [option for name, option in NOT_CUDA.items() if getattr(point.shape, name)] if backend == "cuda" else []
+    if missing:
+        assert verdict.status == "refused", verdict
+        assert f"its kernels have no {missing[0]}. Backends that can: triton" in verdict.reason
+    else:
+        assert verdict.status == "ok", verdict
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -124,7 +134,7 @@ def test_bias_gradient_of_empty_calls(backend: str, device: str) -> None:
 @pytest.mark.parametrize(
     "widths", [(16, 16), (40, 40), (59, 59), (96, 40), (111, 192), (192, 128), (256, 256)], ids=str
 )
-@pytest.mark.parametrize("backend", PYTHON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_widths(backend: str, widths: tuple[int, int], device: str) -> None:
     q, k, v = inputs.attention(5, 1, 1, 1, 45, 50, *widths, dtype=torch.float16, device=device, layout="padded")
     prove(backend, q, k, v, causal=True)
@@ -141,9 +151,9 @@ def test_layouts(backend: str, layout: Any, device: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["expanded", "transposed", "every other"])
-@pytest.mark.parametrize("backend", PYTHON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts_of_the_gradient(backend: str, form: str, device: str) -> None:
-    q, k, v = inputs.attention(7, 1, 2, 2, 50, 60, 16, dtype=torch.float32, device=device)
+    q, k, v = inputs.attention(7, 1, 2, 2, 50, 60, 16, dtype=usual(backend), device=device)
     dout = {
         "expanded": torch.tensor(0.5, device=device).expand(1, 2, 50, 16),
         "transposed": torch.randn(1, 2, 16, 50, device=device).transpose(2, 3),
@@ -176,16 +186,15 @@ def test_a_window_as_long_as_the_sequence_is_none(backend: str, device: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["flat", "large", "constant"])
-@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize("backend", PYTHON)
+@pytest.mark.parametrize(("backend", "dtype"), runs(*HALF_AND_SINGLE), ids=str)
 def test_logits(backend: str, dtype: torch.dtype, kind: Any, device: str) -> None:
     q, k, v = inputs.attention(11, 1, 2, 2, 70, 90, 32, dtype=dtype, device=device, kind=kind)
     prove(backend, q, k, v, causal=True)
 
 
-@pytest.mark.parametrize("backend", PYTHON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_saturated_softcap(backend: str, device: str) -> None:
-    q, k, v = inputs.attention(12, 1, 2, 2, 50, 70, 32, dtype=torch.float32, device=device, kind="large")
+    q, k, v = inputs.attention(12, 1, 2, 2, 50, 70, 32, dtype=usual(backend), device=device, kind="large")
     prove(backend, q, k, v, softcap=3.0)
 
 

@@ -35,15 +35,15 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     """Shapes, layouts and options of one call; everything is optional and everything may come together."""
     packed = draw(st.booleans())
     length = st.integers(0, 36)
-    sequences = draw(st.integers(1, 3))
+    sequences = draw(st.integers(1, 3 if packed else 2))
     sides = [(draw(length), draw(length)) for _ in range(sequences if packed else 1)]
-    kv_heads = draw(st.integers(1, 2))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]))
     broadcast = st.tuples(*(st.booleans() for _ in range(4)))
     return {
         "packed": packed,
         "lengths": sides if packed else sides * sequences,
         "kv_heads": kv_heads,
-        "heads": kv_heads * draw(st.integers(1, 3)),
+        "heads": kv_heads * group,
         "head_dim": draw(st.sampled_from([8, 16, 20, 33])),
         "value_dim": draw(st.sampled_from([8, 16, 24])),
         "dtype": draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32])),

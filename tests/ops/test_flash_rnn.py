@@ -12,9 +12,10 @@ from iokernels import flash_rnn
 from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.runtime import device as devices
 
-from .flash_rnn_calls import CUDA, draw, prove, results
+from .backends import CUDA
+from .flash_rnn_calls import draw, prove, results
 
-KERNELS = ["torch"] + (["triton"] if devices.INTERPRET or torch.cuda.is_available() else []) + CUDA
+KERNELS = ["torch"] + (["triton"] if devices.INTERPRET or torch.cuda.is_available() else []) + [CUDA]
 
 
 def of(*values: int) -> Tensor:

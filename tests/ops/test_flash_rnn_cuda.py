@@ -17,9 +17,10 @@ from iokernels.runtime import device as devices
 from iokernels.runtime.emulator import watch
 from iokernels.runtime.launch import recorded
 
-from .flash_rnn_calls import REFUSAL, draw, prove, results
+from .backends import needs_cuda
+from .flash_rnn_calls import draw, prove, results
 
-pytestmark = pytest.mark.skipif(bool(REFUSAL), reason=str(REFUSAL))
+pytestmark = needs_cuda
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="what the emulator sees")
 
 

@@ -16,12 +16,13 @@ from iokernels.ops.flash_rnn.op import backward_op, forward_op
 from iokernels.ops.flash_rnn.options import Options
 from iokernels.runtime import device as devices
 
-from .flash_rnn_calls import CUDA, draw, results
+from .backends import CUDA
+from .flash_rnn_calls import draw, results
 
 # Dynamo makes an instance of every autograd.Function that it traces, and PyTorch warns of instances.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 
-BACKENDS = ["torch"] + (["triton"] if devices.INTERPRET or torch.cuda.is_available() else []) + CUDA
+BACKENDS = ["torch"] + (["triton"] if devices.INTERPRET or torch.cuda.is_available() else []) + [CUDA]
 
 
 @pytest.fixture(autouse=True)

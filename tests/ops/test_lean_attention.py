@@ -41,8 +41,9 @@ def _small_tiles() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        *((name, dtype) for name in ("torch", "triton") for dtype in CASE.implementations[name].dtypes),
-        pytest.param("cuda", torch.float16, marks=CUDA.marks),
+        pytest.param(name, dtype, marks=CUDA.marks if name == "cuda" else ())
+        for name in ("torch", "triton", "cuda")
+        for dtype in CASE.implementations[name].dtypes
     ],
     ids=str,
 )

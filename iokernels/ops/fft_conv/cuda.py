@@ -14,7 +14,7 @@ from iokernels.runtime.launch import Argument, CudaKernel, cuda_kernel
 
 from . import tuning_cuda as tuning
 from .cuda_filters import spectrum_of, state_gradient, taps_gradient, with_skip
-from .options import Gradients, Needs, Options, reach, state_dtype
+from .options import Gradients, Needs, Options, empty_gradients, reach, state_dtype
 
 
 def transform(k: Tensor, n: int, dtype: torch.dtype, options: Options) -> list[Tensor]:
@@ -46,14 +46,8 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
 
 def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], options: Options, needs: Needs) -> Gradients:
     """The gradients that ``needs`` names."""
-    grads = Gradients(
-        *(torch.empty(x.shape, dtype=x.dtype, device=x.device) if need and x is not None else None
-          for x, need in zip((u, k, *options[:4]), needs, strict=True))
-    )  # fmt: skip
+    grads = empty_gradients(u, k, options, needs)
     if u.numel() == 0:
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
         return grads
     with guard(u.device):
         if any(x is not None for x in grads[:5]):
@@ -90,11 +84,7 @@ def _launch_backward(
         },
     )  # fmt: skip
     if sums is not None:
-        dk, dskip = taps_gradient(sums, k.shape[1], u.shape[2], options)
-        if grads.k is not None:
-            grads.k.copy_(dk)
-        if grads.skip is not None:
-            grads.skip.copy_(dskip)
+        grads.put_filter(*taps_gradient(sums, k.shape[1], u.shape[2], options))
 
 
 def kernel_of(kernel: str, config: tuning.Config, half: bool, dtype: torch.dtype) -> CudaKernel:

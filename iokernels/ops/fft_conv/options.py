@@ -64,6 +64,12 @@ class Gradients(NamedTuple):
     skip: Tensor | None = None
     initial_state: Tensor | None = None
 
+    def put_filter(self, taps: Tensor, skip: Tensor, heads: slice = slice(None)) -> None:
+        """Write the gradients of the taps and of skip of some heads, as far as they are wanted."""
+        for grad, value in ((self.k, taps), (self.skip, skip)):
+            if grad is not None:
+                grad[heads] = value
+
 
 class KernelSpectrum(NamedTuple):
     """A filter with its transform, made by :func:`~iokernels.ops.fft_conv.kernel_spectrum`; accepted as ``k``.
@@ -84,6 +90,18 @@ class KernelSpectrum(NamedTuple):
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """States and sums are float32, but for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_gradients(u: Tensor, k: Tensor, options: Options, needs: Needs, zeros: bool = False) -> Gradients:
+    """Contiguous gradients of those that ``needs`` names: uninitialised, or zeros where asked for or where u has no
+    element and no kernel runs."""
+    make = torch.zeros_like if zeros or u.numel() == 0 else torch.empty_like
+    return Gradients(
+        *(
+            make(x, memory_format=torch.contiguous_format) if need and x is not None else None
+            for x, need in zip((u, k, *options[:TENSOR_OPTIONS]), needs, strict=True)
+        )
+    )
 
 
 def effective_taps(n: Any, taps: Any, options: Options) -> Any:

@@ -28,7 +28,17 @@ import torch
 from torch import Tensor
 
 from . import portable_whole
-from .options import Gradients, Needs, Options, effective_taps, kept_bins, placed, state_dtype, unplaced
+from .options import (
+    Gradients,
+    Needs,
+    Options,
+    effective_taps,
+    empty_gradients,
+    kept_bins,
+    placed,
+    state_dtype,
+    unplaced,
+)
 from .portable_lengths import Cut, cut
 from .portable_rows import Part, Rows, pieces, tiles
 
@@ -63,15 +73,9 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
 
 def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], options: Options, needs: Needs) -> Gradients:
     """The gradients that ``needs`` names."""
-    plan, nothing = _plan(u, k, options), u.numel() == 0
-    make = torch.zeros_like if nothing or plan.blocks else torch.empty_like
-    grads = Gradients(
-        *(
-            make(x, memory_format=torch.contiguous_format) if need and x is not None else None
-            for x, need in zip((u, k, *options[:4]), needs, strict=True)
-        )
-    )
-    if nothing:
+    plan = _plan(u, k, options)
+    grads = empty_gradients(u, k, options, needs, zeros=bool(plan.blocks))
+    if u.numel() == 0:
         return grads
     if not plan.blocks:
         portable_whole.backward(dy, u, k, transformed[0] if transformed else None, options, plan, grads)

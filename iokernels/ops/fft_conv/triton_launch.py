@@ -9,7 +9,7 @@ from iokernels.ops.triton_tiles import strides
 from iokernels.runtime.device import guard, spec_of
 
 from . import triton_through, tuning
-from .options import Gradients, Needs, Options
+from .options import Gradients, Needs, Options, empty_gradients
 from .triton_bwd import fft_conv_bwd_kernel
 from .triton_call import Launch
 from .triton_filters import planes_of, taps_gradient
@@ -46,14 +46,8 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
 
 def backward(dy: Tensor, u: Tensor, k: Tensor, transformed: list[Tensor], options: Options, needs: Needs) -> Gradients:
     """The gradients that ``needs`` names."""
-    grads = Gradients(
-        *(x.new_empty(x.shape) if need and x is not None else None
-          for x, need in zip((u, k, *options[:4]), needs, strict=True))
-    )  # fmt: skip
+    grads = empty_gradients(u, k, options, needs)
     if u.numel() == 0:
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
         return grads
     wanted = tuning.Wanted(
         v=any(x is not None for x in (grads.u, grads.pre_gate, grads.initial_state)),
@@ -105,8 +99,4 @@ def _on_chip_backward(
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if sums is not None:
-        dk, dskip = taps_gradient(sums, k.shape[1], u.shape[2], cover, options)
-        if grads.k is not None:
-            grads.k.copy_(dk)
-        if grads.skip is not None:
-            grads.skip.copy_(dskip)
+        grads.put_filter(*taps_gradient(sums, k.shape[1], u.shape[2], cover, options))

@@ -229,11 +229,7 @@ def backward(
         if past is not None and mine.initial_state is not None:
             mine.initial_state.copy_(past)
         if sums is not None:
-            dk, dskip = taps_gradient(sums, k.shape[1], launch.n, cover, launch.options)
-            if grads.k is not None:
-                grads.k[group] = dk.to(grads.k.dtype)
-            if grads.skip is not None:
-                grads.skip[group] = dskip.to(grads.skip.dtype)
+            grads.put_filter(*taps_gradient(sums, k.shape[1], launch.n, cover, launch.options), group)
 
 
 def _groups(launch: Launch, config: tuning.Config, cover: tuning.Through, chunks: int) -> Iterator[slice]:

@@ -237,8 +237,12 @@ def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int
 
 def table_key(problem: Problem) -> dict[str, Any]:
     """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
+    return {"precision": problem.tensor_cores, **call_key(problem)}
+
+
+def call_key(problem: Any) -> dict[str, Any]:
+    """What a table is looked up by on every backend: the call, its sizes rounded."""
     return {
-        "precision": problem.tensor_cores,
         "mode": problem.mode,
         "gated": problem.gated,
         "heads": bucket(problem.heads),
@@ -258,17 +262,15 @@ def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
         kernel=kernel,
         itemsize=2 if key["precision"] == "half" else 4,
         tensor_cores=key["precision"],
-        seqlen=key["seqlen"],
-        taps=key["taps"],
-        mode=key["mode"],
-        state=False,
-        gated=key["gated"],
         sm=device.sm,
-        smem_block=device.smem_block,
-        sms=device.sms,
-        heads=key["heads"],
-        pairs=key["pairs"],
+        **call_of(key, device),
     )
+
+
+def call_of(key: dict[str, Any], device: DeviceSpec) -> dict[str, Any]:
+    """The reverse of :func:`call_key`: the fields of a problem that has this key on ``device``."""
+    fields = {name: key[name] for name in ("mode", "gated", *SIZES)}
+    return {**fields, "state": False, "smem_block": device.smem_block, "sms": device.sms}
 
 
 def default(problem: Problem) -> Config:

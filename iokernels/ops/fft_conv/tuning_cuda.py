@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from iokernels.autotune import RESULTS, bucket
+from iokernels.autotune import RESULTS
 from iokernels.autotune.space import Axis, Constraint, Space, fits_shared_memory, literals
 from iokernels.autotune.tunable import Tunable
 from iokernels.runtime.device import DeviceSpec
 
 from .options import CIRCULAR, TWO_SIDED
-
-KERNELS = ("fft_conv_fwd", "fft_conv_bwd")
+from .tuning import KERNELS, SIZES, call_key, call_of
 
 LENGTHS = (4096, 8192, 16384, 32768)
 """The transforms: 16 or 32 times 16 * 16 or 32 * 32."""
@@ -104,36 +103,9 @@ def most_warps(length: int) -> int:
     return min(16, r * r // 32)
 
 
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by."""
-    return {
-        "mode": problem.mode,
-        "gated": problem.gated,
-        "heads": bucket(problem.heads),
-        "pairs": bucket(problem.pairs),
-        "seqlen": bucket(problem.seqlen),
-        "taps": bucket(problem.taps),
-    }
-
-
-SIZES = ("heads", "pairs", "seqlen", "taps")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
 def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    return Problem(
-        kernel=kernel,
-        seqlen=key["seqlen"],
-        taps=key["taps"],
-        mode=key["mode"],
-        state=False,
-        gated=key["gated"],
-        smem_block=device.smem_block,
-        sms=device.sms,
-        heads=key["heads"],
-        pairs=key["pairs"],
-    )
+    """The reverse of :func:`.tuning.call_key`. Raises ``KeyError`` for a key of another make."""
+    return Problem(kernel=kernel, **call_of(key, device))
 
 
 def cover_of(problem: Problem, length: int) -> Cover | None:
@@ -207,6 +179,6 @@ def _space(kernel: str) -> Space[Config]:
 
 
 TUNABLES: dict[str, Tunable[Config]] = {
-    f"{kernel}_cuda": Tunable(f"{kernel}_cuda", "cuda", _space(kernel), default, table_key, SIZES) for kernel in KERNELS
+    f"{kernel}_cuda": Tunable(f"{kernel}_cuda", "cuda", _space(kernel), default, call_key, SIZES) for kernel in KERNELS
 }
 """The CUDA kernels of this room by name."""

@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.ops.triton_tiles import clamp, is_wide, padded, strides
+from iokernels.ops.triton_tiles import is_wide, padded, strides
+from iokernels.ops.windows import clamp
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning

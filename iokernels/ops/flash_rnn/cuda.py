@@ -9,21 +9,12 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.ops.cuda_tiles import in_sixteens
 from iokernels.runtime.device import guard, spec_of
 from iokernels.runtime.launch import Argument, Int64, cuda_kernel
 
 from . import resources
-from .options import (
-    Forward,
-    Gradients,
-    Needs,
-    Options,
-    empty_gates,
-    empty_history,
-    empty_out,
-    empty_state,
-    empty_values,
-)
+from .options import Forward, Gradients, Needs, Options, empty_forward, empty_gradients, empty_values
 from .resources import TUNABLES
 from .weight_gradients import weight_gradients
 
@@ -33,18 +24,8 @@ CELLS = {"lstm": "Lstm", "gru": "Gru", "elman": "Elman", "slstm": "Slstm"}
 
 def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, options: Options) -> Forward:
     """Run all steps. See :class:`.options.Forward` for what is returned; ``keep`` asks for its last two."""
-    cell = options.kind()
-    keeps_values, keeps_history = keep and not options.recompute_gates, keep and len(cell.states) > 1
-    result = Forward(
-        empty_out(gates),
-        empty_state(gates, cell),
-        empty_values(gates, cell, keeps_values),
-        empty_history(gates, cell, keep),
-    )
+    result, values, history = empty_forward(gates, keep, options)
     launch = Launch("flash_rnn_fwd_cuda", result.out, options)
-    if options.lengths is not None:
-        result.out.zero_()
-    values, history = (result.values if keeps_values else None), (result.history if keeps_history else None)
     launch(
         gates_ptr=gates, recurrent_ptr=recurrent, bias_ptr=None if bias is None else bias.contiguous(),
         initial_ptr=launch.initial, lengths_ptr=launch.lengths, out_ptr=result.out, state_ptr=result.state,
@@ -63,14 +44,7 @@ def backward(
     cell, out = options.kind(), saved.out
     values = saved.values if gates is None else _recomputed(gates, recurrent, bias, out, options)
     history = saved.history if len(cell.states) > 1 else None
-    dgates = empty_gates(out, cell)
-    batch, length, heads, width = out.shape
-    dapart = out.new_empty((batch, length, cell.apart, heads, width)) if cell.apart else None
-    dinitial = empty_state(dgates, cell) if needs.initial_state else None
-    if options.lengths is not None:
-        for grad in (dgates, dapart):
-            if grad is not None:
-                grad.zero_()
+    dgates, dapart, dinitial = empty_gradients(out, options, needs)
     launch = Launch("flash_rnn_bwd_cuda", out, options)
     launch(
         recurrent_ptr=recurrent, initial_ptr=launch.initial, lengths_ptr=launch.lengths, out_ptr=out,
@@ -156,19 +130,14 @@ class Launch:
 _SOURCE = {"flash_rnn_fwd_cuda": "forward", "flash_rnn_bwd_cuda": "backward", "flash_rnn_values_cuda": "values"}
 
 
-_UNALIGNED = ("recurrent_ptr", "bias_ptr", "initial_ptr", "dstate_ptr", "lengths_ptr")
-"""What is fetched once, element by element."""
+_UNALIGNED = ("recurrent_ptr", "bias_ptr", "initial_ptr", "dstate_ptr", "lengths_ptr", "arrived_ptr")
+"""What is read element by element."""
 
 
 def vectors(width: int, args: dict[str, Argument]) -> bool:
     """Whether all rows that come and go with a step are whole, aligned 16 bytes."""
     tensors = [x for name, x in args.items() if isinstance(x, Tensor) and name not in _UNALIGNED]
-    return width % 8 == 0 and all(_aligned(x) for x in tensors)
-
-
-def _aligned(x: Tensor) -> bool:
-    steps = [step * x.element_size() for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(step % 16 == 0 for step in steps)
+    return width % 8 == 0 and all(in_sixteens(x) for x in tensors)
 
 
 def steps_of(x: Tensor | None) -> tuple[int, ...]:

@@ -123,6 +123,49 @@ def empty_history(gates: Tensor, cell: Cell, kept: bool = True) -> Tensor:
     return gates.new_empty(size, dtype=state_dtype(gates.dtype)).permute(3, 1, 0, 2, 4)
 
 
+def empty_forward(gates: Tensor, keep: bool, options: Options) -> tuple[Forward, Tensor | None, Tensor | None]:
+    """What the kernels of a forward pass write, and of it the values and the history where they are kept, else None.
+
+    Uninitialised, but that rows of h are 0 where sequences may end early: a block stops with its longest one.
+    """
+    cell = options.kind()
+    keeps_values, keeps_history = keep and not options.recompute_gates, keep and len(cell.states) > 1
+    result = Forward(
+        empty_out(gates),
+        empty_state(gates, cell),
+        empty_values(gates, cell, keeps_values),
+        empty_history(gates, cell, keep),
+    )
+    if options.lengths is not None:
+        result.out.zero_()
+    return result, result.values if keeps_values else None, result.history if keeps_history else None
+
+
+class StepGradients(NamedTuple):
+    """What the kernels of a backward pass write.
+
+    ``gates [B, N, G, H, D]``; ``apart [B, N, APART, H, D]``, the gradients of s where they are not those of a gate, or
+    None; and ``initial_state``, or None where it is not needed.
+    """
+
+    gates: Tensor
+    apart: Tensor | None
+    initial_state: Tensor | None
+
+
+def empty_gradients(out: Tensor, options: Options, needs: Needs) -> StepGradients:
+    """Uninitialised, but that those of steps are 0 where sequences may end early."""
+    cell = options.kind()
+    batch, length, heads, width = out.shape
+    gates = empty_gates(out, cell)
+    apart = out.new_empty((batch, length, cell.apart, heads, width)) if cell.apart else None
+    if options.lengths is not None:
+        for grad in (gates, apart):
+            if grad is not None:
+                grad.zero_()
+    return StepGradients(gates, apart, empty_state(gates, cell) if needs.initial_state else None)
+
+
 def initial_states(gates: Tensor, options: Options) -> Tensor:
     """The states before the first step, [S, B, H, D]."""
     if options.initial_state is not None:

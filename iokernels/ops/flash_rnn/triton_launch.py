@@ -13,17 +13,7 @@ from iokernels.ops.triton_tiles import padded
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
-from .options import (
-    Forward,
-    Gradients,
-    Needs,
-    Options,
-    empty_gates,
-    empty_history,
-    empty_out,
-    empty_state,
-    empty_values,
-)
+from .options import Forward, Gradients, Needs, Options, empty_forward, empty_gradients, empty_values
 from .triton_bwd import flash_rnn_bwd_kernel
 from .triton_cells import BACKWARD, FORWARD
 from .triton_fwd import flash_rnn_fwd_kernel
@@ -36,19 +26,9 @@ from .weight_gradients import weight_gradients
 def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, options: Options) -> Forward:
     """Run all steps. See :class:`.options.Forward` for what is returned; ``keep`` asks for its last two."""
     cell = options.kind()
-    keeps_values, keeps_history = keep and not options.recompute_gates, keep and len(cell.states) > 1
-    result = Forward(
-        empty_out(gates),
-        empty_state(gates, cell),
-        empty_values(gates, cell, keeps_values),
-        empty_history(gates, cell, keep),
-    )
+    result, values, history = empty_forward(gates, keep, options)
     launch = Launch(result.out, options)
-    if options.lengths is not None:
-        # A block stops with the longest of its sequences.
-        result.out.zero_()
     config = launch.config("flash_rnn_fwd")
-    values, history = (result.values if keeps_values else None), (result.history if keeps_history else None)
     if launch.batch > 0:
         with guard(gates.device):
             flash_rnn_fwd_kernel[launch.grid(config)](
@@ -70,14 +50,7 @@ def backward(
     launch = Launch(out, options)
     values = saved.values if gates is None else _recomputed(launch, gates, recurrent, bias, out, options)
     history = saved.history if len(cell.states) > 1 else None
-    dgates = empty_gates(out, cell)
-    batch, length, heads, width = out.shape
-    dapart = out.new_empty((batch, length, cell.apart, heads, width)) if cell.apart else None
-    dinitial = empty_state(dgates, cell) if needs.initial_state else None
-    if options.lengths is not None:
-        for grad in (dgates, dapart):
-            if grad is not None:
-                grad.zero_()
+    dgates, dapart, dinitial = empty_gradients(out, options, needs)
     config = launch.config("flash_rnn_bwd")
     if launch.batch > 0:
         with guard(out.device):

@@ -9,7 +9,8 @@ import triton
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.ops.triton_tiles import clamp, padded, strides
+from iokernels.ops.triton_tiles import padded, strides
+from iokernels.ops.windows import clamp
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import sparse_tuning as tuning

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.ops.cuda_tiles import clamp, in_sixteens
+from iokernels.ops.cuda_tiles import in_sixteens
+from iokernels.ops.windows import clamp
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 from iokernels.runtime.launch import CudaKernel, Int64, cuda_kernel
 

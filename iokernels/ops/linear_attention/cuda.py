@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.ops.cuda_tiles import in_sixteens
 from iokernels.runtime.device import guard, spec_of
 from iokernels.runtime.launch import CudaKernel, cuda_kernel
 
@@ -65,7 +66,7 @@ class Launch:
             CHUNK=self.config.chunk,
             WARPS=self.config.num_warps,
             DECAY=0 if decay is None else 2 if self.options.per_token() else 1,
-            ALIGNED=all(_in_sixteens(x) for x in (self.q, self.k, self.v, out)),
+            ALIGNED=all(in_sixteens(x) for x in (self.q, self.k, self.v, out)),
         )
 
     def run(self, out: Tensor, state: Tensor) -> None:
@@ -107,12 +108,3 @@ def _as_rows(decay: Tensor | None) -> Tensor | None:
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if x is None else x.stride()
-
-
-def _in_sixteens(x: Tensor) -> bool:
-    """Whether every row of ``x`` is whole units of 16 bytes, at addresses that are too."""
-    *outer, last = zip(x.shape, x.stride(), strict=True)
-    unit = 16 // x.element_size()
-    if last[0] % unit or last[1] != 1:
-        return False
-    return x.data_ptr() % 16 == 0 and all(size == 1 or stride % unit == 0 for size, stride in outer)
