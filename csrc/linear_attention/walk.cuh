@@ -208,15 +208,16 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
     // S^T: rows are the warp's columns of z, columns are those of y.
     float state[BLOCK_Y / 8][4];
     auto each_of_state = [&](const Strides& stride, int which, const auto& visit) {
-        const i64 outer = which * stride.b + head * stride.h;
+        const int lane = afresh(lane_id()), in_z = lane / 4, pair = 2 * (lane % 4);
+        i64 offset = which * stride.b + head * stride.h + pair * stride.n + (slice + 16 * warp_id() + in_z) * stride.d;
 #pragma unroll
         for (int n = 0; n < BLOCK_Y / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int in_y = 8 * n + 2 * (lane_id() % 4) + i % 2, in_z = lane_id() / 4 + i / 2 * 8;
-                visit(state[n][i], outer + in_y * stride.n + (slice + 16 * warp_id() + in_z) * stride.d,
-                      in_y < Y_WIDTH && in_z < own);
+                visit(state[n][i], offset + i % 2 * stride.n + i / 2 * 8 * stride.d,
+                      8 * n + pair + i % 2 < Y_WIDTH && in_z + i / 2 * 8 < own);
             }
+            offset += 8 * stride.n;
         }
     };
     each_of_state(given.stride_state, sequence, [&](float& value, i64 offset, bool exists) {
