@@ -70,7 +70,9 @@ def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
         forward(shape, dtype)
     else:
         wanted = _LEAVES[kernel]
-        backward = linear_attention_cuda.backward if kernel in tuning_cuda.KERNELS else linear_attention_kernels.backward
+        backward = (
+            linear_attention_cuda.backward if kernel in tuning_cuda.KERNELS else linear_attention_kernels.backward
+        )
         backward(shape, dtype, Needs("q" in wanted, "k" in wanted, "v" in wanted, learns(shape)))
 
 

@@ -124,7 +124,9 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
     rows, y, z = problem.seqlen, problem.block_y, config.width
     peak = max(device.matmul_peak.values()) / device.sms * min(resident * config.num_warps / 8, 1.0)
     products = rows * ((config.chunk + 16) * (y + z) + 4 * y * z) * resident / peak
-    transfer = rows * 2 * (2 * y + (2 + problem.crossing) * z) * min(blocks, resident * device.sms) / device.dram_bandwidth
+    transfer = (
+        rows * 2 * (2 * y + (2 + problem.crossing) * z) * min(blocks, resident * device.sms) / device.dram_bandwidth
+    )
     barriers = rows / config.chunk * _LATENCY
     return -(-blocks // (resident * device.sms)) * (max(products, transfer) + barriers)
 
