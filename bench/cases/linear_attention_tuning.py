@@ -36,7 +36,7 @@ _LEAVES = {
 
 
 def kernels(shape: Shape) -> tuple[str, ...]:
-    """All of both passes; that of segments' states where sequences are cut, and those in CUDA C++ where they can run."""
+    """All of both passes; that of segments' states where sequences are cut, those in CUDA C++ where they can run."""
     cut = configs(shape, torch.bfloat16)["linear_attention_fwd"].segments > 1
     found = tuple(kernel for kernel in TUNABLES if kernel != _STEP and (cut or kernel != _STATE))
     plain = not (shape.taylor or shape.normalize) and max(shape.d, shape.dv) <= tuning_cuda.MAX_WIDTH

@@ -30,6 +30,7 @@ linear_attention_cuda_bwd_dq_kernel(const Element* q_ptr,       // [B, Hk, N, K]
         dout_ptr, v_ptr, k_ptr, dq_ptr, stride_dout, stride_v, stride_k, stride_dq, 1, 1, group, decay_ptr,
         stride_decay, state_ptr, nullptr, stride_state, stride_state, cu_seqlens_ptr, heads, seqlen, scale,
     };
-    const Crossing crossing{q_ptr, stride_q, r_ptr, nullptr, stride_r, restarts_ptr, stride_restarts, slots, nullptr, {}};
+    const Crossing crossing{q_ptr, stride_q, r_ptr, nullptr, stride_r, restarts_ptr, stride_restarts, slots, nullptr,
+                            {}};
     walk<false, SEGMENT>(given, crossing);
 }

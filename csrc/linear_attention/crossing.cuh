@@ -16,7 +16,8 @@ DEVICE void cross(float (&acc)[2][4], Shared<Element> u, Shared<Element> z, Shar
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int place = row * Z_ROW + 8 * n + 2 * pair;
-            const u32 us = load_shared((u + place).template as<u32>()), zs = load_shared((z + place).template as<u32>());
+            const u32 us = load_shared((u + place).template as<u32>());
+            const u32 zs = load_shared((z + place).template as<u32>());
             float &left = acc[n][2 * half], &right = acc[n][2 * half + 1];
             sum += left * low_of<Element>(us) + right * high_of<Element>(us);
             left += weight * low_of<Element>(zs);

@@ -20,9 +20,8 @@ linear_attention_cuda_fwd_kernel(const Element* q_ptr,       // [B, Hk, N, K]
                                  int seqlen,            // packed: all rows
                                  float scale) {
     const Walk<Element> given{
-        q_ptr,     k_ptr,        v_ptr,     out_ptr,  stride_q,     stride_k,    stride_v,       stride_out,
-        group,     group,        1,         decay_ptr, stride_decay, state_ptr,   last_ptr,       stride_state,
-        stride_last, cu_seqlens_ptr, heads, seqlen,   scale,
+        q_ptr, k_ptr, v_ptr, out_ptr, stride_q, stride_k, stride_v, stride_out, group, group, 1, decay_ptr,
+        stride_decay, state_ptr, last_ptr, stride_state, stride_last, cu_seqlens_ptr, heads, seqlen, scale,
     };
     walk<false, 0>(given, Crossing{});
 }
