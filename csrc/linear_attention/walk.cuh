@@ -265,16 +265,13 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
         if constexpr (CROSSING && REVERSE) {
             if (meets) {
                 float product = 0.0f;
-                auto meet = [&](const float* behind) {
-                    return [&product, behind](float value, i64 offset, bool exists) {
-                        if (exists) product += value * load_global(behind + offset);
-                    };
-                };
-                if (restarts) {
-                    each_of_state(crossing.stride_restarts, slot, meet(crossing.restarts));
-                } else {
-                    each_of_state(crossing.stride_behind, sequence, meet(crossing.behind));
-                }
+                const float* behind = restarts ? crossing.restarts : crossing.behind;
+                const Strides &in = crossing.stride_restarts, &last = crossing.stride_behind;
+                const Strides stride{restarts ? in.b : last.b, restarts ? in.h : last.h, restarts ? in.n : last.n,
+                                     restarts ? in.d : last.d};
+                each_of_state(stride, restarts ? slot : sequence, [&](float value, i64 offset, bool exists) {
+                    if (exists) product += value * load_global(behind + offset);
+                });
                 product = warp_reduce(product, Sum{});
                 if (lane_id() == 0) store_shared(products + warp_id(), product);
             }
