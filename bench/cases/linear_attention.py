@@ -268,7 +268,7 @@ CASE = Case(
         "reference": Implementation((*HALVES, torch.float32, torch.float64), "any"),
         "torch": Implementation((*HALVES, torch.float32, torch.float64), "any"),
         "triton": Implementation((*HALVES, torch.float32), f"1-{MAX_WIDTH}"),
-        "cuda": Implementation(HALVES, f"1-{MAX_CUDA_WIDTH}", "fwd"),
+        "cuda": Implementation(HALVES, f"1-{MAX_CUDA_WIDTH}"),
     },
     suites=SUITES,
     make_inputs=make_inputs,

@@ -10,16 +10,8 @@ import torch
 from iokernels import autotune
 from iokernels.autotune import Tunable
 from iokernels.bench.case import Tuning
-from iokernels.bench.cases import linear_attention_cuda
-from iokernels.bench.cases.linear_attention_kernels import (
-    backward,
-    configs,
-    crossing,
-    forward,
-    launch_step,
-    learns,
-    meta_call,
-)
+from iokernels.bench.cases import linear_attention_cuda, linear_attention_kernels
+from iokernels.bench.cases.linear_attention_kernels import configs, crossing, forward, launch_step, learns, meta_call
 from iokernels.bench.shape import Shape
 from iokernels.ops.linear_attention import tuning_cuda
 from iokernels.ops.linear_attention.options import Needs
@@ -36,16 +28,19 @@ _LEAVES = {
     "linear_attention_bwd_dk": ("k", "log_decay"),
     "linear_attention_bwd_dv": ("v", "log_decay"),
     _STEP: (),
-    tuning_cuda.KERNEL: (),
+    tuning_cuda.FORWARD: (),
+    tuning_cuda.BACKWARD_Q: ("q", "log_decay"),
+    tuning_cuda.BACKWARD_K: ("k", "log_decay"),
+    tuning_cuda.BACKWARD_V: ("v",),
 }
 
 
 def kernels(shape: Shape) -> tuple[str, ...]:
-    """All of both passes; that of segments' states where sequences are cut, and that in CUDA C++ where it can run."""
+    """All of both passes; that of segments' states where sequences are cut, those in CUDA C++ where they can run."""
     cut = configs(shape, torch.bfloat16)["linear_attention_fwd"].segments > 1
     found = tuple(kernel for kernel in TUNABLES if kernel != _STEP and (cut or kernel != _STATE))
     plain = not (shape.taylor or shape.normalize) and max(shape.d, shape.dv) <= tuning_cuda.MAX_WIDTH
-    return (*found, tuning_cuda.KERNEL) if plain else found
+    return (*found, *tuning_cuda.KERNELS) if plain else found
 
 
 def problem(
@@ -54,15 +49,16 @@ def problem(
     """What a call of ``shape`` asks of ``kernel``."""
     from iokernels.ops.linear_attention import cuda, triton_launch
 
-    if kernel == tuning_cuda.KERNEL:
+    if kernel in tuning_cuda.KERNELS:
         with assume(device):
-            return cuda.Launch(*meta_call(shape, dtype)).problem
+            crosses = linear_attention_cuda.crossing(shape, kernel)
+            return cuda.Launch(*meta_call(shape, dtype)).problem(kernel, crosses)
     return triton_launch.Launch(*meta_call(shape, dtype)).problem(kernel, device, crossing(shape, kernel))
 
 
 def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
     """Launch ``kernel`` with meta tensors, and what its results need."""
-    if kernel == tuning_cuda.KERNEL:
+    if kernel == tuning_cuda.FORWARD:
         linear_attention_cuda.launch(shape, dtype, "fwd")
     elif kernel == _STEP:
         launch_step(shape, dtype)
@@ -74,11 +70,14 @@ def launch(shape: Shape, dtype: torch.dtype, kernel: str) -> None:
         forward(shape, dtype)
     else:
         wanted = _LEAVES[kernel]
+        backward = (
+            linear_attention_cuda.backward if kernel in tuning_cuda.KERNELS else linear_attention_kernels.backward
+        )
         backward(shape, dtype, Needs("q" in wanted, "k" in wanted, "v" in wanted, learns(shape)))
 
 
 _PASSES: dict[str, Tunable[Any]] = {kernel: tunable for kernel, tunable in TUNABLES.items() if kernel != _STEP}
-_PASSES[tuning_cuda.KERNEL] = tuning_cuda.TUNABLE
+_PASSES |= tuning_cuda.TUNABLES
 
 TUNING = Tuning(_PASSES, kernels, problem, launch, _LEAVES, {_STATE: "linear_attention_fwd_state"})
 STEP_TUNING = Tuning({_STEP: TUNABLES[_STEP]}, lambda shape: (_STEP,), problem, launch, _LEAVES)

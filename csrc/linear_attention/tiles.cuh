@@ -1,9 +1,9 @@
-// Tiles of q, k and v in shared memory, and the products of the walk that are made of them.
+// Tiles of x, y and z in shared memory, and the products of the walk that are made of them.
 //
 // Rows are 16 bytes longer than their data, so that the eight rows of an ldmatrix lie in different banks. Where rows in
 // global memory do not begin at multiples of 16 bytes (ALIGNED is false), elements come one by one, by plain loads.
 //
-// Constants: Element (fp16, bf16), KEY_WIDTH, VALUE_WIDTH, CHUNK, WARPS, ALIGNED.
+// Constants: Element (fp16, bf16), Y_WIDTH, Z_WIDTH, CHUNK, WARPS, ALIGNED.
 #pragma once
 #include "common/async_copy.cuh"
 #include "common/matrix.cuh"
@@ -11,8 +11,8 @@
 #include "common/warp.cuh"
 
 constexpr int THREADS = WARP * WARPS;
-constexpr int BLOCK_K = (KEY_WIDTH + 15) / 16 * 16, BLOCK_V = 16 * WARPS;
-constexpr int K_ROW = BLOCK_K + 8, V_ROW = BLOCK_V + 8, P_ROW = CHUNK + 8;  // elements between rows
+constexpr int BLOCK_Y = (Y_WIDTH + 15) / 16 * 16, BLOCK_Z = 16 * WARPS;
+constexpr int Y_ROW = BLOCK_Y + 8, Z_ROW = BLOCK_Z + 8, P_ROW = CHUNK + 8;  // elements between rows
 constexpr int STRIPS = CHUNK / 16;
 static_assert(CHUNK % 16 == 0 && CHUNK <= 2 * WARP, "a chunk is 16, 32, 48 or 64 rows");
 
@@ -118,6 +118,25 @@ DEVICE void store_strip(Element* to, const Strides& stride, const float (&acc)[2
                         store_global(at + column * stride.d, Element(acc[n][2 * half + i]));
                     }
                 }
+            }
+        }
+    }
+}
+
+// The same in float32, which nothing rounds.
+DEVICE void store_strip(float* to, const Strides& stride, const float (&acc)[2][4], int there, int columns) {
+    const int group = lane_id() / 4, pair = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int half = i / 2, n = i % 2, row = group + 8 * half, column = 8 * n + 2 * pair;
+        float* at = to + (row * stride.n + column * stride.d);
+        const Vector<float, 2> two{{acc[n][2 * half], acc[n][2 * half + 1]}};
+        if constexpr (ALIGNED) {
+            if (row < there && column < columns) store_global_vector<2>(at, two);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                if (row < there && column + j < columns) store_global(at + j * stride.d, two.at[j]);
             }
         }
     }

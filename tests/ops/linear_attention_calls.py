@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iokernels import linear_attention
+from iokernels.ops.linear_attention import tuning_cuda
 from iokernels.ops.linear_attention.tuning import KERNELS, Config
 from iokernels.testing.budget import check_relative_rms
 
@@ -19,11 +20,11 @@ NORMALIZED = 2.5
 """How much more with the normaliser: then every row of weights sums up to the same, and the sums nearly cancel."""
 
 
-def tiles(chunk: int = 16, width: int = 16, segments: int = 1) -> dict[str, Config]:
+def tiles(chunk: int = 16, width: int = 16, segments: int = 1) -> dict[str, Any]:
     """One small configuration for every kernel, so that short sequences take many steps."""
-    chosen: dict[str, Config] = dict.fromkeys(KERNELS, Config(chunk, width, 4, 1, segments))
+    chosen: dict[str, Any] = dict.fromkeys(KERNELS, Config(chunk, width, 4, 1, segments))
     chosen["linear_attention_step"] = Config(1, width, 4, 1)
-    return chosen
+    return chosen | dict.fromkeys(tuning_cuda.KERNELS, tuning_cuda.Config(chunk, width // 16))
 
 
 def draw(
@@ -56,6 +57,23 @@ def draw(
         )  # fmt: skip
         given["initial_state"] = linear_attention(**before, return_state=True, backend="reference")[1].float()
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+
+
+LENGTHS = (18, 0, 1, 33, 1, 0)
+"""Of packed sequences."""
+
+
+def packed(given: dict[str, Any], lengths: tuple[int, ...]) -> dict[str, Any]:
+    """A batch of one as packed sequences, with the state that each starts from."""
+    flat = {name: given[name].squeeze(0).transpose(0, 1) for name in ("q", "k", "v")}
+    decay = given.get("log_decay")
+    if decay is not None:
+        flat["log_decay"] = decay.squeeze(0).transpose(0, 1) if decay.dim() == 3 else decay
+    state = (
+        given["initial_state"] * torch.linspace(0.5, 1.5, len(lengths), device=given["q"].device)[:, None, None, None]
+    )
+    offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return given | flat | {"initial_state": state, "cu_seqlens": offsets.to(given["q"].device)}
 
 
 def results(

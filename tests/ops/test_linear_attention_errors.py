@@ -43,7 +43,7 @@ def changed(**arguments: Any) -> dict[str, Any]:
         (TypeError, "initial_state is torch.float64", {"initial_state": torch.zeros(1, 4, 8, 8).double()}),
         (ValueError, "initial_state has shape", {"initial_state": torch.zeros(2, 4, 8, 8)}),
         (ValueError, "backend is 'gpu'", {"backend": "gpu"}),
-        (UnsupportedError, "its kernel takes float16 and bfloat16, not float32", {"backend": "cuda"}),
+        (UnsupportedError, "its kernels take float16 and bfloat16, not float32", {"backend": "cuda"}),
     ],
 )  # fmt: skip
 def test_wrong_arguments(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:

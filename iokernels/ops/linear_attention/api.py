@@ -100,8 +100,8 @@ def linear_attention(
             ``[total, Hk, K]``, v ``[total, H, V]``, log_decay ``[H]`` or ``[total, H]``, and B below is S. On a GPU its
             values are never read by the host: offsets out of range are clamped to the tensors, and a sequence of
             negative length is empty. On the CPU they are checked. The backend ``torch`` reads them.
-        backend: ``"triton"``, ``"cuda"`` (float16 and bfloat16, K and V up to 128, no feature map, no ``normalize``, no
-            gradients), ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"`` (float16 and bfloat16, K and V up to 128, no feature map, no ``normalize``),
+            ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
 
     Returns:
         ``out [B, H, N, V]`` (packed: ``[total, H, V]``, with zeros in rows of no sequence) in the dtype and memory
@@ -126,7 +126,7 @@ def linear_attention(
     plan = remembered(
         _PLANS,
         _packed_plan if packed else _dense_plan,
-        (feature_map, scale, normalize, return_state, dispatch.requested(backend), torch.is_grad_enabled()),
+        (feature_map, scale, normalize, return_state, dispatch.requested(backend)),
         (q, k, v, log_decay, initial_state, cu_seqlens),
     )
     _check_decay("linear_attention", log_decay)
@@ -264,21 +264,20 @@ _PLANS: dict[Any, Plan] = {}
 
 
 def _dense_plan(
-    feature_map: Any, scale: Any, normalize: Any, return_state: Any, backend: str | None, grad: bool,
+    feature_map: Any, scale: Any, normalize: Any, return_state: Any, backend: str | None,
     q: Tensor, k: Tensor, v: Tensor, log_decay: Any, initial_state: Any, cu_seqlens: Any,
 ) -> Plan:  # fmt: skip
     contract = _by_decay(DENSE, log_decay)
     sizes = contract.check(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     _check_flag(contract, "return_state", return_state)
-    differentiated = grad and any(x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state))
     return _plan(
         contract, sizes, feature_map, scale, normalize, backend, q, "initial_state", initial_state,
-        partial(_cuda_refusal, q, sizes, feature_map == "taylor", normalize, differentiated),
+        partial(_cuda_refusal, q, sizes, feature_map == "taylor", normalize),
     )  # fmt: skip
 
 
 def _packed_plan(
-    feature_map: Any, scale: Any, normalize: Any, return_state: Any, backend: str | None, grad: bool,
+    feature_map: Any, scale: Any, normalize: Any, return_state: Any, backend: str | None,
     q: Tensor, k: Tensor, v: Tensor, log_decay: Any, initial_state: Any, cu_seqlens: Any,
 ) -> Plan:  # fmt: skip
     contract = _by_decay(PACKED, log_decay)
@@ -290,10 +289,9 @@ def _packed_plan(
         q=q, k=k, v=v, cu_seqlens=cu_seqlens, log_decay=log_decay, initial_state=initial_state
     )  # fmt: skip
     _check_flag(contract, "return_state", return_state)
-    differentiated = grad and any(x is not None and x.requires_grad for x in (q, k, v, log_decay, initial_state))
     return _plan(
         contract, sizes, feature_map, scale, normalize, backend, q, "initial_state", initial_state,
-        partial(_cuda_refusal, q, sizes, feature_map == "taylor", normalize, differentiated),
+        partial(_cuda_refusal, q, sizes, feature_map == "taylor", normalize),
     )  # fmt: skip
 
 
@@ -305,7 +303,7 @@ def _step_plan(
     sizes = contract.check(q=q, k=k, v=v, state=state, log_decay=log_decay)
     return _plan(
         contract, sizes, feature_map, scale, normalize, backend, q, "state", state,
-        lambda: "its kernel takes whole sequences, and there is none for a step in place",
+        lambda: "its kernels take whole sequences, and there is none for a step in place",
     )  # fmt: skip
 
 
@@ -370,21 +368,17 @@ def _triton_refusal(q: Tensor, sizes: dict[str, Any], taylor: bool) -> str | Non
     return devices.triton_refusal(q.device)
 
 
-def _cuda_refusal(
-    q: Tensor, sizes: dict[str, Any], taylor: bool, normalize: bool, differentiated: bool
-) -> str | None:  # fmt: skip
-    """Why the kernel in CUDA C++ cannot run a call, as the end of a sentence, or None when it can."""
+def _cuda_refusal(q: Tensor, sizes: dict[str, Any], taylor: bool, normalize: bool) -> str | None:
+    """Why the kernels in CUDA C++ cannot run a call, as the end of a sentence, or None when it can."""
     if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernel takes float16 and bfloat16, not {short(q.dtype)}"
+        return f"its kernels take float16 and bfloat16, not {short(q.dtype)}"
     if taylor:
-        return "its kernel has no feature map"
+        return "its kernels have no feature map"
     if normalize:
-        return "its kernel has no normaliser"
+        return "its kernels have no normaliser"
     for name in ("K", "V"):
         if sizes[name] > MAX_CUDA_WIDTH:
-            return f"{name} is {sizes[name]}, and its kernel holds widths up to {MAX_CUDA_WIDTH}"
-    if differentiated:
-        return "its kernels have no backward pass, and an input requires a gradient"
+            return f"{name} is {sizes[name]}, and its kernels hold widths up to {MAX_CUDA_WIDTH}"
     return devices.cuda_refusal(q.device)
 
 

@@ -1,8 +1,7 @@
 """``linear_attention`` as ``torch.library`` operators with an ``autograd.Function`` outside.
 
 One forward, one backward and one step operator serve dense and packed inputs and the backends ``torch`` and
-``triton``; ``cuda`` has the forward one alone. This file imports torch alone; the backend's module is imported when it
-first runs.
+``triton``; ``cuda`` has no step. This file imports torch alone; the backend's module is imported when it first runs.
 """
 
 from __future__ import annotations

@@ -123,3 +123,28 @@ def log_decay_gradient(dg: Tensor, options: Options) -> Tensor:
         dg = dg.sum((0, 2))
     # A clamped decay moves nothing.
     return dg.masked_fill((decay > 0) | (decay < LEAST_LOG_DECAY), 0.0).to(decay.dtype)
+
+
+def gradients_without_tokens(
+    q: Tensor, k: Tensor, v: Tensor, dstate: Tensor | None, options: Options, needs: Needs
+) -> Gradients:  # fmt: skip
+    """Without tokens or sequences the state passes through."""
+    dinitial = None
+    if needs.initial_state:
+        assert options.initial_state is not None
+        dinitial = torch.zeros_like(options.initial_state)
+        if dstate is not None:
+            dinitial.copy_(dstate)
+    dq, dk, dv = (torch.zeros_like(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
+    decay = options.log_decay if needs.log_decay else None
+    return Gradients(dq, dk, dv, None if decay is None else torch.zeros_like(decay), dinitial)
+
+
+def sum_of_shares(shares: Tensor, x: Tensor) -> Tensor:
+    """The gradient of q or k, ``x [B, Hk, N, K]``, from a float32 share for each head of v and each slice,
+    ``[slices * B, H, N, K]``; or ``shares`` itself where it is the gradient already."""
+    if shares.shape == x.shape and shares.dtype == x.dtype:
+        return shares
+    batch, heads = x.shape[:2]
+    total = shares.view(-1, batch, heads, shares.shape[1] // heads, *x.shape[2:]).sum((0, 3))
+    return empty_in_order_of(x, x.shape[3]).copy_(total)

@@ -11,7 +11,15 @@ from torch import Tensor
 from iokernels.ops.triton_tiles import Strides, is_wide, padded, strides
 from iokernels.runtime.device import guard
 
-from .options import Gradients, Needs, Options, empty_in_order_of, log_decay_gradient
+from .options import (
+    Gradients,
+    Needs,
+    Options,
+    empty_in_order_of,
+    gradients_without_tokens,
+    log_decay_gradient,
+    sum_of_shares,
+)
 from .triton_bwd import (
     linear_attention_bwd_dk_kernel,
     linear_attention_bwd_dq_kernel,
@@ -52,9 +60,9 @@ class _Backward:
     def run(self) -> Gradients:
         """Launch what the gradients take."""
         needs, cut, launch = self.needs, self.cut, self.launch
-        dinitial = torch.empty_like(self.options.initial_state) if needs.initial_state else None  # pyright: ignore
         if self.v.shape[0] * launch.sequences == 0 or self.v.shape[2] == 0:
-            return self._of_nothing(dinitial)
+            return gradients_without_tokens(self.q, self.k, self.v, self.dstate, self.options, needs)
+        dinitial = torch.empty_like(self.options.initial_state) if needs.initial_state else None  # pyright: ignore
         behind, before = self.dstate, self.options.initial_state
         if cut.split:
             if needs.q or needs.log_decay:
@@ -69,23 +77,12 @@ class _Backward:
             dv = self._zeroed(empty_in_order_of(self.v, self.v.shape[3]))
             self._dv(dv, behind, dinitial)
         return Gradients(
-            self._summed(dq, self.q) if needs.q else None,
-            self._summed(dk, self.k) if needs.k else None,
+            sum_of_shares(dq, self.q) if dq is not None and needs.q else None,
+            sum_of_shares(dk, self.k) if dk is not None and needs.k else None,
             dv if needs.v else None,
             None if dg is None else log_decay_gradient(dg, self.options),
             dinitial,
         )
-
-    def _of_nothing(self, dinitial: Tensor | None) -> Gradients:
-        """Without tokens the state passes through."""
-        if dinitial is not None:
-            dinitial.zero_() if self.dstate is None else dinitial.copy_(self.dstate)
-        decay = self.options.log_decay
-        q, k, v = (
-            torch.zeros_like(x) if need else None
-            for x, need in zip((self.q, self.k, self.v), self.needs[:3], strict=True)
-        )
-        return Gradients(q, k, v, torch.zeros_like(decay) if self.needs.log_decay else None, dinitial)  # pyright: ignore
 
     def _zeroed(self, x: Tensor) -> Tensor:
         """Rows that belong to no sequence are visited by no block."""
@@ -103,14 +100,6 @@ class _Backward:
         batch, heads, rows, _ = self.v.shape
         shares = x.new_empty((slices * batch, heads, rows, x.shape[3]), dtype=torch.float32)
         return self._zeroed(shares)
-
-    def _summed(self, shares: Tensor | None, x: Tensor) -> Tensor | None:
-        """The gradient of x from the buffer of :meth:`_keys_buffer`."""
-        if shares is None or (shares.shape == x.shape and shares.dtype == x.dtype):
-            return shares
-        batch, heads = x.shape[:2]
-        total = shares.view(-1, batch, heads, self.launch.group, *x.shape[2:]).sum((0, 3))
-        return empty_in_order_of(x, x.shape[3]).copy_(total)
 
     def _dq(self, dq: Tensor, before: Tensor | None) -> Tensor | None:
         """Fill dq, and return r [B, H, N] where decays want a gradient."""

@@ -1,7 +1,8 @@
-"""Launch parameters of the linear_attention kernel in CUDA C++: what a configuration is, the default, and the space.
+"""Launch parameters of the linear_attention kernels in CUDA C++: what a configuration is, the default, and the space.
 
-A warp has 16 columns of v and their state in registers, so the warps of a block say how often q and k are read. Two
-chunks of q, k and v lie in shared memory; the default wants room for two blocks an SM, where registers allow two.
+All four are one walk over x, y and z. A warp has 16 columns of z and their state in registers, so the warps of a block
+say how often x and y are read. Two chunks of x, y and z lie in shared memory; the default wants room for two blocks an
+SM, where registers allow two.
 """
 
 from __future__ import annotations
@@ -13,32 +14,41 @@ from iokernels.autotune import RESULTS, Tunable
 from iokernels.autotune.space import Constraint, Space, fits_shared_memory, literals, occupancy
 from iokernels.runtime.device import DeviceSpec
 
-KERNEL = "linear_attention_cuda"
+FORWARD, BACKWARD_Q, BACKWARD_K, BACKWARD_V = KERNELS = (
+    "linear_attention_cuda_fwd",
+    "linear_attention_cuda_bwd_dq",
+    "linear_attention_cuda_bwd_dk",
+    "linear_attention_cuda_bwd_dv",
+)
 
 MAX_WIDTH = 128
-"""Widest K and V of the kernel: the state of 16 columns takes K / 2 registers of a thread."""
+"""Widest K and V of the kernels: the state of 16 columns takes half as many registers of a thread."""
 
 MOST_WARPS = 8
+
+SEGMENT = 1024
+"""Rows after which the gradient of decays is summed anew: a power of two, of whole chunks."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to walk: ``chunk`` rows at a time, in blocks of ``num_warps`` warps with 16 columns of v each."""
+    """One way to walk: ``chunk`` rows at a time, in blocks of ``num_warps`` warps with 16 columns of z each."""
 
     chunk: int = field(metadata=RESULTS)
     num_warps: int
 
     @property
     def width(self) -> int:
-        """Columns of v that a block has."""
+        """Columns of z that a block has."""
         return 16 * self.num_warps
 
 
 class Problem(NamedTuple):
     """What the choice depends on. Widths are rounded up to 16, counts to powers of two."""
 
-    block_k: int
-    block_v: int
+    block_y: int  # of what is contracted: k, or in the gradients of q and k, v
+    block_z: int
+    crossing: bool  # backward: the gradient of decays is wanted
     sm: int
     sms: int
     smem_block: int
@@ -53,28 +63,31 @@ SIZES = ("heads", "seqlen")
 
 def table_key(problem: Problem) -> dict[str, Any]:
     """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {name: getattr(problem, name) for name in ("block_k", "block_v", *SIZES)}
+    return {name: getattr(problem, name) for name in ("block_y", "block_z", "crossing", *SIZES)}
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """The shared memory that the kernel takes: two chunks of q, k, v and decays, and the scores of one."""
+    """The shared memory that a kernel takes: two chunks of x, y, z and decays, and the scores of one; for the gradient
+    of decays also two chunks of u, and of every row its own score and a share of each warp."""
     chunk = config.chunk
-    arrays = (
-        *(2 * 2 * chunk * (width + 8) for width in (problem.block_k, problem.block_k, config.width)),
+    arrays = [
+        *(2 * 2 * chunk * (width + 8) for width in (problem.block_y, problem.block_y, config.width)),
         2 * chunk * (chunk + 8),
         2 * 4 * chunk,
-    )
+    ]
+    if problem.crossing:
+        arrays += [2 * 2 * chunk * (config.width + 8), 4 * chunk, 4 * chunk * config.num_warps, 4 * config.num_warps]
     return sum(-(-nbytes // 128) * 128 for nbytes in arrays)
 
 
 def slices(problem: Problem, config: Config) -> int:
-    """Into how many blocks the columns of v are divided."""
-    return -(-problem.block_v // config.width)
+    """Into how many blocks the columns of z are divided."""
+    return -(-problem.block_z // config.width)
 
 
 def registers(problem: Problem) -> int:
     """The 32-bit registers of a thread, about: the state, the same rounded, and what passes through."""
-    return problem.block_k * 3 // 2 + 48
+    return problem.block_y * 3 // 2 + 48
 
 
 _REGISTERS = 65536
@@ -82,10 +95,10 @@ _REGISTERS = 65536
 
 
 def default(problem: Problem) -> Config:
-    """A configuration that fits, for every problem the kernel accepts."""
-    warps = min(problem.block_v // 16, MOST_WARPS)
-    # Every slice reads q and k again: only SMs that would stand idle are worth that.
-    while warps > 2 and 2 * problem.heads * -(-problem.block_v // (16 * warps)) <= problem.sms:
+    """A configuration that fits, for every problem the kernels accept."""
+    warps = min(problem.block_z // 16, MOST_WARPS)
+    # Every slice reads x and y again: only SMs that would stand idle are worth that.
+    while warps > 2 and 2 * problem.heads * -(-problem.block_z // (16 * warps)) <= problem.sms:
         warps = -(-warps // 2)
     narrow = min(warps, 4)
     for chunk, num_warps in ((64, warps), (64, narrow), (32, warps), (32, narrow), (16, warps)):
@@ -108,10 +121,12 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
     blocks_sm = max(occupancy(device, warps=config.num_warps, shared=shared, registers=registers(problem)), 1)
     blocks = problem.heads * slices(problem, config)
     resident = min(blocks_sm, -(-blocks // device.sms))
-    rows, k, v = problem.seqlen, problem.block_k, config.width
+    rows, y, z = problem.seqlen, problem.block_y, config.width
     peak = max(device.matmul_peak.values()) / device.sms * min(resident * config.num_warps / 8, 1.0)
-    products = rows * ((config.chunk + 16) * (k + v) + 4 * k * v) * resident / peak
-    transfer = rows * 2 * (2 * k + 2 * v) * min(blocks, resident * device.sms) / device.dram_bandwidth
+    products = rows * ((config.chunk + 16) * (y + z) + 4 * y * z) * resident / peak
+    transfer = (
+        rows * 2 * (2 * y + (2 + problem.crossing) * z) * min(blocks, resident * device.sms) / device.dram_bandwidth
+    )
     barriers = rows / config.chunk * _LATENCY
     return -(-blocks // (resident * device.sms)) * (max(products, transfer) + barriers)
 
@@ -119,17 +134,22 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
 _LATENCY = 2e-7
 """Seconds that a chunk waits at its barriers: a weight of the ranking, not a measured figure."""
 
-SPACE: Space[Config] = Space(
-    name=KERNEL,
-    version=1,
-    axes=(literals("chunk", 16, 32, 64), literals("num_warps", *range(1, MOST_WARPS + 1))),
-    constraints=(
-        Constraint("width", ("num_warps",), lambda problem, device, warps: 16 * warps <= problem.block_v),
-        fits_shared_memory(("chunk", "num_warps"), _shared),
-    ),
-    make=Config,
-    order=predicted_seconds,
-)
 
-TUNABLE: Tunable[Config] = Tunable(KERNEL, "cuda", SPACE, default, table_key, SIZES)
-"""The kernel in CUDA C++."""
+def _space(kernel: str) -> Space[Config]:
+    return Space(
+        name=kernel,
+        version=1,
+        axes=(literals("chunk", 16, 32, 64), literals("num_warps", *range(1, MOST_WARPS + 1))),
+        constraints=(
+            Constraint("width", ("num_warps",), lambda problem, device, warps: 16 * warps <= problem.block_z),
+            fits_shared_memory(("chunk", "num_warps"), _shared),
+        ),
+        make=Config,
+        order=predicted_seconds,
+    )
+
+
+TUNABLES: dict[str, Tunable[Config]] = {
+    kernel: Tunable(kernel, "cuda", _space(kernel), default, table_key, SIZES) for kernel in KERNELS
+}
+"""The kernels in CUDA C++, by name."""
