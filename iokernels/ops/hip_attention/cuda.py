@@ -63,6 +63,7 @@ class Launch:
             Element=self.q.dtype,
             HEAD_DIM=self.q.shape[3],
             BLOCK_R=self.config.block_r,
+            WHOLE=self.group * self.means <= self.config.block_r,
             WARPS=self.config.num_warps,
             ALIGNED=in_sixteens(self.q) and in_sixteens(self.k),
         )

@@ -63,9 +63,9 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     return sum(-(-nbytes // 128) * 128 for nbytes in arrays)
 
 
-def registers(problem: Problem, block_r: int) -> int:
+def registers(problem: Problem) -> int:
     """The 32-bit registers of a thread, about: keys, products, intervals and addresses."""
-    return problem.block_d // 2 + min(block_r, 32) + 64
+    return problem.block_d // 2 + 64
 
 
 def default(problem: Problem) -> Config:
@@ -76,7 +76,7 @@ def default(problem: Problem) -> Config:
         warps //= 2
     while warps > 2 and problem.searches * -(-problem.candidates // (16 * warps)) < problem.sms:
         warps //= 2
-    rows = max(8, min(problem.rows, 256))
+    rows = max(16, min(problem.rows, 256))
     while shared_bytes(problem, Config(rows, warps)) > problem.smem_block:
         rows //= 2
     return Config(rows, warps)
@@ -86,7 +86,7 @@ def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> f
     """What a stage of eight steps would take on paper, for ranking: waves of blocks, whose steps wait for their keys
     one after the other, or for the memory that all share."""
     shared = shared_bytes(problem, config)
-    used = min(registers(problem, config.block_r), 255)
+    used = min(registers(problem), 255)
     together = max(occupancy(device, warps=config.num_warps, shared=shared, registers=used), 1)
     blocks = problem.searches * -(-problem.candidates // config.block_c)
     row_tiles = -(-problem.rows // config.block_r)
@@ -107,12 +107,9 @@ def _shared(problem: Problem, device: DeviceSpec, rows: int, warps: int) -> int:
 SPACE: Space[Config] = Space(
     name=KERNEL,
     version=1,
-    axes=(powers_of_two("block_r", 8, 256), literals("num_warps", 1, 2, 4, 8)),
+    axes=(powers_of_two("block_r", 16, 256), literals("num_warps", 1, 2, 4, 8)),
     constraints=(
-        Constraint("no more rows than there are", ("block_r",), lambda problem, device, rows: rows <= max(problem.rows, 8)),
-        Constraint(
-            "registers", ("block_r",), lambda problem, device, rows: registers(problem, rows) <= 255
-        ),
+        Constraint("no more rows than there are", ("block_r",), lambda problem, device, rows: rows <= max(problem.rows, 16)),
         fits_shared_memory(("block_r", "num_warps"), _shared),
     ),
     make=Config,
