@@ -1,8 +1,8 @@
 """Launch parameters of the selection kernel in CUDA C++: what a configuration is, the default, and the space.
 
-A block holds rows of queries in shared memory, and each of its warps 16 candidates, whose keys pass through registers.
-Keys take D / 2 registers of a thread. Every step of a search waits for the one before, so what counts is how many warps an SM has; every block reads the rows
-of queries again, so many warps to a block save bytes.
+A block holds rows of queries in shared memory, and each of its warps 16 candidates, whose keys pass through
+registers: D / 2 of a thread. Every step of a search waits for the one before, so what counts is how many warps an
+SM has; every block reads the rows of queries again, so many warps to a block save bytes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def table_key(problem: Problem) -> dict[str, Any]:
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """The shared memory that the kernel takes: rows, whose place the scores take in the end, their limits, and counts."""
+    """The shared memory that the kernel takes: rows, whose place scores take in the end, their limits, and counts."""
     words = 4 * (4 + 2 * config.num_warps)
     arrays = (max(2 * config.block_r * problem.block_d, 4 * HELD), 4 * config.block_r, 4 * 256, words)
     return sum(-(-nbytes // 128) * 128 for nbytes in arrays)
@@ -65,20 +65,21 @@ def shared_bytes(problem: Problem, config: Config) -> int:
 
 def registers(problem: Problem) -> int:
     """The 32-bit registers of a thread, about: keys, products, intervals and addresses."""
-    return problem.block_d // 2 + 64
+    return problem.block_d // 2 + 80
 
 
 def default(problem: Problem) -> Config:
     """A configuration that fits, for every problem the kernel accepts."""
-    warps = 8 if problem.block_d <= 128 else 4
-    # Fewer candidates than that, or too few blocks for all SMs: smaller blocks.
+    rows = max(16, min(problem.rows, 256))
+    while shared_bytes(problem, Config(rows, 8)) > problem.smem_block:
+        rows //= 2
+    # Registers hold twelve warps of 128 columns, so three blocks of four; eight where rows leave room for one block.
+    alone = 2 * (shared_bytes(problem, Config(rows, 4)) + 1024) > problem.smem_sm
+    warps = 8 if problem.block_d <= 64 or alone else 4
     while warps > 1 and 16 * warps >= 2 * problem.candidates:
         warps //= 2
     while warps > 2 and problem.searches * -(-problem.candidates // (16 * warps)) < problem.sms:
         warps //= 2
-    rows = max(16, min(problem.rows, 256))
-    while shared_bytes(problem, Config(rows, warps)) > problem.smem_block:
-        rows //= 2
     return Config(rows, warps)
 
 
@@ -109,12 +110,14 @@ SPACE: Space[Config] = Space(
     version=1,
     axes=(powers_of_two("block_r", 16, 256), literals("num_warps", 1, 2, 4, 8)),
     constraints=(
-        Constraint("no more rows than there are", ("block_r",), lambda problem, device, rows: rows <= max(problem.rows, 16)),
+        Constraint(
+            "no more rows than there are", ("block_r",), lambda problem, device, rows: rows <= max(problem.rows, 16)
+        ),
         fits_shared_memory(("block_r", "num_warps"), _shared),
     ),
     make=Config,
     order=predicted_seconds,
-)  # fmt: skip
+)
 
 TUNABLE: Tunable[Config] = Tunable(KERNEL, "cuda", SPACE, default, table_key, SIZES)
 """The kernel in CUDA C++."""
