@@ -16,7 +16,7 @@
 #include "common/warp.cuh"
 
 constexpr int DIGITS = 256, DIGIT_BITS = 8;
-constexpr int HELD = 2048;  // candidates whose orders shared memory has room for
+constexpr int HELD = 2048;  // candidates whose orders shared memory has room for, as tuning_cuda.py has it
 
 struct Choice {
     float* scores;     // of the candidates, by the first head that shares the list
@@ -77,7 +77,8 @@ DEVICE void cut(Shared<u32> counts, u32 wanted, Shared<u32> found) {
 // Writes the numbers of the best candidates to ids_ptr, ascending, and how many they are to count_ptr. number_of(i) is
 // the number of candidate i. All threads of the block; `scratch` may be in use until all have come here.
 template <class Number>
-DEVICE void choose(const Choice& choice, const Scratch& scratch, int* ids_ptr, int* count_ptr, const Number& number_of) {
+DEVICE void choose(const Choice& choice, const Scratch& scratch, int* ids_ptr, int* count_ptr,
+                   const Number& number_of) {
     const int each = ceil_div(ceil_div(choice.candidates, WARPS), WARP) * WARP;
     const int begin = warp_id() * each, end = least(begin + each, choice.candidates);
     const bool held = choice.candidates <= HELD;

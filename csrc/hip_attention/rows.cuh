@@ -1,14 +1,14 @@
 // The query rows that share a list, in shared memory, and their products with the keys that a warp holds.
 //
-// The rows of all query heads that share a list are one matrix: with R means of neighbouring rows in a block of queries,
-// row r of it belongs to head r / R of the group. Its limit is the last key that counts for any of its rows; a row that
-// does not exist has the limit -1, before every key.
+// The rows of all query heads that share a list are one matrix: with R means of neighbouring rows in a block of
+// queries, row r of it belongs to head r / R of the group. Its limit is the last key that counts for any of its rows; a
+// row that does not exist has the limit -1, before every key.
 //
 // A product sums over the columns in an order of our own, the same for both operands: where a fragment has columns 2 p,
-// 2 p + 1, 2 p + 8 and 2 p + 9 of sixteen, for p = lane % 4, a lane here has four neighbours of eight, 8 p to 8 p + 7 of
-// 32 columns, for two fragments. So a vector of a key is right operands as it comes from global memory. Rows take that
-// order on their way into shared memory: word c of the p-th sixteen bytes becomes word p of the c-th, and an ldmatrix
-// finds its eight rows in different banks, because rows have their vectors exchanged by their number.
+// 2 p + 1, 2 p + 8 and 2 p + 9 of sixteen, for p = lane % 4, a lane here has four neighbours of eight, 8 p to 8 p + 7
+// of 32 columns, for two fragments. So a vector of a key is right operands as it comes from global memory. Rows take
+// that order on their way into shared memory: word c of the p-th sixteen bytes becomes word p of the c-th, and an
+// ldmatrix finds its eight rows in different banks, because rows have their vectors exchanged by their number.
 //
 // Constants: Element (fp16, bf16), HEAD_DIM, BLOCK_R, WARPS, ALIGNED (16-byte rows of q and k).
 #pragma once
@@ -121,7 +121,7 @@ struct Keys {
     }
 };
 
-// What a lane finds of the two keys of sixteen candidates: [side][half][i] is of the candidate 8 half + 2 (lane % 4) + i.
+// What a lane finds of the two keys of sixteen candidates: [side][half][i] is of candidate 8 half + 2 (lane % 4) + i.
 struct Found {
     float at[2][2][2];
 };
@@ -165,8 +165,8 @@ DEVICE void multiply(Found& found, const Keys (&keys)[2], const int (&number)[2]
     }
 }
 
-// The same over all rows: best[side][half] is of the key of candidate 8 half + lane / 4. Each exchange halves what a lane
-// is in charge of, first the sides, then the halves, then the columns.
+// The same over all rows: best[side][half] is of the key of candidate 8 half + lane / 4. Each exchange halves what a
+// lane is in charge of, first the sides, then the halves, then the columns.
 DEVICE void reduce(float (&best)[2][2], const Found& found) {
     const bool side = lane_id() & 16, half = lane_id() & 8, column = lane_id() & 4;
     float four[2][2], two[2];

@@ -1,5 +1,5 @@
-// One stage of hierarchical selection (InfiniteHiP, Lee et al., 2025, arXiv:2502.08910, section 3) with mma.sync, search
-// and choice in one launch.
+// One stage of hierarchical selection (InfiniteHiP, Lee et al., 2025, arXiv:2502.08910, section 3) with mma.sync, the
+// search and the choice in one launch.
 //
 // Each candidate, a chunk of 2^STEPS keys, keeps an interval [l, r), at first the part of it that may be selected from,
 // and halves it STEPS times:
@@ -8,9 +8,9 @@
 //     s_a = max over rows of q . k_a          s_b likewise, a key counting only for rows whose limit it is within
 //     s = max(s, s_a, s_b)                    [l, r) = [l, c) if s_a > s_b else [c, r)
 //
-// and s is its score. A warp has 16 candidates, the columns of two matrix instructions, and goes its own way: the two keys
-// of a candidate are read by this warp alone, once, from global memory into the registers where the instructions want
-// them (rows.cuh); through shared memory they would take a detour. The rows of queries lie in shared memory for
+// and s is its score. A warp has 16 candidates, the columns of two matrix instructions, and goes its own way: the two
+// keys of a candidate are read by this warp alone, once, from global memory into the registers where the instructions
+// want them (rows.cuh); through shared memory they would take a detour. The rows of queries lie in shared memory for
 // all warps of the block; where BLOCK_R of them are not all, every step brings them tile by tile.
 //
 // Blocks count themselves in at their list. The last one takes the K best (choose.cuh), of the best score that any head
@@ -19,9 +19,9 @@
 //
 // FLOPs: 4 R D STEPS a candidate, for R rows (means of neighbouring queries of a group's heads). Bytes: 2 D STEPS
 // elements of K for each candidate that is not empty; the rows of q once for every block (once in every step where they
-// take several tiles); of the list that is divided 4 for each candidate and its count for every warp; 4 bytes of score,
-// written and read again by the last block (seven times where candidates are too many for shared memory); the list; the
-// counter.
+// take several tiles); of the list that is divided 4 for each candidate and its count for every warp; 4 of score,
+// written and read by the last block (written once more and read five times where candidates are too many for shared
+// memory); the list, and its counter from every block.
 //
 // Constants: Element (fp16, bf16), HEAD_DIM, BLOCK_R, WHOLE (no list has more rows), WARPS, ALIGNED (16-byte rows of q
 // and k).
@@ -51,22 +51,22 @@ struct Spot {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-hip_attention_select_cuda_kernel(const Element* q_ptr,           // [B, Hq, Nq, D]
-                                 const Element* k_ptr,           // [B, Hkv, N, D]
-                                 const int* parents_ptr,         // [B, lists, Mq, slots] of the stage before, or null
-                                 const int* parent_counts_ptr,   // [B, lists, Mq]
-                                 float* scores_ptr,              // [B, heads, Mq, candidates]
-                                 int* ids_ptr,                   // [B, lists, Mq, most]
-                                 int* counts_ptr,                // [B, lists, Mq]
-                                 u32* arrivals_ptr,              // [B * lists * Mq], all 0 before and after
+hip_attention_select_cuda_kernel(const Element* q_ptr,          // [B, Hq, Nq, D]
+                                 const Element* k_ptr,          // [B, Hkv, N, D]
+                                 const int* parents_ptr,        // [B, lists, Mq, slots] of the stage before, or null
+                                 const int* parent_counts_ptr,  // [B, lists, Mq]
+                                 float* scores_ptr,             // [B, heads, Mq, candidates]
+                                 int* ids_ptr,                  // [B, lists, Mq, most]
+                                 int* counts_ptr,               // [B, lists, Mq]
+                                 u32* arrivals_ptr,             // [B * lists * Mq], all 0 before and after
                                  Strides stride_q, Strides stride_k,
                                  int heads,     // searched heads
                                  int lists,     // 1 where they share a list, else heads
                                  int group,     // query heads to a searched head
                                  int kv_group,  // searched heads to a key head
                                  int blocks,    // Mq
-                                 int block_q, int means, int rows_of_mean, int q_len, int kv_len,
-                                 int candidates, int slots, int most_kept, int sink, int window, int causal,
+                                 int block_q, int means, int rows_of_mean, int q_len, int kv_len, int candidates,
+                                 int slots, int most_kept, int sink, int window, int causal,
                                  int steps,         // log2 of a chunk
                                  int ratio_log2) {  // of the chunks that one of the stage before is divided into
     SharedMemory arena;
@@ -112,8 +112,8 @@ hip_attention_select_cuda_kernel(const Element* q_ptr,           // [B, Hq, Nq, 
     const bool busy = any_lane(alive[0] || alive[1]);
     if (block_reduce<WARPS>(static_cast<int>(busy), Max{}, words.as<int>())) {
         const i64 first_head = static_cast<i64>(spot.head) * group;
-        const Rows rows{q_ptr + spot.batch * stride_q.b + first_head * stride_q.h + first_row * stride_q.n,
-                        stride_q.h, stride_q.n, stride_q.d, group, means, rows_of_mean, held, before, causal};
+        const Element* q = q_ptr + spot.batch * stride_q.b + first_head * stride_q.h + first_row * stride_q.n;
+        const Rows rows{q, stride_q.h, stride_q.n, stride_q.d, group, means, rows_of_mean, held, before, causal};
         const Element* k_head = k_ptr + spot.batch * stride_k.b + spot.head / kv_group * stride_k.h;
         const int least_limit = rows.least_limit();
         if (WHOLE) {
@@ -130,8 +130,8 @@ hip_attention_select_cuda_kernel(const Element* q_ptr,           // [B, Hq, Nq, 
                 number[1][half] = (centre[half] + right[half]) >> 1;
             }
             // No key of the warp is past the limit of any row.
-            const bool clear = every_lane((!alive[0] || number[1][0] <= least_limit) &&
-                                          (!alive[1] || number[1][1] <= least_limit));
+            const bool clear =
+                every_lane((!alive[0] || number[1][0] <= least_limit) && (!alive[1] || number[1][1] <= least_limit));
             Keys keys[2];
 #pragma unroll
             for (int side = 0; side < 2; ++side) keys[side].load(k_head, stride_k.n, stride_k.d, number[side], alive);
