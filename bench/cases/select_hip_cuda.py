@@ -106,8 +106,8 @@ COMPILATION = Compilation(
             ("h=32,hkv=8,n=16k,d=128", torch.bfloat16),
             ("h=32,hkv=8,n=1,nk=128k,d=128", torch.bfloat16),
             ("h=32,hkv=8,n=16k,d=256", torch.float16),
-            ("h=8,hkv=2,n=4k,d=64", torch.float16),
-            ("h=8,hkv=2,n=4k,d=20", torch.bfloat16),
+            ("h=8,hkv=2,n=16k,d=64", torch.float16),
+            ("h=8,hkv=2,n=16k,d=20", torch.bfloat16),
         )
     ),
 )
