@@ -18,6 +18,7 @@ from iokernels.bench.rows import tile_text
 from iokernels.bench.shape import Shape, UsageError
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import DeviceSpec, assume, named
+from iokernels.runtime.errors import UnsupportedError
 
 COUNTED_BYTES = 48 * 2**20
 """Kernels that request more than this are counted on a smaller shape: the interpreter moves some MB a second."""
@@ -52,8 +53,18 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             raise UsageError(f"--plot: the case of {case.operator} does not say how bytes depend on on-chip memory")
     counting = devices.emulate_cuda() if backend == "cuda" else devices.interpret_triton()
     spec = named(arguments.gpu)
+    rows, refused = [], []
     with Console(stderr=True).status("counting bytes on the CPU"):
-        rows = [_row(case, backend, shape, dtype, spec, counting) for shape in shapes for dtype in dtypes]
+        for shape in shapes:
+            for dtype in dtypes:
+                try:
+                    rows.append(_row(case, backend, shape, dtype, spec, counting))
+                except UnsupportedError as reason:
+                    refused.append(f"{shape} {dtype_name(dtype)}: {reason}")
+    if not rows:
+        raise UsageError(refused[0])
+    for line in refused:
+        console.print(escape(line), style="dim", highlight=False)
     _print(case, backend, rows, spec, counting, console)
     if arguments.plot is not None:
         from iokernels.bench import plot_io

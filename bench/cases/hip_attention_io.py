@@ -7,7 +7,7 @@ whole: a list may have one chunk that the edge of the window cuts, and one that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from iokernels.bench.accounts import Account, Bytes
@@ -49,23 +49,36 @@ class Call(NamedTuple):
         held = min((block + 1) * self.region.block_q, self.q_len) - block * self.region.block_q
         return held * (self.q_heads // self.searched)
 
+    def means(self, stage: Stage) -> int:
+        """Rows of a list as a stage sees them: means of neighbours."""
+        return -(-min(self.region.block_q, self.q_len) // stage.stride_q) * (self.q_heads // self.searched)
 
-def stage_accounts(
-    call: Call, stages: Sequence[Stage], stage_config: SelectConfig, searches: dict[int, int]
-) -> tuple[Account, Account]:
-    """The accounts of the search and of the choice, over all stages. ``searches`` receives the keys that the search
-    of a block of queries looks at."""
-    row = call.width * call.itemsize
-    search, choice = [0, 0, 0], [0, 0, 0]  # floor read, model read, written
-    # What each block of queries lists, and so how many slots the next stage has.
+
+class Visit(NamedTuple):
+    """What a stage does for one block of queries."""
+
+    stage: Stage
+    block: int
+    alive: list[bool]  # which candidates are searched; those past the end of the list that is divided are not in it
+    slots: int  # candidates that there is room for
+    kept: int  # entries that the list it makes has room for
+    before: int  # those of the list that is divided; 0 in the first stage
+
+    @property
+    def ratio(self) -> int:
+        """Candidates that an entry of the list that is divided becomes."""
+        return self.stage.parent // self.stage.chunk if self.before else 1
+
+
+def visits(call: Call, stages: Sequence[Stage]) -> Iterator[Visit]:
+    """All stages, all blocks of queries."""
     listed: list[list[int]] | None = None
-    slots_before = 0
+    before = 0
     for stage in stages:
         ratio = stage.parent // stage.chunk if listed is not None else 1
-        slots = slots_before * ratio if listed is not None else most_slots(call, stage.chunk)
+        slots = before * ratio if listed is not None else most_slots(call, stage.chunk)
         kept = min(stage.slots, slots)
         made: list[list[int]] = []
-        furthest = 0
         for block in range(call.blocks):
             end = block_end(block, call.q_len, call.kv_len, call.region)
             chunks = (
@@ -74,50 +87,55 @@ def stage_accounts(
                 else list(range(slots))
             )
             alive = [max(c * stage.chunk, call.region.sink) < min((c + 1) * stage.chunk, end) for c in chunks]
-            read, keys = _search_bytes(call, stage, stage_config, alive, slots, ratio, listed is not None, block)
-            search[1] += call.batch * call.searched * read
-            search[2] += call.batch * call.searched * 4 * slots
-            furthest = max(furthest, keys)
-            searches[block] = searches.get(block, 0) + keys
-            found = [c for c, ok in zip(chunks, alive, strict=True) if ok]
-            made.append(found[-kept:])
-            pooled = call.searched // call.lists
-            parents = 4 * slots_before if listed is not None else 0
-            choice[1] += call.batch * call.lists * (4 * slots * pooled + parents)
-            choice[2] += call.batch * call.lists * (4 * min(kept, len(found)) + 4)
-        numbers = call.batch * call.lists * call.blocks * (4 * slots_before + 4) if listed is not None else 0
-        # As if all blocks of queries looked at the same keys.
-        search[0] += call.batch * (call.q_heads * call.q_len * row + call.kv_heads * furthest * row) + numbers
-        listed, slots_before = made, kept
-    choice[0] = choice[1]
+            yield Visit(stage, block, alive, slots, kept, before)
+            made.append([c for c, ok in zip(chunks, alive, strict=True) if ok][-kept:])
+        listed, before = made, kept
+
+
+def stage_accounts(
+    call: Call, stages: Sequence[Stage], stage_config: SelectConfig, searches: dict[int, int]
+) -> tuple[Account, Account]:
+    """The accounts of the search and of the choice, over all stages. ``searches`` receives the keys that the search
+    of a block of queries looks at."""
+    row = call.width * call.itemsize
+    floor, search, choice = 0, [0, 0], [0, 0]  # read, written
+    furthest = 0
+    for visit in visits(call, stages):
+        furthest = 0 if visit.block == 0 else furthest
+        read, keys = _search_bytes(call, stage_config, visit)
+        search[0] += call.batch * call.searched * read
+        search[1] += call.batch * call.searched * 4 * visit.slots
+        searches[visit.block] = searches.get(visit.block, 0) + keys
+        floor += searched_floor(call, visit) + call.batch * call.kv_heads * max(keys - furthest, 0) * row
+        furthest = max(furthest, keys)
+        pooled = call.searched // call.lists
+        choice[0] += call.batch * call.lists * 4 * (visit.slots * pooled + visit.before)
+        choice[1] += call.batch * call.lists * (4 * min(visit.kept, sum(visit.alive)) + 4)
     return (
-        Account("fwd", Bytes(min(search[0], search[1]), search[2]), Bytes(search[1], search[2])),
-        Account("fwd", Bytes(choice[0], choice[2]), Bytes(choice[1], choice[2])),
+        Account("fwd", Bytes(min(floor, search[0]), search[1]), Bytes(*search)),
+        Account("fwd", Bytes(*choice), Bytes(*choice)),
     )
 
 
-def _search_bytes(
-    call: Call,
-    stage: Stage,
-    config: SelectConfig,
-    alive: list[bool],
-    slots: int,
-    ratio: int,
-    is_listed: bool,
-    block: int,
-) -> tuple[int, int]:
+def searched_floor(call: Call, visit: Visit) -> int:
+    """What a block of queries cannot but read of rows and lists, as if all looked at the same keys: the rows of a stage
+    with its first block, and the list that is divided."""
+    rows = call.batch * call.q_heads * call.q_len * call.width * call.itemsize if visit.block == 0 else 0
+    return rows + (call.batch * call.lists * (4 * visit.before + 4) if visit.before else 0)
+
+
+def _search_bytes(call: Call, config: SelectConfig, visit: Visit) -> tuple[int, int]:
     """Bytes that the thread blocks of one list read, and keys that they look at."""
-    row, steps = call.width * call.itemsize, stage.chunk.bit_length() - 1
-    means = -(-min(call.region.block_q, call.q_len) // stage.stride_q) * (call.q_heads // call.searched)
-    loads = 1 if means <= config.block_r else steps
+    row, steps = call.width * call.itemsize, visit.stage.chunk.bit_length() - 1
+    loads = 1 if call.means(visit.stage) <= config.block_r else steps
     read, keys = 0, 0
-    for first in range(0, slots, config.block_c):
-        mine = alive[first : min(first + config.block_c, slots)]
-        if is_listed:
+    for first in range(0, visit.slots, config.block_c):
+        mine = visit.alive[first : min(first + config.block_c, visit.slots)]
+        if visit.before:
             # The count, and each parent once.
-            read += 4 + 4 * len({(first + slot) // ratio for slot in range(len(mine))})
+            read += 4 + 4 * len({(first + slot) // visit.ratio for slot in range(len(mine))})
         if any(mine):
-            read += loads * call.rows(block) * row + 2 * steps * sum(mine) * row
+            read += loads * call.rows(visit.block) * row + 2 * steps * sum(mine) * row
             keys += 2 * steps * sum(mine)
     return read, keys
 

@@ -1,14 +1,15 @@
-"""The selection kernels without data: which configurations a call takes, compiling and tuning them."""
+"""The selection kernels without data: which configurations a call takes, compiling them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.bench.case import Compilation, Pass, Tuning
+from iokernels.bench.case import Compilation, Pass
 from iokernels.bench.cases.hip_attention_shapes import SELECT, VOCABULARY
 from iokernels.bench.shape import Shape
 from iokernels.ops.hip_attention.api import hip_plan
@@ -24,7 +25,7 @@ from iokernels.ops.hip_attention.select_options import (
 )
 from iokernels.ops.hip_attention.sparse_options import Options
 from iokernels.ops.hip_attention.sparse_tuning import FWD
-from iokernels.ops.hip_attention.tuning import BEST, BOUNDS, KERNELS, PAGES, STAGE, SelectProblem
+from iokernels.ops.hip_attention.tuning import BEST, BOUNDS, KERNELS, PAGES, SelectProblem
 from iokernels.ops.hip_attention.tuning_space import TUNABLES
 from iokernels.runtime.device import DeviceSpec, assume, spec_of
 
@@ -59,15 +60,20 @@ def quest_slots(shape: Shape) -> int:
 
 
 def launch_search(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Launch the kernels of a hierarchical search; return its lists."""
+    """Launch the Triton kernels of a hierarchical search; return its lists."""
     from iokernels.ops.hip_attention import triton_select_launch
 
+    return launch_stages(shape, dtype, triton_select_launch.stage)
+
+
+def launch_stages(shape: Shape, dtype: torch.dtype, stage_of: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+    """Launch all stages of a hierarchical search; return its lists."""
     (q, k), region = tensors(shape, dtype), region_of(shape)
     lists: Any = (None, None)
     for stage in plan(shape):
         most = candidates(shape.n, shape.nk, lists[0], stage, region)
         stage = stage._replace(slots=min(stage.slots, most))
-        lists = triton_select_launch.stage(q, k, *lists, region, stage)
+        lists = stage_of(q, k, *lists, region, stage)
     return lists
 
 
@@ -148,8 +154,6 @@ def listed(shape: Shape) -> int:
     return min(shape.budget // block, most_chunks(shape.n, shape.nk, block, region_of(shape)))
 
 
-_QUEST, _HIP = (PAGES, BOUNDS, BEST), (STAGE, BEST)
-
 SELECT_COMPILATION = Compilation(
     launch=launch_select,
     points=tuple(
@@ -168,12 +172,4 @@ COMPILATION = Compilation(
         (VOCABULARY.parse(f"b=1,h=32,hkv=8,{text}"), dtype)
         for text, dtype in (("n=16k,d=128", torch.bfloat16), ("n=1,nk=128k,d=128", torch.bfloat16))
     ),
-)
-
-SELECT_TUNING = Tuning(
-    TUNABLES,
-    lambda shape: _QUEST if shape.quest else _HIP,
-    problem,
-    lambda shape, dtype, kernel: launch_select(shape, dtype, "fwd"),
-    dict.fromkeys(KERNELS, ()),
 )

@@ -12,13 +12,15 @@ from iokernels.bench.cases.hip_attention_io import Call, page_accounts, stage_ac
 from iokernels.bench.cases.hip_attention_kernels import (
     PAGE,
     SELECT_COMPILATION,
-    SELECT_TUNING,
     configs,
     plan,
     quest_slots,
     region_of,
 )
 from iokernels.bench.cases.hip_attention_shapes import SELECT, chunk_searches, drawn, smaller
+from iokernels.bench.cases.select_hip_cuda import COMPILATION as CUDA_COMPILATION
+from iokernels.bench.cases.select_hip_cuda import accounts_of
+from iokernels.bench.cases.select_hip_tuning import TUNING
 from iokernels.bench.shape import Shape
 from iokernels.ops.hip_attention import select_hip, select_quest
 from iokernels.ops.hip_attention.api import MAX_HEAD_DIM
@@ -142,6 +144,7 @@ CASE = Case(
         "reference": Implementation((*_HALVES, torch.float32, torch.float64), "any", "fwd"),
         "torch": Implementation((*_HALVES, torch.float32, torch.float64), "any", "fwd"),
         "triton": Implementation((*_HALVES, torch.float32), f"1-{MAX_HEAD_DIM}", "fwd"),
+        "cuda": Implementation(_HALVES, f"1-{MAX_HEAD_DIM}", "fwd"),
     },
     suites={
         "quick": tuple(SELECT.parse(f"b=1,h=4,hkv=2,d=64,{text}") for text in ("n=4k", "n=1,nk=16k", "n=4k,quest=1")),
@@ -159,7 +162,9 @@ CASE = Case(
     check_points=check_points,
     accounts=ACCOUNTS,
     compilation=SELECT_COMPILATION,
-    tuning=SELECT_TUNING,
+    cuda_accounts=accounts_of(call, naive_bytes, NAIVE),
+    cuda_compilation=CUDA_COMPILATION,
+    tuning=TUNING,
     passes=("fwd",),
     limit=limit,
     documented="hip_attention",

@@ -61,6 +61,18 @@ DEVICE u32 warp_ballot(bool vote, Here at = HERE) {
 DEVICE bool any_lane(bool vote, Here at = HERE) { return warp_ballot(vote, at) != 0; }
 DEVICE bool every_lane(bool vote, Here at = HERE) { return warp_ballot(vote, at) == ALL_LANES; }
 
+// How many bits are set: of a ballot, how many lanes said so.
+DEVICE int count_bits(u32 bits) {
+#ifdef IOKERNELS_EMULATE
+    return __builtin_popcount(bits);
+#else
+    return __popc(bits);
+#endif
+}
+
+// Bits of the lanes below this one.
+DEVICE u32 lanes_below() { return (1u << lane_id()) - 1; }
+
 // ---- reductions: op(a, b) is associative and commutative; every participant receives the result -------------------
 
 struct Sum {

@@ -100,6 +100,19 @@ def test_usage_errors(arguments: list[str], message: str, capsys: pytest.Capture
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(devices.cxx() is None, reason="the emulator needs g++")
+def test_shapes_that_a_backend_refuses_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["b=1,h=1,n=1,nk=300,d=16,budget=48,sink=5,window=24", "b=1,h=1,n=1,nk=300,d=16,quest=1"]
+    command = ["io", "select_hip", "--backend", "cuda"]
+    assert main([*command, "--shape", shapes[1]]) == 2
+    refusal = "quest=1 bf16: select_quest: backend 'cuda' cannot run this call"
+    assert refusal in capsys.readouterr().err
+    assert main([*command, "--shape", shapes[0], "--shape", shapes[1]]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert refusal in printed
+    assert "counted: every kernel as its model" in printed
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "expected"),
     [

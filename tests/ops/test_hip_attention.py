@@ -29,6 +29,7 @@ from iokernels.ops.hip_attention.portable import choose
 from iokernels.ops.hip_attention.select_options import Region
 from iokernels.testing.poison import poison_
 
+from .backends import BACKENDS, CUDA, usual
 from .hip_attention_selection import named, same_lists, walk
 
 STAGES = ((64, 4, 128), (16, 2, 64), (8, 1))
@@ -79,35 +80,43 @@ def test_vectorised_is_the_definition(
         assert all(len(named(index, head)) * index.block_k >= keys - 5 - 20 for head in range(2))
 
 
-@pytest.mark.parametrize("selector", ["hip", "quest"])
+@pytest.mark.parametrize(
+    ("backend", "selector"),
+    [("triton", "hip"), ("triton", "quest"), pytest.param("cuda", "hip", marks=CUDA.marks)],
+)
 @pytest.mark.parametrize(("rows", "keys", "options"), CALLS)
-def test_triton_is_the_definition(selector: str, rows: int, keys: int, options: dict[str, Any], device: str) -> None:
-    q, k, _ = tensors(rows, keys, torch.float32)
+def test_kernels_are_the_definition(
+    backend: str, selector: str, rows: int, keys: int, options: dict[str, Any], device: str
+) -> None:
+    q, k, _ = tensors(rows, keys, usual(backend))
     select = partial(SELECTORS[selector], **{**SMALL, **options})
-    same_lists(select(q.to(device), k.to(device), backend="triton"), select(q, k, backend="torch"))
+    same_lists(select(q.to(device), k.to(device), backend=backend), select(q, k, backend="torch"))
 
 
+@pytest.mark.parametrize("backend", ["triton", CUDA])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_triton_in_half_precision(dtype: torch.dtype, device: str) -> None:
+def test_kernels_in_half_precision(backend: str, dtype: torch.dtype, device: str) -> None:
     """Products of halves are exact in float32, and means are rounded to halves on every backend."""
     q, k, _ = tensors(20, 200, dtype, width=16)
-    for select in (partial(select_hip, stages=STAGES), select_quest):
-        ours = select(q.to(device), k.to(device), backend="triton", **SMALL)
+    for select in (partial(select_hip, stages=STAGES), select_quest)[: 1 if backend == "cuda" else 2]:
+        ours = select(q.to(device), k.to(device), backend=backend, **SMALL)
         same_lists(ours, select(q, k, backend="torch", **SMALL))
 
 
-def test_several_tiles_of_rows_and_chunks(device: str) -> None:
-    q, k, _ = tensors(64, 700, torch.float32, heads=(4, 1), width=16)
+@pytest.mark.parametrize("backend", ["triton", CUDA])
+def test_several_tiles_of_rows_and_chunks(backend: str, device: str) -> None:
+    q, k, _ = tensors(64, 700, usual(backend), heads=(4, 1), width=16)
     options = {**SMALL, "block_q": 64}
     one_stage = partial(select_hip, stages=((8, 1),), **options)
-    same_lists(one_stage(q.to(device), k.to(device), backend="triton"), one_stage(q, k, backend="torch"))
+    same_lists(one_stage(q.to(device), k.to(device), backend=backend), one_stage(q, k, backend="torch"))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_of_equal_scores_the_lower_block_comes_first(backend: str, device: str) -> None:
-    device = device if backend == "triton" else "cpu"
-    q, k = torch.zeros(1, 1, 1, 16, device=device), torch.ones(1, 1, 400, 16, device=device)
-    for select in (partial(select_hip, stages=STAGES), select_quest):
+    device = device if backend in ("triton", "cuda") else "cpu"
+    q = torch.zeros(1, 1, 1, 16, dtype=usual(backend), device=device)
+    k = torch.ones(1, 1, 400, 16, dtype=q.dtype, device=device)
+    for select in (partial(select_hip, stages=STAGES), select_quest)[: 1 if backend == "cuda" else 2]:
         index = select(q, k, backend=backend, **{**SMALL, "sink": 32})
         expected = list(range(32 // index.block_k, 32 // index.block_k + 32 // index.block_k))
         assert named(index) == expected
@@ -140,33 +149,35 @@ def test_the_kernel_chooses_as_the_sort_does(device: str) -> None:
             assert torch.equal(ours.cpu()[valid], ids[valid])
 
 
-def test_tails_of_lists_are_never_read(device: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tails_of_lists_are_never_read(backend: str, device: str) -> None:
     """A stage works on from the valid entries of a list alone."""
     from iokernels.ops.hip_attention.api import hip_plan, hip_stage
 
-    q, k, _ = tensors(37, 301, torch.float32)
+    where = "cpu" if backend == "torch" else device
+    q, k, _ = (x.to(where) for x in tensors(37, 301, usual(backend)))
     region = Region("kv", 16, 5, 20)
     first, second, _ = hip_plan(STAGES, 32, region)
-    for backend, where in (("torch", "cpu"), ("triton", device)):
-        ids, counts = hip_stage(q.to(where), k.to(where), None, None, first, region, backend)
-        counts = counts.clamp(max=2)
-        expected = hip_stage(q.to(where), k.to(where), ids, counts, second, region, backend)
-        within = torch.arange(ids.shape[3], device=where) < counts[..., None]
-        poisoned = ids.masked_fill(~within, 2**31 - 1)
-        found = hip_stage(q.to(where), k.to(where), poisoned, counts, second, region, backend)
-        assert torch.equal(found[1], expected[1])
-        valid = torch.arange(found[0].shape[3], device=where) < found[1][..., None]
-        assert torch.equal(found[0][valid], expected[0][valid])
+    ids, counts = hip_stage(q, k, None, None, first, region, backend)
+    counts = counts.clamp(max=2)
+    expected = hip_stage(q, k, ids, counts, second, region, backend)
+    within = torch.arange(ids.shape[3], device=where) < counts[..., None]
+    poisoned = ids.masked_fill(~within, 2**31 - 1)
+    found = hip_stage(q, k, poisoned, counts, second, region, backend)
+    assert torch.equal(found[1], expected[1])
+    valid = torch.arange(found[0].shape[3], device=where) < found[1][..., None]
+    assert torch.equal(found[0][valid], expected[0][valid])
 
 
-def test_keys_that_do_not_count_are_not_read(device: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_that_do_not_count_are_not_read(backend: str, device: str) -> None:
     """Sink and window are not searched: NaN there changes nothing (Quest reads whole pages of its bounds)."""
-    q, k, _ = tensors(1, 300, torch.float32)
+    q, k, _ = tensors(1, 300, usual(backend))
     expected = select_hip(q, k, stages=STAGES, **SMALL)
     poison_(k[:, :, :5])
     poison_(k[:, :, 281:])
-    for backend, where in (("torch", "cpu"), ("triton", device)):
-        same_lists(select_hip(q.to(where), k.to(where), stages=STAGES, backend=backend, **SMALL), expected)
+    where = "cpu" if backend == "torch" else device
+    same_lists(select_hip(q.to(where), k.to(where), stages=STAGES, backend=backend, **SMALL), expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -26,7 +26,7 @@ from .select_options import (
 )
 
 MAX_HEAD_DIM = 256
-"""Widest head that the Triton kernels hold on chip."""
+"""Widest head that the kernels hold on chip, in Triton and in CUDA C++."""
 
 SEARCHES = ("stages", "global")
 
@@ -84,7 +84,8 @@ def select_hip(
             key head searches by itself, and a chunk scores what its best head gives it (the published default).
             ``"query"``: nobody.
         block_q: query rows that share a list, 16, 32, 64 or 128. A call of fewer rows is one block.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`.
+        backend: ``"triton"``, ``"cuda"`` (float16 and bfloat16), ``"torch"``, ``"reference"``, or None for the rule of
+            :mod:`iokernels.runtime.dispatch`, which never takes ``"cuda"``.
 
     Returns:
         A :class:`BlockIndex` of ``budget / block`` entries a list, or of all there are. Equal scores: the lower block
@@ -229,11 +230,12 @@ def select_quest(
     list. It reads ``2 / page`` of the keys.
 
     Args:
-        q, k, sink, window, causal, heads, block_q, backend: as in :func:`select_hip`. Rows enter one by one, without
-            averaging, which would void the guarantee.
+        q, k, sink, window, causal, heads, block_q: as in :func:`select_hip`. Rows enter one by one, without averaging,
+            which would void the guarantee.
         bounds: :func:`page_bounds` of k, where they are kept; computed here if None. May have more pages than k.
         budget: keys that a list names, a multiple of page.
         page: keys of a page and of a listed block: 8, 16, 32, 64 or 128.
+        backend: ``"triton"``, ``"torch"``, ``"reference"`` or None.
 
     Returns:
         A :class:`BlockIndex` of ``budget / page`` entries a list, or of all there are.
@@ -335,12 +337,24 @@ def backend_of(operator: str, backend: str | None, q: Tensor) -> str:
     requested = dispatch.requested(backend)
     refusals = {
         "triton": lambda: devices.kernel_refusal(q, {"D": q.shape[3]}, MAX_HEAD_DIM),
+        "cuda": lambda: cuda_refusal(q),
         "torch": lambda: None,
         "reference": lambda: None,
     }
+    if operator != "select_hip":
+        del refusals["cuda"]
     if operator == "page_bounds":
         del refusals["reference"]
     return dispatch.choose(operator, requested, q.device.type, refusals)
+
+
+def cuda_refusal(q: Tensor) -> str | None:
+    """Why the CUDA kernel of the hierarchical search cannot take ``q``, as the end of a sentence."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernel takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[3] > MAX_HEAD_DIM:
+        return f"D is {q.shape[3]}, and its kernel holds heads up to {MAX_HEAD_DIM} wide"
+    return devices.cuda_refusal(q.device)
 
 
 def index_of(q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, region: Region, block_k: int) -> BlockIndex:

@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from iokernels.ops.flash_attention.api import flash_attention
+from iokernels.runtime import device as devices
+from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 
-from .api import select_hip
+from .api import MAX_HEAD_DIM, select_hip
 from .block_index import BlockIndex
 from .selection_cache import SelectionCache
 from .sparse_api import block_sparse_attention
@@ -70,7 +72,8 @@ def hip_attention(
         block_q: query rows that share a list.
         return_lse: also return the log-sum-exp.
         backend: ``"triton"``, ``"torch"``, ``"reference"``, or None for the rule of :mod:`iokernels.runtime.dispatch`;
-            for the search and the attention.
+            for the search and the attention. ``"cuda"`` has the search alone, :func:`select_hip`, and is refused unless
+            nothing is selected.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in the dtype and memory order of q, or ``(out, lse)`` with ``lse [B, Hq, Nq]``, the
@@ -91,6 +94,8 @@ def hip_attention(
     if selection is None or isinstance(selection, SelectionCache):
         if covers_all(sizes["Nk"], budget, sink, window, causal):
             return flash_attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
+        if dispatch.requested(backend) == "cuda":
+            _refuse_cuda(q, {"D": sizes["D"], "Dv": sizes["Dv"]})
         options: dict[str, Any] = {
             "budget": budget, "sink": sink, "window": window, "heads": heads, "block_q": block_q, "backend": backend,
         }  # fmt: skip
@@ -109,6 +114,23 @@ def hip_attention(
     return block_sparse_attention(
         q, k, v, index, causal=causal, scale=scale, return_lse=return_lse, backend=backend
     )  # fmt: skip
+
+
+def _refuse_cuda(q: Tensor, widths: dict[str, Any]) -> None:
+    """Raise UnsupportedError, before anything is searched for an attention that will not run."""
+    dispatch.choose(
+        "hip_attention",
+        "cuda",
+        q.device.type,
+        {
+            "triton": lambda: devices.kernel_refusal(q, widths, MAX_HEAD_DIM),
+            "cuda": lambda: (
+                "only its search has a CUDA kernel; give selection=select_hip(q, k, backend='cuda') to another backend"
+            ),
+            "torch": lambda: None,
+            "reference": lambda: None,
+        },
+    )
 
 
 def covers_all(keys: Any, budget: Any, sink: Any, window: Any, causal: Any) -> Any:

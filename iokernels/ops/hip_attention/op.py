@@ -13,7 +13,7 @@ from iokernels.runtime.registration import lazily, register
 
 from .select_options import REGION_SCHEMA, STAGE_SCHEMA, Region, Stage, empty_lists
 
-_backend = lazily(__package__, torch=".portable", triton=".triton_select_launch")
+_backend = lazily(__package__, torch=".portable", triton=".triton_select_launch", cuda=".cuda")
 _global = lazily(__package__, torch=".portable_global")
 
 _REGION = len(Region._fields)
