@@ -120,7 +120,7 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
                     Element* du_ptr,          // [B, H, N] contiguous, or null; so are dpre and dpost
                     Element* dpre_ptr, Element* dpost_ptr,
                     float* dk_ptr,  // [parts, H, M, 2], the sums of each thread block, or null
-                    Strides stride_dy, Strides stride_u, Strides stride_pre, Strides stride_post,
+                    RowStrides stride_dy, RowStrides stride_u, RowStrides stride_pre, RowStrides stride_post,
                     int batch, int heads, int seqlen,
                     int past,      // steps of the state
                     int lead,      // positions before a block's first result
@@ -175,7 +175,7 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
 
             const int b = afresh(b0), stop = least(seqlen, now + step);
             const auto store = [&](int member, int time, const Values& w, Element* y, const Element* gate,
-                                   Strides strides) {
+                                   RowStrides strides) {
                 if (y == nullptr) return;
                 Values product = w;
                 if (gate != nullptr) {

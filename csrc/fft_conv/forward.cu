@@ -24,7 +24,7 @@ fft_conv_fwd_kernel(const Element* u_ptr,     // [B, H, N]
                     const u32* spectrum_ptr,  // [H, M] pairs of fp16, in the order of the lanes
                     const float* scale_ptr,   // [H], what the spectrum was divided by
                     Element* y_ptr,           // [B, H, N] contiguous
-                    Strides stride_u, Strides stride_pre, Strides stride_post,
+                    RowStrides stride_u, RowStrides stride_pre, RowStrides stride_post,
                     int batch, int heads, int seqlen,
                     int past,      // steps of the state
                     int lead,      // positions before a block's first result

@@ -14,11 +14,8 @@
 //
 // Constants: Element, HALF; with those of transform.cuh.
 #pragma once
+#include "common/tensors.cuh"
 #include "transform.cuh"
-
-struct Strides {
-    i64 b, h, n;
-};
 
 // Row (batch, head) of a tensor [B, H, N]; one of no tensor has no x.
 struct Row {
@@ -26,7 +23,7 @@ struct Row {
     i64 stride;
 };
 
-DEVICE Row row_of(const Element* x, Strides strides, int batch, int head) {
+DEVICE Row row_of(const Element* x, RowStrides strides, int batch, int head) {
     return {x == nullptr ? x : x + batch * strides.b + head * strides.h, strides.n};
 }
 
