@@ -113,14 +113,7 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
 
         const int first = first_of(step);
         float p[BLOCK_M / 16][2][4] = {}, slope[SOFTCAP ? BLOCK_M / 16 : 1][2][4];
-#pragma unroll
-        for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
-            const Fragment a = load_left<D_ROW>(k_own, kk);
-#pragma unroll
-            for (int ii = 0; ii < BLOCK_M / 16; ++ii) {
-                multiply_transposed<BLOCK_D>(p[ii], a, q_tile(stage) + 16 * ii * D_ROW, kk);
-            }
-        }
+        multiply_transposed<BLOCK_D>(p, k_own, q_tile(stage));
         auto of_row = [&](int ii, int i) {
             return load_shared(statistics + (stage * BLOCK_M + 16 * ii + 8 * (i / 4) + 2 * pair + i % 2));
         };
@@ -142,14 +135,7 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
         }
         if constexpr (GRAD_K) {
             float ds[BLOCK_M / 16][2][4] = {};
-#pragma unroll
-            for (int kk = 0; kk < BLOCK_V / 16; ++kk) {
-                const Fragment a = load_left<V_ROW>(v_own, kk);
-#pragma unroll
-                for (int ii = 0; ii < BLOCK_M / 16; ++ii) {
-                    multiply_transposed<BLOCK_V>(ds[ii], a, dout_tile(stage) + 16 * ii * V_ROW, kk);
-                }
-            }
+            multiply_transposed<BLOCK_V>(ds, v_own, dout_tile(stage));
 #pragma unroll
             for (int ii = 0; ii < BLOCK_M / 16; ++ii) {
 #pragma unroll

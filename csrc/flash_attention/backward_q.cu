@@ -87,22 +87,8 @@ flash_attention_backward_q(const Element* q_ptr,      // [B, Hq, Nq, D]
         commit_copies();
 
         float p[BLOCK_N / 16][2][4] = {}, ds[BLOCK_N / 16][2][4] = {};
-#pragma unroll
-        for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
-            const Fragment a = load_left<D_ROW>(q_own, kk);
-#pragma unroll
-            for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-                multiply_transposed<BLOCK_D>(p[jj], a, k_tile(stage) + 16 * jj * D_ROW, kk);
-            }
-        }
-#pragma unroll
-        for (int kk = 0; kk < BLOCK_V / 16; ++kk) {
-            const Fragment a = load_left<V_ROW>(dout_own, kk);
-#pragma unroll
-            for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-                multiply_transposed<BLOCK_V>(ds[jj], a, v_tile(stage) + 16 * jj * V_ROW, kk);
-            }
-        }
+        multiply_transposed<BLOCK_D>(p, q_own, k_tile(stage));
+        multiply_transposed<BLOCK_V>(ds, dout_own, v_tile(stage));
 #pragma unroll
         for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
 #pragma unroll

@@ -32,14 +32,7 @@ template <class Q>
 DEVICE void fold(Sums& sums, const Q& q_of, Shared<Element> k_tile, Shared<Element> v_tile, const Sight& sight,
                  int first, float qk_scale, float softcap_log2) {
     float scores[BLOCK_N / 16][2][4] = {};
-#pragma unroll
-    for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
-        const Fragment q = q_of(kk);
-#pragma unroll
-        for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-            multiply_transposed<BLOCK_D>(scores[jj], q, k_tile + 16 * jj * K_ROW, kk);
-        }
-    }
+    multiply_transposed<BLOCK_D>(scores, q_of, k_tile);
 #pragma unroll
     for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
 #pragma unroll

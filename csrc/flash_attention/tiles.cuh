@@ -57,12 +57,25 @@ DEVICE void put_rows(Shared<Element> tile, const float (&acc)[PADDED / 8][4], co
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// d[16, 16] += a[16, 16] b^T, b being 16 rows of a tile and its columns 16 kk on.
-template <int PADDED>
-DEVICE void multiply_transposed(float (&d)[2][4], const Fragment& a, Shared<Element> tile, int kk) {
-    u32 b[4];
-    load_right_transposed<ROW<PADDED>>(b, tile, kk);
-    multiply<Element>(d[0], d[1], a, b);
+// d[16, 16 N] += a b^T, b being 16 N rows of a tile, and left(kk) the columns 16 kk to 16 kk + 15 of a.
+template <int PADDED, int N, class Left>
+DEVICE void multiply_transposed(float (&d)[N][2][4], const Left& left, Shared<Element> tile) {
+#pragma unroll
+    for (int kk = 0; kk < PADDED / 16; ++kk) {
+        const Fragment a = left(kk);
+#pragma unroll
+        for (int jj = 0; jj < N; ++jj) {
+            u32 b[4];
+            load_right_transposed<ROW<PADDED>>(b, tile + 16 * jj * ROW<PADDED>, kk);
+            multiply<Element>(d[jj][0], d[jj][1], a, b);
+        }
+    }
+}
+
+// The same, a being the first 16 rows of a tile.
+template <int PADDED, int N>
+DEVICE void multiply_transposed(float (&d)[N][2][4], Shared<Element> rows, Shared<Element> tile) {
+    multiply_transposed<PADDED>(d, [&](int kk) { return load_left<ROW<PADDED>>(rows, kk); }, tile);
 }
 
 // d[16, PADDED] += a[16, 16] b, b being 16 rows of a tile.
