@@ -71,7 +71,7 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
         inputs, before, after = _positions(shape, cover, config.length)
         read = rows * (inputs * dtype.itemsize * tensors + before * _SUM)
         units = shape.h * launch.pairs * cover.chunks
-        return cover, grid, units, read, rows * after * dtype.itemsize * tensors, grid * config.num_warps * _SUM
+        return cover, grid, units, read, rows * after * dtype.itemsize * tensors, units * config.num_warps * _SUM
 
     forward, backward = configs[FORWARD], configs[BACKWARD]
     _, _, units, inputs, _, scale = sizes(forward)
@@ -85,7 +85,7 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
     # for dpost v and dy.
     read = 3 * (inputs + tensors * tensor) + after + units * backward.length * _FREQUENCY
     if shape.gated:
-        read += 2 * tensor + inputs + tensor + units * backward.length * _FREQUENCY
+        read += 2 * tensor + inputs + tensor + units * backward.length * _FREQUENCY + scale
     read += (units - grid) * sums + scale
     written = tensor * (3 if shape.gated else 1)
     floor = Bytes(tensor * (4 if shape.gated else 2) + filters + past, written + filters)
@@ -120,9 +120,9 @@ COMPILATION = Compilation(
             ("n=4k,causal=0", torch.bfloat16),
             ("n=16k,causal=0", torch.bfloat16),
             ("n=64k,nk=1k,gated=1", torch.float16),
+            ("n=4001,gated=1,state=1", torch.float16),
         )
     ),
-    spills=48,  # the backward kernel, most with 32768 points
 )
 
 # With transforms of 4096 points: half blocks, several blocks, the past, circular filters, and lengths that no vector

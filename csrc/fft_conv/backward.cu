@@ -27,7 +27,7 @@
 // them, for dv; u and pre, then dy, for dpost; du, dpre, dpost; the spectrum once for dv and once for dpost; the sum.
 // FLOPs of a pair: 16 M (N1 + 2 R) each for dv and dpost, 16 M (N1 + 2 R) for the two transforms of dK.
 //
-// Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
+// Constants: Element (fp16, bf16), N1, R, WARPS, HALF, ALIGNED.
 #include "convolve.cuh"
 
 constexpr int ROUND = N1 / 2;
@@ -46,13 +46,13 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
     const Planes of_v = {chip.planes.i, chip.planes.i + ROUND * COLUMNS};
 #pragma unroll 1
     for (int which = 0; which < 2; ++which) {
-        const Source pair[2] = {source(which, 0), source(which, 1)};
+        const auto source_of = [&](int member) { return source(which, member); };
         if constexpr (FIRST == 0) {
             Exponents e = {-127, -127};
 #pragma unroll 1
             for (int slab = 0; slab < SLABS; ++slab) {
                 Signal<1> z;
-                load_pair(z, pair, place.start, place.seqlen, place.stop, slab, at);
+                load_pair(z, source_of, place.start, place.seqlen, place.stop, slab, at);
                 include(e, z);
             }
             e = largest(e, chip.scratch + which * 2 * WARPS, at);
@@ -69,7 +69,7 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
 #pragma unroll 1
         for (int slab = 0; slab < SLABS; ++slab) {
             Signal<1> z;
-            load_pair(z, pair, place.start, place.seqlen, place.stop, slab, at);
+            load_pair(z, source_of, place.start, place.seqlen, place.stop, slab, at);
             rescale(z, e);
             stage1<FIRST, ROUND>(planes, z, slab, chip.first, at);
         }
@@ -85,6 +85,7 @@ DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place
         float* of_row = sums + 2 * (FIRST + row) * COLUMNS + 8 * lane_id();
 #pragma unroll
         for (int m = 0; m < BLOCKS; ++m) {
+            __syncwarp();  // a compiler that has the sums of more than one block on their way runs out of registers
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
                 const Sums a = stage3(g, m, tile, f, at);
@@ -120,7 +121,7 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
                     Element* du_ptr,          // [B, H, N] contiguous, or null; so are dpre and dpost
                     Element* dpre_ptr, Element* dpost_ptr,
                     float* dk_ptr,  // [parts, H, M, 2], the sums of each thread block, or null
-                    Strides stride_dy, Strides stride_u, Strides stride_pre, Strides stride_post,
+                    RowStrides stride_dy, RowStrides stride_u, RowStrides stride_pre, RowStrides stride_post,
                     int batch, int heads, int seqlen,
                     int past,      // steps of the state
                     int lead,      // positions before a block's first result
@@ -128,63 +129,56 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
                     int chunks,    // blocks of a sequence
                     int units,     // blocks of pairs to a thread block
                     int members,   // sequences to a transform, 1 or 2
-                    int periodic,  // before time 0 lies the end
-                    int aligned) {
+                    int periodic) {  // before time 0 lies the end
     SharedMemory arena;
     const Chip chip(arena);
-    const int head = blockIdx.x % heads, part = blockIdx.x / heads;
-    const int pairs = ceil_div(batch, members), last = least((part + 1) * units, pairs * chunks);
-    const u32* spectrum = spectrum_ptr + static_cast<i64>(head) * POINTS;
-    const float scale = load_global_uniform(scale_ptr + head);
-    float* sums = dk_ptr + (dk_ptr == nullptr ? 0 : static_cast<i64>(blockIdx.x) * (2 * POINTS));
-    const bool whole = aligned != 0;
+    const Inputs inputs{u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, heads, past, periodic != 0};
 
 #pragma unroll 1
-    for (int unit = part * units; unit < last; ++unit) {
-        const int b0 = unit % pairs * members, now = unit / pairs * step;
-        const bool two = members == 2 && b0 + 1 < batch;
-        Place place = {now - lead, seqlen, {seqlen, two ? seqlen : 0}};
-        const auto inputs = [&](int member) -> Source {
-            const int b = afresh(two ? b0 + member : b0);
-            const i64 row = static_cast<i64>(b) * heads + head;
-            return {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head), 0,
-                    state_ptr == nullptr ? state_ptr : state_ptr + row * past, past,
-                    periodic != 0, false, whole};
-        };
-        const auto gradients = [&](int member, int first, bool after) -> Source {
-            const int b = afresh(two ? b0 + member : b0);
+    for (int turn = 0;; ++turn) {
+        const Unit unit(turn, units, batch, heads, members, chunks, step);
+        if (!unit.exists) break;
+        const int head = unit.head, now = unit.now;
+        const auto input = [&](int member) { return inputs.of(unit.sequence(member), head); };
+        const auto gradient = [&](int member, int first, bool after) -> Source {
+            const int b = unit.sequence(member);
             return {row_of(dy_ptr, stride_dy, b, head), row_of(post_ptr, stride_post, b, head), first, nullptr, 0,
-                    false, after, whole};
+                    false, after};
         };
         if (dk_ptr != nullptr) {
             const auto either = [&](int which, int member) {
-                return which == 0 ? gradients(member, now, false) : inputs(member);
+                return which == 0 ? gradient(member, now, false) : input(member);
             };
+            const Place place = unit.place(now - lead, seqlen);
+            float* sums = dk_ptr + static_cast<i64>(blockIdx.x) * (2 * POINTS);
             Scales scales = {};
-            add_rows<0>(chip, either, place, scales, sums, unit == part * units);
-            add_rows<ROUND>(chip, either, place, scales, sums, unit == part * units);
+            add_rows<0>(chip, either, place, scales, sums, turn == 0);
+            add_rows<ROUND>(chip, either, place, scales, sums, turn == 0);
         }
 #pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {
             const bool of_v = pass == 0;
             if (of_v ? du_ptr == nullptr && dpre_ptr == nullptr : dpost_ptr == nullptr) continue;
-            place.start = of_v && !HALF ? now : now - lead;
-            const Source source[2] = {of_v ? gradients(0, 0, periodic != 0) : inputs(0),
-                                      of_v ? gradients(1, 0, periodic != 0) : inputs(1)};
-            const Undo undo = convolve(chip, source, place, spectrum, scale, of_v ? -1.0f : 1.0f);
+            const int start = of_v && !HALF ? now : now - lead;
+            const auto source_of = [&](int member) {
+                return of_v ? gradient(member, 0, periodic != 0) : input(member);
+            };
+            const float sign = of_v ? -1.0f : 1.0f;
+            const Undo undo = convolve(chip, source_of, unit.place(start, seqlen), {spectrum_ptr, scale_ptr}, head,
+                                       sign);
 
-            const int b = afresh(b0), stop = least(seqlen, now + step);
+            const int b = afresh(unit.first), stop = least(seqlen, now + step);
             const auto store = [&](int member, int time, const Values& w, Element* y, const Element* gate,
-                                   Strides strides) {
+                                   RowStrides strides) {
                 if (y == nullptr) return;
                 Values product = w;
                 if (gate != nullptr) {
-                    const Values factor = load_times(row_of(gate, strides, b + member, head), time, now, stop, whole);
+                    const Values factor = load_times(row_of(gate, strides, b + member, head), time, now, stop);
 #pragma unroll
                     for (int j = 0; j < 4; ++j) product.at[j] *= factor.at[j];
                 }
                 const i64 row = static_cast<i64>(b + member) * heads + head;
-                store_times(y + row * seqlen, product, time, now, stop, whole);
+                store_times(y + row * seqlen, product, time, now, stop);
             };
             const auto finish = [&](int member, int time, Values& w, float factor) {
 #pragma unroll
@@ -197,8 +191,8 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
                 }
             };
             back_to_signal(chip.planes, chip.first, [&](int position, Values re, Values im) {
-                finish(0, place.start + position, re, undo.r);
-                if (two) finish(1, place.start + position, im, undo.i);
+                finish(0, start + position, re, undo.r);
+                if (unit.two) finish(1, start + position, im, undo.i);
             });
         }
     }

@@ -44,6 +44,49 @@ struct Place {
     int stop[2];  // where each member ends: 0 for one that does not exist
 };
 
+// What a thread block does at one time: a block of positions of a pair of sequences of one head, or of a single one.
+// Found anew for each, rather than kept in registers from one to the next.
+struct Unit {
+    int head, first, now;  // first sequence of the batch; the time of the first result
+    bool exists, two;
+
+    // The `turn`-th of the thread block's `units`.
+    DEVICE Unit(int turn, int units, int batch, int heads, int members, int chunks, int step) {
+        const int block = afresh(blockIdx.x), number = block / heads * units + turn, pairs = ceil_div(batch, members);
+        head = block % heads;
+        first = number % pairs * members;
+        now = number / pairs * step;
+        exists = turn < units && number < pairs * chunks;
+        two = members == 2 && first + 1 < batch;
+    }
+
+    // The member's sequence; the first for one that does not exist.
+    DEVICE int sequence(int member) const { return afresh(two ? first + member : first); }
+
+    DEVICE Place place(int start, int seqlen) const { return {start, seqlen, {seqlen, two ? seqlen : 0}}; }
+};
+
+// The filters: fp16 pairs of their frequencies, in the order of the lanes, and what they were divided by.
+struct Filters {
+    const u32* spectrum;  // [H, M]
+    const float* scale;   // [H]
+};
+
+// u pre of a sequence, with the state before it or its own end.
+struct Inputs {
+    const Element *u, *pre;
+    const float* state;
+    RowStrides stride_u, stride_pre;
+    int heads, past;
+    bool periodic;
+
+    DEVICE Source of(int b, int head) const {
+        const i64 row = static_cast<i64>(b) * heads + head;
+        return {row_of(u, stride_u, b, head), row_of(pre, stride_pre, b, head), 0,
+                state == nullptr ? state : state + row * past, past, periodic, false};
+    }
+};
+
 // The product with the filter, of the frequencies of one k1, in place. `sign` is -1 for its conjugate.
 DEVICE void filter(Square& z, const u32* spectrum, float sign, const Roots& f, Here at = HERE) {
 #pragma unroll
@@ -79,14 +122,15 @@ struct Undo {
     float r, i;
 };
 
-// One block, up to stage 1 back, which the caller has to do (back_to_signal). `spectrum`: fp16 pairs of the head, as
-// the lanes hold them, divided by `scale`; `sign` is -1 for its conjugate. Three barriers, the last at the end.
-DEVICE Undo convolve(const Chip& chip, const Source (&source)[2], const Place& place, const u32* spectrum, float scale,
+// One block, up to stage 1 back, which the caller has to do (back_to_signal). `sign` is -1 for the filter's conjugate.
+// Three barriers, the last at the end.
+template <class Sources>
+DEVICE Undo convolve(const Chip& chip, const Sources& source_of, const Place& place, const Filters& filters, int head,
                      float sign, Here at = HERE) {
     Exponents e = {-127, -127};
     {
         Signal<SLABS> z;
-        load_pair(z, source, place.start, place.seqlen, place.stop, 0, at);
+        load_pair(z, source_of, place.start, place.seqlen, place.stop, 0, at);
         include(e, z);
         e = largest(e, chip.scratch, at);
         rescale(z, e);
@@ -94,6 +138,7 @@ DEVICE Undo convolve(const Chip& chip, const Source (&source)[2], const Place& p
     }
     block_sync(at);
     const Roots f(chip.second, at);
+    const u32* spectrum = filters.spectrum + static_cast<i64>(head) * POINTS;
 #pragma unroll 1
     for (int k1 = warp_id(); k1 < N1; k1 += WARPS) {
         Square z;
@@ -102,7 +147,7 @@ DEVICE Undo convolve(const Chip& chip, const Source (&source)[2], const Place& p
         filter(z, spectrum + k1 * COLUMNS, sign, f, at);
         back_to_stage1(chip.planes, k1, z, f, chip.inner, at);
     }
+    const float undo = load_global_uniform(filters.scale + head, at) * (1.0f / (MIDDLE * POINTS));
     block_sync(at);
-    const float undo = scale * (1.0f / (MIDDLE * POINTS));
     return {undo * scale_back(e.r), undo * scale_back(e.i)};
 }

@@ -13,7 +13,7 @@
 // the spectrum, 4 M, which units of a head share in the caches. FLOPs of a pair: 16 M (N1 + 2 R), of which half a block
 // saves those of N1 / 2 if N1 = 32. Shared memory: 4 M bytes for the numbers, 4 N1 N1 + 8 R R for roots and factors.
 //
-// Constants: Element (fp16, bf16), N1, R, WARPS, HALF.
+// Constants: Element (fp16, bf16), N1, R, WARPS, HALF, ALIGNED.
 #include "convolve.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -24,7 +24,7 @@ fft_conv_fwd_kernel(const Element* u_ptr,     // [B, H, N]
                     const u32* spectrum_ptr,  // [H, M] pairs of fp16, in the order of the lanes
                     const float* scale_ptr,   // [H], what the spectrum was divided by
                     Element* y_ptr,           // [B, H, N] contiguous
-                    Strides stride_u, Strides stride_pre, Strides stride_post,
+                    RowStrides stride_u, RowStrides stride_pre, RowStrides stride_post,
                     int batch, int heads, int seqlen,
                     int past,      // steps of the state
                     int lead,      // positions before a block's first result
@@ -32,47 +32,35 @@ fft_conv_fwd_kernel(const Element* u_ptr,     // [B, H, N]
                     int chunks,    // blocks of a sequence
                     int units,     // blocks of pairs to a thread block
                     int members,   // sequences to a transform, 1 or 2
-                    int periodic,  // before time 0 lies the end
-                    int aligned) {
+                    int periodic) {  // before time 0 lies the end
     SharedMemory arena;
     const Chip chip(arena);
-    const int head = blockIdx.x % heads, part = blockIdx.x / heads;
-    const int pairs = ceil_div(batch, members), last = least((part + 1) * units, pairs * chunks);
-    const u32* spectrum = spectrum_ptr + static_cast<i64>(head) * POINTS;
-    const float scale = load_global_uniform(scale_ptr + head);
+    const Inputs inputs{u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, heads, past, periodic != 0};
 
 #pragma unroll 1
-    for (int unit = part * units; unit < last; ++unit) {
-        const int start = unit / pairs * step - lead, b0 = unit % pairs * members;
-        const bool two = members == 2 && b0 + 1 < batch;
-        const Place place = {start, seqlen, {seqlen, two ? seqlen : 0}};
-        Source source[2];
-#pragma unroll
-        for (int member = 0; member < 2; ++member) {
-            const int b = two ? b0 + member : b0;
-            const i64 row = static_cast<i64>(b) * heads + head;
-            source[member] = {row_of(u_ptr, stride_u, b, head), row_of(pre_ptr, stride_pre, b, head), 0,
-                              state_ptr == nullptr ? state_ptr : state_ptr + row * past, past,
-                              periodic != 0, false, aligned != 0};
-        }
-        const Undo undo = convolve(chip, source, place, spectrum, scale, 1.0f);
+    for (int turn = 0;; ++turn) {
+        const Unit unit(turn, units, batch, heads, members, chunks, step);
+        if (!unit.exists) break;
+        const int head = unit.head, first = unit.now, start = first - lead;
+        const auto input = [&](int member) { return inputs.of(unit.sequence(member), head); };
+        const Undo undo = convolve(chip, input, unit.place(start, seqlen), {spectrum_ptr, scale_ptr}, head, 1.0f);
 
-        const int b = afresh(b0), first = start + lead, stop = least(seqlen, first + step);
+        const int b = afresh(unit.first), stop = least(seqlen, first + step);
         const auto finish = [&](int member, int time, Values& w, float factor) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) w.at[j] *= factor;
             if (post_ptr != nullptr) {
                 const Row post = row_of(post_ptr, stride_post, b + member, head);
-                const Values gate = load_times(post, time, first, stop, aligned != 0);
+                const Values gate = load_times(post, time, first, stop);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) w.at[j] *= gate.at[j];
             }
             const i64 row = static_cast<i64>(b + member) * heads + head;
-            store_times(y_ptr + row * seqlen, w, time, first, stop, aligned != 0);
+            store_times(y_ptr + row * seqlen, w, time, first, stop);
         };
         back_to_signal(chip.planes, chip.first, [&](int position, Values re, Values im) {
             finish(0, start + position, re, undo.r);
-            if (two) finish(1, start + position, im, undo.i);
+            if (unit.two) finish(1, start + position, im, undo.i);
         });
     }
 }

@@ -12,13 +12,11 @@
 // Before numbers become fp16 they are scaled by powers of two: first each group of 16 that a thread holds, then, when
 // the largest of the whole sequence is known, all to the same exponent. Both are exact.
 //
-// Constants: Element, HALF; with those of transform.cuh.
+// Constants: Element, HALF, ALIGNED (4 times from a multiple of 4 on are inside a sequence or outside it, and 8 aligned
+// bytes of each tensor; there is no state); with those of transform.cuh.
 #pragma once
+#include "common/tensors.cuh"
 #include "transform.cuh"
-
-struct Strides {
-    i64 b, h, n;
-};
 
 // Row (batch, head) of a tensor [B, H, N]; one of no tensor has no x.
 struct Row {
@@ -26,7 +24,7 @@ struct Row {
     i64 stride;
 };
 
-DEVICE Row row_of(const Element* x, Strides strides, int batch, int head) {
+DEVICE Row row_of(const Element* x, RowStrides strides, int batch, int head) {
     return {x == nullptr ? x : x + batch * strides.b + head * strides.h, strides.n};
 }
 
@@ -34,11 +32,10 @@ struct Values {
     float at[4];
 };
 
-// x at 4 times from `time` on, of which those in [first, stop) count; 0 for the others. `aligned`: all or none of them
-// do, and they are 8 aligned bytes.
-DEVICE Values load_times(Row row, int time, int first, int stop, bool aligned, Here at = HERE) {
+// x at 4 times from `time` on, of which those in [first, stop) count; 0 for the others.
+DEVICE Values load_times(Row row, int time, int first, int stop, Here at = HERE) {
     Values v = {};
-    if (aligned) {
+    if constexpr (ALIGNED) {
         if (time >= first && time < stop) {
             const Vector<Element, 4> x = load_global_vector<4>(row.x + time, at);
 #pragma unroll
@@ -54,8 +51,8 @@ DEVICE Values load_times(Row row, int time, int first, int stop, bool aligned, H
 }
 
 // y at the times in [first, stop) of 4 from `time` on. The row is contiguous, as the launcher allocated it.
-DEVICE void store_times(Element* y, const Values& v, int time, int first, int stop, bool aligned, Here at = HERE) {
-    if (aligned) {
+DEVICE void store_times(Element* y, const Values& v, int time, int first, int stop, Here at = HERE) {
+    if constexpr (ALIGNED) {
         if (time < first || time >= stop) return;
         Vector<Element, 4> x;
 #pragma unroll
@@ -76,35 +73,29 @@ struct Source {
     const float* past;  // the last steps before time 0, or none
     int past_steps;
     bool before, after;  // time runs on at the other end: before 0, after the end
-    bool aligned;
 
     DEVICE Values load(int time, int seqlen, int stop, Here at = HERE) const {
-        if (aligned) {
+        Values v = {};
+        if constexpr (ALIGNED) {
             if (before && time < 0) time += seqlen;
             if (after && time >= seqlen) time -= seqlen;
-            return gated(time, stop, at);
-        }
-        Values v = {};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            int t = time + j;
-            const bool in_past = past != nullptr && t < 0 && t >= -past_steps && stop > 0;
-            if (in_past) v.at[j] = load_global(past + t + past_steps, at);
-            if (before && t < 0) t += seqlen;
-            if (after && t >= seqlen) t -= seqlen;
-            if (t < first || t >= stop) continue;
-            v.at[j] = float(load_global(x.x + t * x.stride, at));
-            if (gate.x != nullptr) v.at[j] *= float(load_global(gate.x + t * gate.stride, at));
-        }
-        return v;
-    }
-
-    DEVICE Values gated(int time, int stop, Here at) const {
-        Values v = load_times(x, time, first, stop, true, at);
-        if (gate.x != nullptr) {
-            const Values g = load_times(gate, time, first, stop, true, at);
+            v = load_times(x, time, first, stop, at);
+            if (gate.x == nullptr) return v;
+            const Values g = load_times(gate, time, first, stop, at);
 #pragma unroll
             for (int j = 0; j < 4; ++j) v.at[j] *= g.at[j];
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                int t = time + j;
+                const bool in_past = past != nullptr && t < 0 && t >= -past_steps && stop > 0;
+                if (in_past) v.at[j] = load_global(past + t + past_steps, at);
+                if (before && t < 0) t += seqlen;
+                if (after && t >= seqlen) t -= seqlen;
+                if (t < first || t >= stop) continue;
+                v.at[j] = float(load_global(x.x + t * x.stride, at));
+                if (gate.x != nullptr) v.at[j] *= float(load_global(gate.x + t * gate.stride, at));
+            }
         }
         return v;
     }
@@ -174,17 +165,22 @@ DEVICE int load_group(u32 (&to)[4][2], const Source& source, int start, int seql
     return own;
 }
 
-// Both members, from slab `first` on. `stop`: where each ends; the second is absent if that is 0.
-template <int COUNT>
-DEVICE void load_pair(Signal<COUNT>& z, const Source (&source)[2], int start, int seqlen, const int (&stop)[2],
+// Both members, from slab `first` on. `stop`: where each ends; the second is absent if that is 0. source_of(member) is
+// made where it is read, so that the registers hold one at a time.
+template <int COUNT, class Sources>
+DEVICE void load_pair(Signal<COUNT>& z, const Sources& source_of, int start, int seqlen, const int (&stop)[2],
                       int first, Here at = HERE) {
 #pragma unroll
-    for (int slab = 0; slab < COUNT; ++slab) {
-        const int at_slab = first + slab;
+    for (int member = 0; member < 2; ++member) {
+        const Source source = source_of(member);
 #pragma unroll
-        for (int block = 0; block < HELD; ++block) {
-            z.er[slab][block] = load_group(z.r[slab][block], source[0], start, seqlen, stop[0], at_slab, block, at);
-            z.ei[slab][block] = load_group(z.i[slab][block], source[1], start, seqlen, stop[1], at_slab, block, at);
+        for (int slab = 0; slab < COUNT; ++slab) {
+#pragma unroll
+            for (int block = 0; block < HELD; ++block) {
+                auto& to = member == 0 ? z.r[slab][block] : z.i[slab][block];
+                int& exponent = member == 0 ? z.er[slab][block] : z.ei[slab][block];
+                exponent = load_group(to, source, start, seqlen, stop[member], first + slab, block, at);
+            }
         }
     }
 }

@@ -94,9 +94,9 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
 
     const int own_key = 16 * warp_id(), pair = lane_id() % 4;
     const Shared<Element> k_own = k_tile + own_key * D_ROW, v_own = v_tile + own_key * V_ROW;
-    auto key_at = [&](int key) { return least(first_key + own_key + key, k_rows.length - 1); };
-    const Sight sight([&](int key) { return window.first_row(key_at(key)); },
-                      [&](int key) { return window.last_row(key_at(key)); });
+    auto key_at = [&](int half) { return least(first_key + own_key + lane_id() / 4 + 8 * half, k_rows.length - 1); };
+    const Sight sight([&](int half) { return window.first_row(key_at(half)); },
+                      [&](int half) { return window.last_row(key_at(half)); });
 
     float dk[BLOCK_D / 8][4] = {}, dv[BLOCK_V / 8][4] = {};
     int stage = 0;
@@ -113,14 +113,7 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
 
         const int first = first_of(step);
         float p[BLOCK_M / 16][2][4] = {}, slope[SOFTCAP ? BLOCK_M / 16 : 1][2][4];
-#pragma unroll
-        for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
-            const Fragment a = load_rows<BLOCK_D>(k_own, kk);
-#pragma unroll
-            for (int ii = 0; ii < BLOCK_M / 16; ++ii) {
-                multiply_transposed<BLOCK_D>(p[ii], a, q_tile(stage) + 16 * ii * D_ROW, kk);
-            }
-        }
+        multiply_transposed<BLOCK_D>(p, k_own, q_tile(stage));
         auto of_row = [&](int ii, int i) {
             return load_shared(statistics + (stage * BLOCK_M + 16 * ii + 8 * (i / 4) + 2 * pair + i % 2));
         };
@@ -137,19 +130,12 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
         if constexpr (GRAD_V) {
 #pragma unroll
             for (int ii = 0; ii < BLOCK_M / 16; ++ii) {
-                multiply<BLOCK_V>(dv, as_left(p[ii]), dout_tile(stage) + 16 * ii * V_ROW);
+                multiply<BLOCK_V>(dv, as_left<Element>(p[ii]), dout_tile(stage) + 16 * ii * V_ROW);
             }
         }
         if constexpr (GRAD_K) {
             float ds[BLOCK_M / 16][2][4] = {};
-#pragma unroll
-            for (int kk = 0; kk < BLOCK_V / 16; ++kk) {
-                const Fragment a = load_rows<BLOCK_V>(v_own, kk);
-#pragma unroll
-                for (int ii = 0; ii < BLOCK_M / 16; ++ii) {
-                    multiply_transposed<BLOCK_V>(ds[ii], a, dout_tile(stage) + 16 * ii * V_ROW, kk);
-                }
-            }
+            multiply_transposed<BLOCK_V>(ds, v_own, dout_tile(stage));
 #pragma unroll
             for (int ii = 0; ii < BLOCK_M / 16; ++ii) {
 #pragma unroll
@@ -158,7 +144,7 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
                     dp = p[ii][i / 4][i % 4] * (dp - of_row(ii, i).at[1]);
                     if constexpr (SOFTCAP) dp *= slope[ii][i / 4][i % 4];
                 }
-                multiply<BLOCK_D>(dk, as_left(ds[ii]), q_tile(stage) + 16 * ii * D_ROW);
+                multiply<BLOCK_D>(dk, as_left<Element>(ds[ii]), q_tile(stage) + 16 * ii * D_ROW);
             }
         }
         if (more) put(next, 1 - stage);

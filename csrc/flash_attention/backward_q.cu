@@ -62,13 +62,13 @@ flash_attention_backward_q(const Element* q_ptr,      // [B, Hq, Nq, D]
 
     const int own_row = 16 * warp_id();
     const Shared<Element> q_own = q_tile + own_row * D_ROW, dout_own = dout_tile + own_row * V_ROW;
-    auto row_at = [&](int row) { return least(first_row + own_row + row, q_rows.length - 1); };
-    const Sight sight([&](int row) { return window.low(row_at(row)); },
-                      [&](int row) { return window.high(row_at(row)); });
+    auto row_at = [&](int half) { return least(first_row + own_row + lane_id() / 4 + 8 * half, q_rows.length - 1); };
+    const Sight sight([&](int half) { return window.low(row_at(half)); },
+                      [&](int half) { return window.high(row_at(half)); });
     Statistics of_row[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const i64 row = q_rows.start + row_at(lane_id() / 4 + 8 * half);
+        const i64 row = q_rows.start + row_at(half);
         const float* lse = lse_ptr + batch * stride_lse.b + head * stride_lse.h + row * stride_lse.n;
         const float* delta = delta_ptr + batch * stride_delta.b + head * stride_delta.h + row * stride_delta.n;
         // The four lanes of a row share what one of them asks for.
@@ -87,22 +87,8 @@ flash_attention_backward_q(const Element* q_ptr,      // [B, Hq, Nq, D]
         commit_copies();
 
         float p[BLOCK_N / 16][2][4] = {}, ds[BLOCK_N / 16][2][4] = {};
-#pragma unroll
-        for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
-            const Fragment a = load_rows<BLOCK_D>(q_own, kk);
-#pragma unroll
-            for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-                multiply_transposed<BLOCK_D>(p[jj], a, k_tile(stage) + 16 * jj * D_ROW, kk);
-            }
-        }
-#pragma unroll
-        for (int kk = 0; kk < BLOCK_V / 16; ++kk) {
-            const Fragment a = load_rows<BLOCK_V>(dout_own, kk);
-#pragma unroll
-            for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-                multiply_transposed<BLOCK_V>(ds[jj], a, v_tile(stage) + 16 * jj * V_ROW, kk);
-            }
-        }
+        multiply_transposed<BLOCK_D>(p, q_own, k_tile(stage));
+        multiply_transposed<BLOCK_V>(ds, dout_own, v_tile(stage));
 #pragma unroll
         for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
 #pragma unroll
@@ -116,7 +102,7 @@ flash_attention_backward_q(const Element* q_ptr,      // [B, Hq, Nq, D]
         if (sight.hides(first, BLOCK_N)) sight.hide(ds, first, 0.0f);
 #pragma unroll
         for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-            multiply<BLOCK_D>(dq, as_left(ds[jj]), k_tile(stage) + 16 * jj * D_ROW);
+            multiply<BLOCK_D>(dq, as_left<Element>(ds[jj]), k_tile(stage) + 16 * jj * D_ROW);
         }
         stage = 1 - stage;
     }

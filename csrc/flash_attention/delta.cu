@@ -2,8 +2,8 @@
 //
 // A warp takes a row. Bytes: out and dout once, 4 written for each row (and 4 read where there is dlse). FLOPs: 2 Dv a
 // row. Constants: Element, VALUE_DIM, WARPS.
+#include "common/tensors.cuh"
 #include "common/warp.cuh"
-#include "window.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 flash_attention_delta(const Element* out_ptr,   // [B, Hq, Nq, Dv]

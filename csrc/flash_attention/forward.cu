@@ -25,25 +25,14 @@ constexpr int BEHIND = BLOCK_M * Q_ROW > STAGE ? BLOCK_M * Q_ROW : STAGE;
 constexpr int ARENA = Q_HELD ? STAGE + BEHIND : 2 * STAGE + BLOCK_M * Q_ROW;
 static_assert(BLOCK_M * V_ROW <= ARENA, "the output leaves through shared memory");
 
-// One lane's share of 16 rows: lane / 4 and lane / 4 + 8.
-struct Sums {
-    float m[2], l[2];
-    float acc[BLOCK_V / 8][4];
-};
+using Sums = SoftmaxSums<BLOCK_V>;
 
 // One tile of keys from `first` on: its scores, and what they add to the sums.
 template <class Q>
 DEVICE void fold(Sums& sums, const Q& q_of, Shared<Element> k_tile, Shared<Element> v_tile, const Sight& sight,
                  int first, float qk_scale, float softcap_log2) {
     float scores[BLOCK_N / 16][2][4] = {};
-#pragma unroll
-    for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
-        const Fragment q = q_of(kk);
-#pragma unroll
-        for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-            multiply_transposed<BLOCK_D>(scores[jj], q, k_tile + 16 * jj * K_ROW, kk);
-        }
-    }
+    multiply_transposed<BLOCK_D>(scores, q_of, k_tile);
 #pragma unroll
     for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
 #pragma unroll
@@ -56,25 +45,7 @@ DEVICE void fold(Sums& sums, const Q& q_of, Shared<Element> k_tile, Shared<Eleme
     if (sight.hides(first, BLOCK_N)) sight.hide(scores, first, -infinity());
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float m = sums.m[half];
-#pragma unroll
-        for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) m = most(m, scores[jj][i / 2][2 * half + i % 2]);
-        }
-        m = warp_reduce<4>(m, Max{});
-        const float finite = finite_or_0(m), alpha = exp2_fast(sums.m[half] - finite);
-        sums.m[half] = m;
-        sums.l[half] *= alpha;
-#pragma unroll
-        for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float& score = scores[jj][i / 2][2 * half + i % 2];
-                score = exp2_fast(score - finite);
-                sums.l[half] += score;
-            }
-        }
+        const float alpha = sums.include(scores, half);
 #pragma unroll
         for (int n = 0; n < BLOCK_V / 8; ++n) {
             sums.acc[n][2 * half] *= alpha;
@@ -83,7 +54,7 @@ DEVICE void fold(Sums& sums, const Q& q_of, Shared<Element> k_tile, Shared<Eleme
     }
 #pragma unroll
     for (int jj = 0; jj < BLOCK_N / 16; ++jj) {
-        multiply<BLOCK_V>(sums.acc, as_left(scores[jj]), v_tile + 16 * jj * V_ROW);
+        multiply<BLOCK_V>(sums.acc, as_left<Element>(scores[jj]), v_tile + 16 * jj * V_ROW);
     }
 }
 
@@ -136,18 +107,17 @@ flash_attention_forward(const Element* q_ptr,       // [B, Hq, Nq, D]
         wait_copies<1>();
         __syncthreads();
 #pragma unroll
-        for (int kk = 0; kk < BLOCK_D / 16; ++kk) q_held[kk] = load_rows<BLOCK_D>(q_own, kk);
+        for (int kk = 0; kk < BLOCK_D / 16; ++kk) q_held[kk] = load_left<Q_ROW>(q_own, kk);
     }
     auto q_of = [&](int kk) {
         if constexpr (Q_HELD) return q_held[kk];
-        return load_rows<BLOCK_D>(q_own, kk);
+        return load_left<Q_ROW>(q_own, kk);
     };
 
-    auto row_at = [&](int row) { return least(first_row + own_row + row, q_rows.length - 1); };
-    const Sight sight([&](int row) { return window.low(row_at(row)); },
-                      [&](int row) { return window.high(row_at(row)); });
-    Sums sums = {};
-    sums.m[0] = sums.m[1] = -infinity();
+    auto row_at = [&](int half) { return least(first_row + own_row + lane_id() / 4 + 8 * half, q_rows.length - 1); };
+    const Sight sight([&](int half) { return window.low(row_at(half)); },
+                      [&](int half) { return window.high(row_at(half)); });
+    Sums sums;
     int stage = 0;
     for (int first = start; first < stop; first += BLOCK_N) {
         wait_copies<0>();

@@ -57,7 +57,7 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
                            float* partial_ptr,          // [slots, BLOCK_M * (2 + Dv)]
                            u32* arrivals_ptr,           // [items], all 0 before and after
                            Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out,
-                           KeyStrides stride_lse, KeyStrides stride_k_scale, KeyStrides stride_v_scale,
+                           RowStrides stride_lse, RowStrides stride_k_scale, RowStrides stride_v_scale,
                            i64 stride_table,
                            int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page,
                            float qk_scale, float softcap_log2, int window_left, int window_right,
@@ -105,31 +105,27 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
         constexpr int CHUNKS = BLOCK_D / 8;
         for (int chunk = static_cast<int>(threadIdx.x); chunk < BLOCK_M * CHUNKS; chunk += THREADS) {
             const int row = chunk / CHUNKS, column = chunk % CHUNKS * 8;
-            fetch_chunk<HEAD_DIM>(q_tile + (row * Q_ROW + column), q_ptr, reader_of(least(row, used - 1)).in(stride_q),
-                                  stride_q.d, column, row < used);
+            copy_chunk<ALIGNED>(q_tile + (row * Q_ROW + column), q_ptr, reader_of(least(row, used - 1)).in(stride_q),
+                                stride_q.d, column, HEAD_DIM, row < used);
         }
         commit_copies();
         const Shared<Element> q_rows = q_tile + 16 * row_warp() * Q_ROW;
-        QFragment q_held[Q_HELD ? BLOCK_D / 16 : 1];
+        Fragment q_held[Q_HELD ? BLOCK_D / 16 : 1];
         auto get_q = [&] {
             wait_copies<STAGES - 1>();
             __syncthreads();
             if constexpr (Q_HELD) {
 #pragma unroll
-                for (int kk = 0; kk < BLOCK_D / 16; ++kk) load_q(q_held[kk].at, q_rows, kk);
+                for (int kk = 0; kk < BLOCK_D / 16; ++kk) q_held[kk] = load_q(q_rows, kk);
             }
         };
         auto q_of = [&](int kk) {
             if constexpr (Q_HELD) return q_held[kk];
-            QFragment fragment;
-            load_q(fragment.at, q_rows, kk);
-            return fragment;
+            return load_q(q_rows, kk);
         };
 
-        Softmax softmax;
-        softmax.scale = qk_scale * UNDECODED;
-        softmax.softcap_log2 = softcap_log2;
-        if (k_scale_ptr && !K_BY_KEY) softmax.scale *= load_global_uniform(k_scale_ptr + head);
+        float score_scale = qk_scale * UNDECODED;
+        if (k_scale_ptr && !K_BY_KEY) score_scale *= load_global_uniform(k_scale_ptr + head);
         const Keys keys{
             k_ptr + at * stride_k.b + head * stride_k.h,
             v_ptr + at * stride_v.b + head * stride_v.h,
@@ -150,7 +146,11 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
                 position[half] += shuffle(own, lane_id() / 4 * 4);
             }
         }
-        softmax.see(position, window_left, window_right, segment.length);
+        const int last = segment.length - 1;
+        const Sight sight(
+            [&](int half) { return window_left < 0 ? 0 : position[half] - window_left; },
+            [&](int half) { return window_right < 0 ? last : least(position[half] + window_right, last); });
+        const Softmax softmax{score_scale, softcap_log2, sight};
         Sums sums = walk(get_q, q_of, keys, rings, softmax,
                          (OF_PREFIX ? 0 : sizes.first_tile(segment.length)) + segment.begin,
                          segment.end - segment.begin, segment.length);

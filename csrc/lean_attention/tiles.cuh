@@ -8,10 +8,8 @@
 // Where the rows of a cache do not begin at multiples of 16 bytes (ALIGNED is false), elements come one by one, by
 // plain loads.
 #pragma once
-#include "common/async_copy.cuh"
-#include "common/matrix.cuh"
-#include "common/memory.cuh"
-#include "common/warp.cuh"
+#include "common/tensors.cuh"
+#include "common/tiles.cuh"
 
 constexpr int NO_CODE = 0, INT8 = 1, E4M3 = 2;
 
@@ -29,36 +27,11 @@ constexpr int BLOCK_D = (HEAD_DIM + UNIT - 1) / UNIT * UNIT, BLOCK_V = (VALUE_DI
 constexpr int CELL = sizeof(Cache);
 constexpr int K_ROW = BLOCK_D * CELL + 16, V_ROW = BLOCK_V * CELL + 16;  // bytes
 constexpr int KEYS_BYTES = KEYS * (K_ROW + V_ROW);
-constexpr int Q_ROW = BLOCK_D + 8;  // elements
+constexpr int Q_ROW = padded_row(BLOCK_D);  // elements
 constexpr bool Q_HELD = BLOCK_D <= 128;  // q stays in registers, and is read from shared memory where it is wider
 static_assert(KEYS % 16 == 0 && KEYS <= WARP && OWN * ROW_WARPS == KEYS, "a warp has 16 or 32 keys of a tile");
 
-struct Strides {
-    i64 b, h, n, d;
-};
-struct KeyStrides {
-    i64 b, h, n;
-};
-
 // ---- in ------------------------------------------------------------------------------------------------------------
-
-// Sixteen bytes of a row of WIDTH elements, from `column` on; zeros for what does not exist.
-template <int WIDTH, class T>
-DEVICE void fetch_chunk(Shared<T> target, const T* source, i64 offset, i64 stride_d, int column, bool exists) {
-    constexpr int CHUNK = 16 / sizeof(T);
-    if constexpr (ALIGNED) {
-        exists = exists && column < WIDTH;
-        copy_async(target, exists ? source + offset + column : source, exists);
-    } else {
-        Vector<T, CHUNK> chunk;
-#pragma unroll
-        for (int i = 0; i < CHUNK; ++i) {
-            chunk.at[i] = T{};
-            if (exists && column + i < WIDTH) chunk.at[i] = load_global(source + offset + (column + i) * stride_d);
-        }
-        store_shared_vector<CHUNK>(target, chunk);
-    }
-}
 
 // OWN rows of a cache, of which the first `there` exist. offset_of(row), which all lanes call, is where a row begins.
 template <int WIDTH, int PADDED, class Offset>
@@ -70,8 +43,8 @@ DEVICE void fetch_rows(Shared<u8> tile, const Cache* source, i64 stride_d, int t
         const int chunk = i * WARP + lane_id(), row = chunk / CHUNKS, column = chunk % CHUNKS * CHUNK;
         const i64 offset = offset_of(least(row, OWN - 1));
         if (OWN * CHUNKS % WARP == 0 || row < OWN) {
-            fetch_chunk<WIDTH>((tile + (row * ROW + column * CELL)).template as<Cache>(), source, offset, stride_d,
-                               column, row < there);
+            copy_chunk<ALIGNED>((tile + (row * ROW + column * CELL)).template as<Cache>(), source, offset, stride_d,
+                                column, WIDTH, row < there);
         }
     }
 }
@@ -110,43 +83,34 @@ DEVICE u32 decoded(u32 four, Vector<float, 2> factor) {
     return pack<Element>(decoded_float(low) * factor.at[0], decoded_float(high) * factor.at[1]);
 }
 
-DEVICE u32 scaled(u32 pair, Vector<float, 2> factor) {
-    return pack<Element>(low_of<Element>(pair) * factor.at[0], high_of<Element>(pair) * factor.at[1]);
-}
-
 // The fragment of 16 rows of q for the columns 16 kk to 16 kk + 15, in the order of those of K.
-DEVICE void load_q(u32 (&a)[4], Shared<Element> rows, int kk) {
+DEVICE Fragment load_q(Shared<Element> rows, int kk) {
     if constexpr (CODE == NO_CODE) {
-        ldmatrix_x4(a, rows + (lane_id() % 16 * Q_ROW + 16 * kk + lane_id() / 16 * 8));
+        return load_left<Q_ROW>(rows, kk);
     } else {
         // Four neighbours of a byte cache belong to one lane.
         const Shared<u32> pairs = (rows + (lane_id() / 4 * Q_ROW + 16 * kk + lane_id() % 4 * 4)).as<u32>();
         const Vector<u32, 2> upper = load_shared_vector<2>(pairs), lower = load_shared_vector<2>(pairs + 4 * Q_ROW);
-        a[0] = upper.at[0], a[1] = lower.at[0], a[2] = upper.at[1], a[3] = lower.at[1];
+        return {{upper.at[0], lower.at[0], upper.at[1], lower.at[1]}};
     }
 }
 
 // scores += q k^T for 16 keys, over UNDECODED. q_of(kk) returns a fragment of q.
 template <class Q>
 DEVICE void multiply_keys(float (&scores)[2][4], Shared<u8> keys, const Q& q_of) {
-    const int row = lane_id() % 8 + lane_id() / 16 * 8, half = lane_id() / 8 % 2;
-    const Shared<u16> start = (keys + (row * K_ROW + 16 * half)).as<u16>();
     constexpr int STEPS = BLOCK_D / UNIT, AT_ONCE = Q_HELD ? STEPS : 4;
     if constexpr (CODE == NO_CODE) {
 #pragma unroll AT_ONCE
         for (int kk = 0; kk < BLOCK_D / 16; ++kk) {
             u32 b[4];
-            ldmatrix_x4(b, start + 16 * kk);
-            const auto a = q_of(kk);
-            const u32 left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-            mma_16x8x16<Element>(scores[0], a.at, left);
-            mma_16x8x16<Element>(scores[1], a.at, right);
+            load_right_transposed<K_ROW / 2>(b, keys.as<u16>(), kk);
+            multiply<Element>(scores[0], scores[1], q_of(kk), b);
         }
     } else {
 #pragma unroll AT_ONCE
         for (int kk = 0; kk < BLOCK_D / 16; kk += 2) {
             u32 bytes[4];
-            ldmatrix_x4(bytes, start + 8 * kk);
+            load_right_transposed<K_ROW / 2>(bytes, keys.as<u16>(), kk / 2);
 #pragma unroll
             for (int step = 0; step < 2; ++step) {
                 const auto a = q_of(kk + step);
@@ -160,9 +124,8 @@ DEVICE void multiply_keys(float (&scores)[2][4], Shared<u8> keys, const Q& q_of)
 }
 
 // acc += p v for 16 keys, over UNDECODED unless values have factors: those of 16 keys, from `factors` on.
-DEVICE void multiply_values(float (&acc)[BLOCK_V / 8][4], const u32 (&p)[4], Shared<u8> values,
+DEVICE void multiply_values(float (&acc)[BLOCK_V / 8][4], const Fragment& p, Shared<u8> values,
                             [[maybe_unused]] Shared<float> factors) {
-    const Shared<u16> start = (values + (lane_id() % 16 * V_ROW + lane_id() / 16 * 16)).as<u16>();
     [[maybe_unused]] Vector<float, 2> upper, lower;
     if constexpr (V_BY_KEY) {
         upper = load_shared_vector<2>(factors + lane_id() % 4 * 2);
@@ -171,15 +134,13 @@ DEVICE void multiply_values(float (&acc)[BLOCK_V / 8][4], const u32 (&p)[4], Sha
 #pragma unroll
     for (int vv = 0; vv < BLOCK_V / UNIT; ++vv) {
         u32 b[4];
-        ldmatrix_x4_transposed(b, start + 16 * vv);
+        load_right<V_ROW / 2>(b, (values + 32 * vv).as<u16>());
         if constexpr (CODE == NO_CODE) {
-            u32 left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
             if constexpr (V_BY_KEY) {
-                left[0] = scaled(left[0], upper), left[1] = scaled(left[1], lower);
-                right[0] = scaled(right[0], upper), right[1] = scaled(right[1], lower);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) b[i] = scaled<Element>(b[i], i % 2 == 0 ? upper : lower);
             }
-            mma_16x8x16<Element>(acc[2 * vv], p, left);
-            mma_16x8x16<Element>(acc[2 * vv + 1], p, right);
+            multiply<Element>(acc[2 * vv], acc[2 * vv + 1], p, b);
         } else {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -191,8 +152,8 @@ DEVICE void multiply_values(float (&acc)[BLOCK_V / 8][4], const u32 (&p)[4], Sha
                     even[0] = decoded<0, 2>(b[2 * half]), even[1] = decoded<0, 2>(b[2 * half + 1]);
                     odd[0] = decoded<1, 3>(b[2 * half]), odd[1] = decoded<1, 3>(b[2 * half + 1]);
                 }
-                mma_16x8x16<Element>(acc[4 * vv + 2 * half], p, even);
-                mma_16x8x16<Element>(acc[4 * vv + 2 * half + 1], p, odd);
+                mma_16x8x16<Element>(acc[4 * vv + 2 * half], p.at, even);
+                mma_16x8x16<Element>(acc[4 * vv + 2 * half + 1], p.at, odd);
             }
         }
     }

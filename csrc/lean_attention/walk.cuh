@@ -9,7 +9,7 @@
 // with the same keys (ROW_WARPS of them, with other rows) fill and read together.
 #pragma once
 #include "common/barriers.cuh"
-#include "common/math.cuh"
+#include "common/softmax.cuh"
 #include "tiles.cuh"
 
 // A warp's part of the block: which rows of an item, and which keys of a tile.
@@ -31,7 +31,7 @@ struct Keys {
     const float *k_factor, *v_factor;
     const int* pages;  // of the sequence
     Strides stride_k, stride_v;
-    KeyStrides stride_k_factor, stride_v_factor;
+    RowStrides stride_k_factor, stride_v_factor;
     int page;
 };
 
@@ -49,30 +49,10 @@ struct Rings {
 struct Softmax {
     float scale;         // scale * log2 e, or scale / softcap
     float softcap_log2;  // softcap * log2 e; 0: there is none
-    int low[2], high[2];  // the first and the last key that each of the lane's rows sees
-    int lowest, highest;  // the last of the firsts, and the first of the lasts, of the warp's 16 rows
-
-    // Rows at these positions of `length` keys; -1 is an unbounded side of the window.
-    DEVICE void see(const int (&position)[2], int left, int right, int length) {
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            low[row] = left < 0 ? 0 : position[row] - left;
-            high[row] = right < 0 ? length - 1 : least(position[row] + right, length - 1);
-        }
-        lowest = warp_reduce(most(low[0], low[1]), Max{});
-        highest = -warp_reduce(-least(high[0], high[1]), Max{});
-    }
+    Sight sight;         // of the warp's 16 rows
 };
 
-// One lane's share of 16 rows: lane / 4 and lane / 4 + 8.
-struct Sums {
-    float m[2], l[2];
-    float acc[BLOCK_V / 8][4];
-};
-
-struct QFragment {
-    u32 at[4];
-};
+using Sums = SoftmaxSums<BLOCK_V>;
 
 // Lane r has the r-th of the keys of a tile that its warp fetches, and the number of its page.
 struct Place {
@@ -91,7 +71,7 @@ DEVICE Place place_of(const Keys& keys, int first, int stop) {
     return place;
 }
 
-DEVICE i64 factor_offset(const Keys& keys, const Place& place, const KeyStrides& stride) {
+DEVICE i64 factor_offset(const Keys& keys, const Place& place, const RowStrides& stride) {
     if constexpr (PAGED) return place.page * stride.b + place.key % keys.page * stride.n;
     return place.key * stride.n;
 }
@@ -158,42 +138,9 @@ DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const
         }
     }
 
-    // Only tiles at the edge of what some row sees need a mask.
-    if (first + KEYS - 1 > softmax.highest || first < softmax.lowest) {
-#pragma unroll
-        for (int jj = 0; jj < KEYS / 16; ++jj) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int key = first + 16 * jj + 8 * (i / 4) + 2 * pair + i % 2, row = i % 4 / 2;
-                if (key < softmax.low[row] || key > softmax.high[row]) scores[jj][i / 4][i % 4] = -infinity();
-            }
-        }
-    }
+    if (softmax.sight.hides(first, KEYS)) softmax.sight.hide(scores, first, -infinity());
 
-    float alpha[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        float m = sums.m[row];
-#pragma unroll
-        for (int jj = 0; jj < KEYS / 16; ++jj) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) m = most(m, scores[jj][i / 2][2 * row + i % 2]);
-        }
-        m = warp_reduce<4>(m, Max{});
-        const float finite = finite_or_0(m);
-        alpha[row] = exp2_fast(sums.m[row] - finite);
-        sums.m[row] = m;
-        sums.l[row] *= alpha[row];
-#pragma unroll
-        for (int jj = 0; jj < KEYS / 16; ++jj) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float& score = scores[jj][i / 2][2 * row + i % 2];
-                score = exp2_fast(score - finite);
-                sums.l[row] += score;
-            }
-        }
-    }
+    const float alpha[2] = {sums.include(scores, 0), sums.include(scores, 1)};
     // Most tiles leave the maxima as they are, and a factor of 1 changes no bit.
     if (any_lane(alpha[0] != 1.0f || alpha[1] != 1.0f)) {
 #pragma unroll
@@ -204,12 +151,8 @@ DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const
     }
 #pragma unroll
     for (int jj = 0; jj < KEYS / 16; ++jj) {
-        u32 p[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            p[i] = pack<Element>(scores[jj][i / 2][i % 2 * 2], scores[jj][i / 2][i % 2 * 2 + 1]);
-        }
-        multiply_values(sums.acc, p, rings.v_tile(stage) + 16 * jj * V_ROW, rings.v_factor(stage) + 16 * jj);
+        multiply_values(sums.acc, as_left<Element>(scores[jj]), rings.v_tile(stage) + 16 * jj * V_ROW,
+                        rings.v_factor(stage) + 16 * jj);
     }
 }
 
@@ -222,8 +165,7 @@ DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings
     const int stop = least((tile + tiles) * BLOCK_N, length);
     auto first_of = [&](int t) { return (tile + t) * BLOCK_N + key_warp() * KEYS; };
 
-    Sums sums = {};
-    sums.m[0] = sums.m[1] = -infinity();
+    Sums sums;
     Place places[STAGES];
 #pragma unroll
     for (int t = 0; t < STAGES; ++t) places[t] = place_of(keys, first_of(t), t < tiles ? stop : 0);

@@ -87,12 +87,12 @@ def _launch_backward(
         grads.put_filter(*taps_gradient(sums, k.shape[1], u.shape[2], options))
 
 
-def kernel_of(kernel: str, config: tuning.Config, half: bool, dtype: torch.dtype) -> CudaKernel:
+def kernel_of(kernel: str, config: tuning.Config, half: bool, aligned: bool, dtype: torch.dtype) -> CudaKernel:
     """``kernel`` as it is compiled for one configuration."""
     n1, r = tuning.factors(config.length)
     return cuda_kernel(
         "fft_conv/forward.cu" if kernel == "fft_conv_fwd" else "fft_conv/backward.cu", f"{kernel}_kernel",
-        Element=dtype, N1=n1, R=r, WARPS=config.num_warps, HALF=half,
+        Element=dtype, N1=n1, R=r, WARPS=config.num_warps, HALF=half, ALIGNED=aligned,
     )  # fmt: skip
 
 
@@ -185,9 +185,8 @@ class Launch:
             "units": config.units,
             "members": self.members,
             "periodic": int(cover.periodic),
-            "aligned": int(self.aligned(inputs)),
         }
-        kernel_of(kernel, config, cover.half, self.u.dtype).launch(
+        kernel_of(kernel, config, cover.half, self.aligned(inputs), self.u.dtype).launch(
             grid=(self.blocks(config, cover),),
             block=32 * config.num_warps,
             smem=tuning.shared_bytes(config.length),
