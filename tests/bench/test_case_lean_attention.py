@@ -1,4 +1,4 @@
-"""The case of lean_attention: costs against hand counts, options covered, claims about backends true, peers right."""
+"""The case of lean_attention: costs against hand counts, options covered, peers right."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from iokernels.bench.cases.lean_attention import CASE, NOWHERE, VOCABULARY, leng
 from iokernels.bench.cases.lean_attention_peers import peers
 from iokernels.bench.proof import Proof
 from iokernels.bench.shape import UsageError
-from iokernels.runtime.dispatch import BACKENDS
 
 CPU = torch.device("cpu")
 
@@ -87,19 +86,6 @@ def test_every_option_is_proved() -> None:
         assert {point.shape[word] for point in points} == set(range(most + 1))
     assert any(point.shape.right > 0 for point in points)
     assert any(0 in lengths(point.shape) for point in points)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_what_is_said_of_a_backend_is_what_the_dispatcher_does(backend: str, dtype: torch.dtype) -> None:
-    claimed = backend in CASE.implementations and dtype in CASE.implementations[backend].dtypes
-    device = torch.device("cuda") if torch.cuda.is_available() else CPU
-    inputs = CASE.make_inputs(VOCABULARY.parse("b=1,h=1,nk=2,d=8"), dtype, device, 0)
-    if claimed:
-        assert CASE.run(inputs, backend)["out"].dtype == dtype
-    else:
-        with pytest.raises(UnsupportedError):
-            CASE.run(inputs, backend)
 
 
 def test_inputs_repeat_and_hide_poison() -> None:

@@ -1,17 +1,15 @@
-"""The cases of linear_attention: costs against hand counts, options covered, claims about backends true."""
+"""The cases of linear_attention: costs against hand counts, options covered."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from iokernels import UnsupportedError
 from iokernels.bench.case import Case, load
 from iokernels.bench.cases.linear_attention import CASE, VOCABULARY, drawn_state
 from iokernels.bench.cases.linear_attention_shapes import lengths
 from iokernels.bench.proof import Proof
 from iokernels.bench.shape import UsageError
-from iokernels.runtime.dispatch import BACKENDS
 
 CPU = torch.device("cpu")
 STEP = load("linear_attention_step")
@@ -76,21 +74,6 @@ def test_every_option_is_proved(case: Case) -> None:
         assert len({point.shape[dimension.name] for point in points}) > 1, dimension.name
     assert any(point.shape.hk not in (1, point.shape.h) for point in points)
     assert any(point.shape.d != point.shape.dv for point in points)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("case", [CASE, STEP], ids=lambda case: case.operator)
-def test_what_is_said_of_a_backend_is_what_the_dispatcher_does(case: Case, backend: str, dtype: torch.dtype) -> None:
-    claimed = backend in case.implementations and dtype in case.implementations[backend].dtypes
-    device = torch.device("cuda") if torch.cuda.is_available() else CPU
-    inputs = case.make_inputs(case.vocabulary.parse("b=1,h=1,n=2,d=8"), dtype, device, 0)
-    if claimed:
-        with torch.set_grad_enabled(case.differentiates(backend)):
-            assert case.run(inputs, backend)["out"].dtype == dtype
-    else:
-        with pytest.raises(UnsupportedError):
-            case.run(inputs, backend)
 
 
 def test_inputs_repeat_and_follow_the_seed() -> None:

@@ -93,7 +93,11 @@ WITH_KERNELS = [case for case in map(load, CASES) if case.cuda_compilation is no
 
 @pytest.mark.parametrize("case", WITH_KERNELS, ids=lambda case: case.operator)
 def test_no_kernel_spills_or_is_too_large(case: Case, tmp_path: Path) -> None:
-    builds = cubins.wanted(case, [named("l40s")])  # the least shared memory of all
+    every = cubins.wanted(case, [named("l40s")])  # the least shared memory of all
+    # One of two that differ in the kind of 16-bit numbers alone.
+    builds = list(
+        {(build.kernel.name, build.constants.replace("bfloat16", "float16")): build for build in every}.values()
+    )
     found = cubins.compiled(builds, tmp_path, by_nvcc=find_spec("cupy") is None)
     assert len(found) == len(builds)
     faults = {

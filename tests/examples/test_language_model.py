@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-PATH = Path(__file__).parents[2] / "docs" / "examples" / "language_model.py"
+from .loading import example
 
 
 @pytest.fixture(scope="module")
-def lm() -> Any:
-    spec = importlib.util.spec_from_file_location("language_model", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def lm() -> Iterator[Any]:
+    with example("language_model") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-PATH = Path(__file__).parents[2] / "docs" / "examples" / "length.py"
+from .loading import example
 
 
 @pytest.fixture(scope="module")
-def length() -> Any:
-    spec = importlib.util.spec_from_file_location("length", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def length() -> Iterator[Any]:
+    with example("length") as module:
+        yield module
 
 
 def test_exponent_is_the_slope(length: Any):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-PATH = Path(__file__).parents[2] / "docs" / "examples" / "state_tracking.py"
+from .loading import example
 
 
 @pytest.fixture(scope="module")
-def tracking() -> Any:
-    spec = importlib.util.spec_from_file_location("state_tracking", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def tracking() -> Iterator[Any]:
+    with example("state_tracking") as module:
+        yield module
 
 
 @pytest.fixture

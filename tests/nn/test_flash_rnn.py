@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import iokernels
 from iokernels.nn.flash_rnn import GRU, LSTM, RNN, SLSTM, SLSTMState
 
+from .stepping import check_from_nothing_by_steps, check_generation_continues_training
+
 PAIRS = {"lstm": (LSTM, torch.nn.LSTM), "gru": (GRU, torch.nn.GRU), "elman": (RNN, torch.nn.RNN)}
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -262,33 +264,11 @@ def test_slstm_is_what_it_says(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"conv_size": 0}], ids=str)
 def test_slstm_generation_continues_training(options: dict[str, Any]) -> None:
-    """The whole at once, in parts by forward, and by steps of one and of several tokens."""
-    net = slstm(**options)
-    x = torch.randn(2, 11, 12, dtype=torch.float64)
-    whole, after = net(x, return_state=True)
-    first, state = net(x[:, :1], return_state=True)
-    second, state = net(x[:, 1:6], state, return_state=True)
-    kept = [y.clone() for y in state]
-    with torch.no_grad():
-        outs = [net.step(x[:, 6:7], state), net.step(x[:, 7:10], state), net.step(x[:, 10:], state)]
-    torch.testing.assert_close(torch.cat([first, second, *outs], 1), whole)
-    for one, other, before in zip(state, after, kept, strict=True):
-        torch.testing.assert_close(one, other)
-        assert one.numel() == 0 or not torch.equal(one, before), "a step updates the state in place"
+    check_generation_continues_training(slstm(**options))
 
 
 def test_slstm_from_nothing_by_steps() -> None:
-    net = slstm()
-    x = torch.randn(3, 5, 12, dtype=torch.float64)
-    state = net.init_state(3)
-    places = [y.data_ptr() for y in state]
-    with torch.inference_mode():
-        outs = [net.step(x[:, t : t + 1], state) for t in range(5)]
-    assert [y.data_ptr() for y in state] == places
-    torch.testing.assert_close(torch.cat(outs, 1), net(x))
-    untouched = net.init_state(3)
-    torch.testing.assert_close(net(x, untouched), net(x))
-    assert all((y == 0).all() for y in untouched)
+    check_from_nothing_by_steps(slstm())
     low = SLSTM(12, 3, dtype=torch.bfloat16).init_state(2)
     assert isinstance(low, SLSTMState)
     assert (low.conv.dtype, low.memory.dtype) == (torch.bfloat16, torch.float32)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from iokernels.nn.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 
+from .stepping import check_from_nothing_by_steps, check_generation_continues_training
+
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"allow_neg_eigval": True, "bias": True},
@@ -69,31 +71,11 @@ def test_it_is_what_it_says(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_generation_continues_training(options: dict[str, Any]) -> None:
-    """The whole at once, in parts by forward, and by steps of one and of several tokens."""
-    net = made(**options)
-    x = torch.randn(2, 11, 12, dtype=torch.float64)
-    whole, after = net(x, return_state=True)
-    first, state = net(x[:, :1], return_state=True)
-    second, state = net(x[:, 1:6], state, return_state=True)
-    kept = [y.clone() for y in state]
-    with torch.no_grad():
-        outs = [net.step(x[:, 6:7], state), net.step(x[:, 7:10], state), net.step(x[:, 10:], state)]
-    torch.testing.assert_close(torch.cat([first, second, *outs], 1), whole)
-    for one, other, before in zip(state, after, kept, strict=True):
-        torch.testing.assert_close(one, other)
-        assert one.numel() == 0 or not torch.equal(one, before), "a step updates the state in place"
+    check_generation_continues_training(made(**options))
 
 
 def test_from_nothing_by_steps() -> None:
-    net = made()
-    x = torch.randn(3, 5, 12, dtype=torch.float64)
-    state = net.init_state(3)
-    places = [y.data_ptr() for y in state]
-    with torch.inference_mode():
-        outs = [net.step(x[:, t : t + 1], state) for t in range(5)]
-    assert [y.data_ptr() for y in state] == places
-    torch.testing.assert_close(torch.cat(outs, 1), net(x))
-    torch.testing.assert_close(net(x, net.init_state(3)), net(x))
+    check_from_nothing_by_steps(made())
 
 
 def test_states_have_the_dtype_that_memory_needs() -> None:
