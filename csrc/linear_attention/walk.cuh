@@ -77,8 +77,8 @@ struct Crossing {
     Strides stride_rows;   // of both; d from one slice to the next
     float* restarts;       // [B, slots, H, Y, Z]: the states behind segments but for the last
     Strides stride_restarts;
-    int slots;           // of a sequence; packed: of all
-    const float* behind;  // [S, H, Y, Z], reversed: the states behind every sequence
+    int slots;             // of a sequence; packed: of all
+    const float* behind;   // [S, H, Y, Z], reversed: the states behind every sequence
     Strides stride_behind;
 };
 
