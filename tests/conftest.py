@@ -13,6 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("IOKERNELS_EMULATE", "1")
+    # Every launch of every test, from the same memory to the same bits.
+    os.environ.setdefault("IOKERNELS_EMULATE_ORDERS", "20")
 
 from iokernels.testing import interpreter
 from iokernels.testing.poison import poisoned_memory

@@ -103,6 +103,18 @@ struct Tiles {
     Here at;
 };
 
+using Row = float __attribute__((vector_size(32)));  // 8 numbers
+
+// The values of all numbers of 16 bits: a product of fragments converts 384 of them.
+const float* fp16_values() {
+    static const std::vector<float> values = [] {
+        std::vector<float> made(1 << 16);
+        for (uint32_t bits = 0; bits < made.size(); ++bits) made[bits] = fp16_to_float(static_cast<uint16_t>(bits));
+        return made;
+    }();
+    return values.data();
+}
+
 struct Product {
     float* d;
     const unsigned *a, *b;
@@ -114,9 +126,9 @@ void whole(const Warp& warp, const char* what) {
 }
 
 template <Operand OPERAND>
-float element(unsigned word, int half) {
+float element(unsigned word, int half, const float* values) {
     if constexpr (OPERAND == Operand::fp16) {
-        return fp16_to_float(static_cast<uint16_t>(word >> (16 * half)));
+        return values[word >> (16 * half) & 0xffff];
     } else if constexpr (OPERAND == Operand::bf16) {
         return bits_as_float(half ? word & 0xffff0000 : word << 16);
     } else {
@@ -127,22 +139,25 @@ float element(unsigned word, int half) {
 template <Operand OPERAND>
 void multiply(Warp& warp) {
     constexpr int K = OPERAND == Operand::tf32 ? 8 : 16, EACH = OPERAND == Operand::tf32 ? 1 : 2;
-    float a[16][K], b[K][8];
+    const float* values = OPERAND == Operand::fp16 ? fp16_values() : nullptr;
+    float a[16][K];
+    Row b[K];
     for (int l = 0; l < LANES; ++l) {
         const auto& lane = *static_cast<Product*>(warp.given[l]);
         const int group = l / 4, pair = l % 4;
         for (int half = 0; half < EACH; ++half) {
             for (int r = 0; r < 4; ++r) {
-                a[group + 8 * (r % 2)][EACH * pair + half + K / 2 * (r / 2)] = element<OPERAND>(lane.a[r], half);
+                const int k = EACH * pair + half + K / 2 * (r / 2);
+                a[group + 8 * (r % 2)][k] = element<OPERAND>(lane.a[r], half, values);
             }
-            for (int r = 0; r < 2; ++r) b[EACH * pair + half + K / 2 * r][group] = element<OPERAND>(lane.b[r], half);
+            for (int r = 0; r < 2; ++r) {
+                b[EACH * pair + half + K / 2 * r][group] = element<OPERAND>(lane.b[r], half, values);
+            }
         }
     }
-    float d[16][8] = {};
+    Row d[16] = {};
     for (int m = 0; m < 16; ++m) {
-        for (int k = 0; k < K; ++k) {
-            for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
-        }
+        for (int k = 0; k < K; ++k) d[m] += a[m][k] * b[k];
     }
     for (int l = 0; l < LANES; ++l) {
         const auto& lane = *static_cast<Product*>(warp.given[l]);

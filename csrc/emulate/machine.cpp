@@ -172,11 +172,12 @@ void deadlock() {
 
 bool differ(const char* one, const char* other) { return one != other && strcmp(one, other); }
 
+// Where the stack of the thread that calls is: a question to the kernel that costs more than a small launch.
 void own_stack(Fiber& fiber) {
+    static thread_local void* bottom = nullptr;
+    static thread_local size_t bytes = 0;
     pthread_attr_t attributes;
-    void* bottom = nullptr;
-    size_t bytes = 0;
-    if (pthread_getattr_np(pthread_self(), &attributes) == 0) {
+    if (!bottom && pthread_getattr_np(pthread_self(), &attributes) == 0) {
         pthread_attr_getstack(&attributes, &bottom, &bytes);
         pthread_attr_destroy(&attributes);
     }

@@ -2,7 +2,8 @@
 
 Blocks and threads are fibers that take turns in an order that a seed determines (:func:`warp_order`). What a launch
 does wrong raises :class:`~iokernels.runtime.errors.KernelFault`: an access outside the elements of its tensors or its
-shared memory, a race, a barrier that not all reach, a deadlock. Bytes of global memory are counted (:func:`watch`).
+shared memory, a race, a barrier that not all reach, a deadlock, results that depend on the order
+(``IOKERNELS_EMULATE_ORDERS``). Bytes of global memory are counted (:func:`watch`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern", "-fno-math-errno", "-f
 SANITIZERS = os.environ.get("IOKERNELS_EMULATE_SANITIZE", "")
 """Of the kernels and of the machine: ``address,undefined``, say. The process must have the sanitizers preloaded."""
 
+
 _seed = int(os.environ.get("IOKERNELS_EMULATE_SEED", "0"))
+_seeds = range(_seed, _seed + int(os.environ.get("IOKERNELS_EMULATE_ORDERS", "1")))
+"""The orders in which a launch runs, one after another. Each must leave the same bits."""
 _watched: list[Counted] | None = None
 _running = threading.Lock()
 
@@ -60,14 +64,15 @@ class Counted:
 
 @contextmanager
 def warp_order(seed: int) -> Iterator[None]:
-    """Let blocks, warps and lanes take turns in the order of ``seed`` inside; elsewhere in that of 0, or of
-    ``IOKERNELS_EMULATE_SEED``. The setting belongs to the process."""
-    global _seed
-    outer, _seed = _seed, seed
+    """Let blocks, warps and lanes take turns in the order of ``seed`` inside, and in no other; elsewhere in as many
+    orders as ``IOKERNELS_EMULATE_ORDERS`` says (1) from ``IOKERNELS_EMULATE_SEED`` (0) on. The setting belongs to the
+    process."""
+    global _seeds
+    outer, _seeds = _seeds, range(seed, seed + 1)
     try:
         yield
     finally:
-        _seed = outer
+        _seeds = outer
 
 
 @contextmanager
@@ -152,7 +157,6 @@ class Emulated:
             grid=_Index(x, y, z),
             block=_Index(block, 1, 1),
             shared_bytes=smem,
-            seed=_seed,
             cooperative=cooperative,
             arguments=len(args),
             argument=packed,
@@ -160,9 +164,7 @@ class Emulated:
             report_bytes=_REPORT_BYTES,
         )
         with _running:
-            failed = self.entry(ctypes.byref(launch))
-        if failed:
-            raise KernelFault(report.value.decode(errors="replace"))
+            self._in_every_order(launch, packed, report)
         if _watched is not None:
             moved = {
                 label: Moved(packed[i].read, packed[i].written, packed[i].updated)
@@ -170,6 +172,34 @@ class Emulated:
                 if isinstance(value, Tensor)
             }
             _watched.append(Counted(name, (x, y, z), moved))
+
+    def _in_every_order(self, launch: _Launch, arguments: ctypes.Array[_Argument], report: Any) -> None:
+        """Run the launch; where several orders are asked for, each from the same memory, to leave the same bits."""
+        several = len(_seeds) > 1
+        before = _memory(arguments) if several else {}
+        first: dict[int, bytes] = {}
+        for seed in _seeds:
+            if first:
+                for i, held in before.items():
+                    ctypes.memmove(arguments[i].data, held, len(held))
+                    arguments[i].read = arguments[i].written = arguments[i].updated = 0
+            launch.seed = seed
+            if self.entry(ctypes.byref(launch)):
+                raise KernelFault(report.value.decode(errors="replace") + f" (in the order of seed {seed})" * several)
+            left = _memory(arguments) if several else {}
+            first = first or left
+            for i, held in first.items():
+                if left[i] != held:
+                    byte = next(b for b, (one, other) in enumerate(zip(held, left[i], strict=True)) if one != other)
+                    raise KernelFault(
+                        f"kernel {self.kernel.name}: what it leaves in {arguments[i].name.decode()} depends on the "
+                        f"order of blocks, warps and lanes: byte {byte} differs between seeds {_seeds[0]} and {seed}"
+                    )
+
+
+def _memory(arguments: ctypes.Array[_Argument]) -> dict[int, bytes]:
+    """The bytes of every tensor among the arguments, by its place."""
+    return {i: ctypes.string_at(one.data, one.extent) for i, one in enumerate(arguments) if one.extent}
 
 
 def _pack(kernel: str, name: str, value: Argument, alive: list[Any]) -> _Argument:
@@ -264,7 +294,8 @@ def _compiled(name: str, unit: str, files: list[Path], flags: tuple[str, ...], l
     if tool is None:
         raise UnsupportedError("CUDA kernels on the CPU are compiled by g++, and there is none (CXX names another)")
     if SANITIZERS:
-        flags = (*flags, f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g1")
+        # Unoptimised: an access that an optimiser drops is one that they do not see; and it compiles sooner.
+        flags = (*flags, "-O0", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g1")
     included = artifacts.sources(*files, *_named(unit, ROOT), root=ROOT)
     key = artifacts.key_of(unit, tool, _version(tool), *flags, *map(str, linked), *included, *included.values())
 

@@ -48,6 +48,8 @@ def sanitized(*arguments: str, seconds: float = 300.0) -> subprocess.CompletedPr
         "ASAN_OPTIONS": "detect_leaks=0",
         "IOKERNELS_EMULATE": "1",
         "IOKERNELS_EMULATE_SANITIZE": "address,undefined",
+        # Which thread runs when changes little of what they see.
+        "IOKERNELS_EMULATE_ORDERS": "1",
     }
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=seconds, check=False

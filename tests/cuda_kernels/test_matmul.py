@@ -1,4 +1,4 @@
-"""The matrix product that shows how a kernel is written: results, every order of warps, counted bytes, machine code."""
+"""The matrix product that shows how a kernel is written: results, counted bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iokernels.runtime.emulator import warp_order, watch
+from iokernels.runtime.emulator import watch
 from iokernels.runtime.launch import cuda_kernel
 
 from .launching import NATIVE, launch, needs_a_machine
@@ -30,15 +30,11 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(32, 16, 32), (33, 24, 40), (50, 40, 104)])
-def test_product_in_every_order_of_warps(dtype: torch.dtype, m: int, n: int, k: int) -> None:
+def test_product(dtype: torch.dtype, m: int, n: int, k: int) -> None:
     a, b = torch.randn(m, k, dtype=torch.float64).to(dtype), torch.randn(k, n, dtype=torch.float64).to(dtype)
     exact = a.double() @ b.double()
-    first = matmul(a, b)
     # Products of 16-bit numbers are exact in float32; what is left is the rounding of k sums.
-    assert (first - exact).abs().max() <= 2**-24 * k * (a.double().abs() @ b.double().abs()).max()
-    for seed in range(1, 20):
-        with warp_order(seed):
-            assert torch.equal(matmul(a, b), first)
+    assert (matmul(a, b) - exact).abs().max() <= 2**-24 * k * (a.double().abs() @ b.double().abs()).max()
 
 
 @pytest.mark.skipif(NATIVE, reason="the emulator counts bytes")

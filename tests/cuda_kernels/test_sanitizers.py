@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from iokernels.bench.case import load
+from iokernels.bench.cases import CASES
 from iokernels.testing.sanitizers import libraries, sanitized
 
 HERE = str(Path(__file__).parent)
@@ -52,6 +55,14 @@ kernel.launch((1,), 32, 0, {"x_ptr": x, "y_ptr": y, "n": 4})
 def test_product_and_emulator_are_clean() -> None:
     done = sanitized("-c", MATMUL, HERE)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "cuda" in load(case).implementations])
+def test_operators_are_clean(case: str) -> None:
+    """What a quick check proves, forward and backward."""
+    done = sanitized("-m", "iokernels", "check", case, "--backend", "cuda", "--dtype", "fp16", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^[1-9]\d* proved, 0 wrong$", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.parametrize(

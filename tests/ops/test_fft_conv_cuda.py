@@ -16,7 +16,6 @@ from iokernels.bench.cases.fft_conv import limit
 from iokernels.ops.fft_conv import cuda_filters, tuning_cuda
 from iokernels.ops.fft_conv.tuning_cuda import Config
 from iokernels.runtime import device as devices
-from iokernels.runtime.emulator import warp_order
 from iokernels.testing import budget
 
 pytestmark = pytest.mark.skipif(devices.EMULATE and devices.cxx() is None, reason="the emulator needs g++")
@@ -54,18 +53,6 @@ def test_long_transforms(length: int, n: int, taps: int, causal: bool, device: s
         allowed, over = limit(what, torch.float16)
         errors = budget.relative_rms(x, truth, tuple(range(x.dim())) if over == 0 else -1)
         assert (errors <= allowed).all(), f"{what}: {errors.max().item():.3g} of {allowed:.3g}"
-
-
-@pytest.mark.skipif(not devices.EMULATE, reason="the order of warps is the emulator's")
-@pytest.mark.parametrize(("n", "taps"), [(301, 301), (4100, 30)])
-def test_any_order_of_warps(n: int, taps: int) -> None:
-    """The same bits in twenty orders: with half blocks that no vector divides, and with several whole blocks."""
-    with autotune.override(fft_conv_bwd_cuda=Config(4096, 4, 8)):
-        first = gated_call(n, taps, torch.bfloat16, "cpu", backend="cuda")
-        for seed in range(1, 20):
-            with warp_order(seed):
-                again = gated_call(n, taps, torch.bfloat16, "cpu", backend="cuda")
-            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True)), seed
 
 
 def test_units_of_a_thread_block_change_nothing(device: str) -> None:
