@@ -139,7 +139,9 @@ COMPILATION = Compilation(
             ("d=20,dv=75,causal=1,left=256,softcap=30,lse=1", torch.float16),
         )
     ),
-    spills=16,  # dk and dv of heads 128 wide, as NVRTC compiles them for sm_89; nvcc leaves none
+    # dq and dk of 256 columns as NVRTC compiles them for sm_80 and sm_90a: beside 128 accumulators and two tiles of
+    # scores no register is left. nvcc spills nothing.
+    spills=24,
 )
 
 _PLAIN = "b=1,h=4,hkv=2,n=40,nk=50,d=24,dv=40"

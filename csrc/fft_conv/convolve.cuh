@@ -52,7 +52,8 @@ struct Unit {
 
     // The `turn`-th of the thread block's `units`.
     DEVICE Unit(int turn, int units, int batch, int heads, int members, int chunks, int step) {
-        const int block = afresh(blockIdx.x), number = block / heads * units + turn, pairs = ceil_div(batch, members);
+        const int block = afresh(static_cast<int>(blockIdx.x)), pairs = ceil_div(batch, members);
+        const int number = block / heads * units + turn;
         head = block % heads;
         first = number % pairs * members;
         now = number / pairs * step;

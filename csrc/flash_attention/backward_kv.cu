@@ -43,7 +43,7 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
     const int first_key = block * BLOCK_N, keys = least(k_rows.length - first_key, BLOCK_N);
     if (keys <= 0) return;
     const Window window{window_left, window_right, q_rows.length, k_rows.length};
-    const i64 batch = offsets_q_ptr ? 0 : sequence;
+    const int batch = offsets_q_ptr ? 0 : sequence;
     const int start_key = k_rows.start + first_key;
     const Element* k = k_ptr + batch * stride_k.b + kv_head * stride_k.h + start_key * stride_k.n;
     const Element* v = v_ptr + batch * stride_v.b + kv_head * stride_v.h + start_key * stride_v.n;
@@ -62,8 +62,9 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
     auto first_of = [&](int step) { return start + step % tiles * BLOCK_M; };
     auto fetch = [&](int step, int stage) {
         const int head = head_of(step), first = first_of(step), row = q_rows.start + first;
-        const Element* q = q_ptr + batch * stride_q.b + head * stride_q.h + row * stride_q.n;
-        const Element* dout = dout_ptr + batch * stride_dout.b + head * stride_dout.h + row * stride_dout.n;
+        const int of = afresh(batch);  // where a batch begins in four tensors would stay in registers
+        const Element* q = q_ptr + of * stride_q.b + head * stride_q.h + row * stride_q.n;
+        const Element* dout = dout_ptr + of * stride_dout.b + head * stride_dout.h + row * stride_dout.n;
         fetch_tile<BLOCK_M, HEAD_DIM>(q_tile(stage), q, stride_q.n, stride_q.d, stop - first);
         fetch_tile<BLOCK_M, VALUE_DIM>(dout_tile(stage), dout, stride_dout.n, stride_dout.d, stop - first);
     };
@@ -73,9 +74,9 @@ flash_attention_backward_kv(const Element* q_ptr,      // [B, Hq, Nq, D]
         const int row = first_of(step) + static_cast<int>(threadIdx.x);
         if (static_cast<int>(threadIdx.x) < BLOCK_M && row < stop) {
             const i64 at = q_rows.start + row;
-            const int head = head_of(step);
-            found = Statistics::of(lse_ptr + batch * stride_lse.b + head * stride_lse.h + at * stride_lse.n,
-                                   delta_ptr + batch * stride_delta.b + head * stride_delta.h + at * stride_delta.n);
+            const int head = head_of(step), of = afresh(batch);
+            found = Statistics::of(lse_ptr + of * stride_lse.b + head * stride_lse.h + at * stride_lse.n,
+                                   delta_ptr + of * stride_delta.b + head * stride_delta.h + at * stride_delta.n);
         }
         return found;
     };

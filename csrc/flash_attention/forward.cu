@@ -58,7 +58,8 @@ DEVICE void fold(Sums& sums, const Q& q_of, Shared<Element> k_tile, Shared<Eleme
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// With wide heads shared memory is full before the registers are, so that a thread may have all 255.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCK_D > 128 ? 1 : 0)
 flash_attention_forward(const Element* q_ptr,       // [B, Hq, Nq, D]
                         const Element* k_ptr,       // [B, Hkv, Nk, D]
                         const Element* v_ptr,       // [B, Hkv, Nk, Dv]
