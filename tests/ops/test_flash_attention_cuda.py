@@ -17,12 +17,11 @@ from iokernels.ops.flash_attention import cuda
 from iokernels.ops.flash_attention.op import backward_op, forward_op
 from iokernels.ops.flash_attention.options import Needs, Options
 from iokernels.ops.flash_attention.tuning_cuda import KERNELS, TUNABLES, Config, Problem, registers
-from iokernels.runtime.device import KNOWN, cxx
+from iokernels.runtime.device import KNOWN
 from iokernels.testing import inputs
 
+from .backends import needs_cuda
 from .test_flash_attention import prove
-
-emulated = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +30,7 @@ def _small_tiles() -> Iterator[None]:
         yield
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize(
     ("widths", "layout", "dtype"),
     [
@@ -46,13 +45,13 @@ def test_widths(widths: tuple[int, int], layout: Any, dtype: torch.dtype, device
     prove("cuda", q, k, v, causal=True)
 
 
-@emulated
+@needs_cuda
 def test_softcap_with_a_window(device: str) -> None:
     q, k, v = inputs.attention(2, 1, 4, 2, 45, 37, 16, dtype=torch.float16, device=device)
     prove("cuda", q, k, v, softcap=2.0, window=(9, 4), scale=-0.3)
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("tiles", [Config(16, 1), Config(32, 2), Config(64, 4)], ids=str)
 def test_tiles(tiles: Config, device: str) -> None:
     q, k, v = inputs.attention(6, 2, 2, 1, 70, 90, 16, dtype=torch.float16, device=device)
@@ -60,7 +59,7 @@ def test_tiles(tiles: Config, device: str) -> None:
         prove("cuda", q, k, v, causal=True, window=(40, 0))
 
 
-@emulated
+@needs_cuda
 def test_packed_against_the_reference(device: str) -> None:
     q, k, v, cu_q, cu_k = inputs.packed(8, (20, 0, 37, 5), (33, 12, 0, 9), 4, 2, 16, dtype=torch.float16, device=device)
     dout, dlse = torch.randn(62, 4, 16, device=device), torch.randn(4, 62, device=device)
@@ -77,7 +76,7 @@ def test_packed_against_the_reference(device: str) -> None:
         torch.testing.assert_close(one.double(), other.double(), rtol=3e-3, atol=3e-3)
 
 
-@emulated
+@needs_cuda
 def test_offsets_out_of_range_stay_inside_the_tensors() -> None:
     """On a GPU nobody reads the offsets before the kernels do, so whatever they say must do no harm."""
     q, k, v = inputs.attention(9, 1, 2, 1, 40, 50, 16, dtype=torch.float16)
@@ -97,7 +96,7 @@ def test_offsets_out_of_range_stay_inside_the_tensors() -> None:
     assert cuda.forward(q, k, v, options)[0].isfinite().all()
 
 
-@emulated
+@needs_cuda
 def test_the_operators_are_what_pytorch_expects() -> None:
     tensors = [torch.randn(1, 2, n, 16).half() for n in (18, 20, 20)]
     options = tuple(Options(scale=0.25, window_right=0))
@@ -109,7 +108,7 @@ def test_the_operators_are_what_pytorch_expects() -> None:
     torch.library.opcheck(backward_op, (*gradients, q, k, v, out, lse, needs, "cuda", *options))
 
 
-@emulated
+@needs_cuda
 def test_the_module_trains() -> None:
     module = FlashAttention(32, 2, causal=True, backend="cuda", dtype=torch.float16)
     x = torch.randn(1, 20, 32).half()

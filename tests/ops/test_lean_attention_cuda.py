@@ -16,14 +16,13 @@ from iokernels.ops.lean_attention.arrivals import ARRIVALS
 from iokernels.ops.lean_attention.options import SCHEDULES as WORDS
 from iokernels.ops.lean_attention.options import Options
 from iokernels.ops.lean_attention.tuning_cuda import TUNABLE, Config, Problem
-from iokernels.runtime.device import KNOWN, cxx
+from iokernels.runtime.device import KNOWN
 from iokernels.runtime.errors import KernelFault
 from iokernels.runtime.launch import CudaKernel
 
+from .backends import needs_cuda
 from .lean_attention_calls import make, prove
 from .test_lean_attention_schedule import SCHEDULES, equal, only
-
-emulated = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
 
 BLOCK_N = 16
 
@@ -37,7 +36,7 @@ def counters_are_zero() -> bool:
     return all(not counters.any() for counters in ARRIVALS.values())
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize(
     "options",
     [
@@ -54,7 +53,7 @@ def test_last_arriver_of_many(options: dict[str, Any], device: str) -> None:
     assert counters_are_zero()
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_gives_the_same_result(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, blocks = SCHEDULES[name]
@@ -65,7 +64,7 @@ def test_every_schedule_gives_the_same_result(name: str, device: str, monkeypatc
     assert counters_are_zero()
 
 
-@emulated
+@needs_cuda
 def test_more_sequences_than_a_warp_adds_up_at_once(device: str) -> None:
     call = make(3, (0,) * 40 + (20,) + (0,) * 30 + (40, 17), heads=1, dtype=torch.float16, device=device)
     with config(5):
@@ -73,7 +72,7 @@ def test_more_sequences_than_a_warp_adds_up_at_once(device: str) -> None:
     assert counters_are_zero()
 
 
-@emulated
+@needs_cuda
 def test_more_parts_than_a_warp_merges_at_once(device: str) -> None:
     call = make(4, (700, 30), heads=1, dtype=torch.float16, device=device)
     with config(80):
@@ -81,7 +80,7 @@ def test_more_parts_than_a_warp_merges_at_once(device: str) -> None:
     assert counters_are_zero()
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("options", [{}, {"prefix": 40}, {"rows": 3, "window": (60, 0)}], ids=str)
 def test_batch_invariance(options: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence's bits are the same alone and among others, in a longer cache, and with any number of blocks."""
@@ -99,7 +98,7 @@ def test_batch_invariance(options: dict[str, Any], device: str, monkeypatch: pyt
             assert equal(alone, (found[0][0][sequence : sequence + 1], found[0][1][sequence : sequence + 1]))
 
 
-@emulated
+@needs_cuda
 def test_many_calls_on_one_workspace(device: str) -> None:
     """Counters are back at zero after each, whatever the next one is."""
     calls = [
@@ -114,7 +113,7 @@ def test_many_calls_on_one_workspace(device: str) -> None:
     assert counters_are_zero()
 
 
-@emulated
+@needs_cuda
 def test_a_kernel_that_was_broken_off_leaves_no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     call = make(8, (100,), dtype=torch.float16)
     with config(3):
@@ -131,7 +130,7 @@ def test_a_kernel_that_was_broken_off_leaves_no_counts(monkeypatch: pytest.Monke
         assert equal(expected, call("cuda", schedule="lean"))
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("page", [0, 8])
 @pytest.mark.parametrize("schedule", ["lean", "split"])
 def test_lengths_out_of_range_stay_inside_the_tensors(schedule: str, page: int) -> None:

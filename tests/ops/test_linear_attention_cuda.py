@@ -13,12 +13,12 @@ from iokernels.bench.case import load
 from iokernels.bench.proof import Proof
 from iokernels.ops.linear_attention import tuning_cuda
 from iokernels.ops.linear_attention.tuning_cuda import KERNELS, MAX_WIDTH, TUNABLES, Config, Problem
-from iokernels.runtime.device import KNOWN, cxx
+from iokernels.runtime.device import KNOWN
 from iokernels.testing import inputs
 
+from .backends import needs_cuda
 from .linear_attention_calls import draw, packed, prove
 
-emulated = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
 CASE = load("linear_attention")
 CUDA_POINTS = [
     point
@@ -31,7 +31,7 @@ def config(chunk: int = 16, num_warps: int = 2) -> Any:
     return autotune.override(**dict.fromkeys(KERNELS, Config(chunk, num_warps)))
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("point", CUDA_POINTS, ids=lambda point: point.name)
 def test_every_point_of_the_operator(point: Any, device: str) -> None:
     """With its default configuration; float16 has the narrower limit."""
@@ -40,7 +40,7 @@ def test_every_point_of_the_operator(point: Any, device: str) -> None:
     assert verdict.status == "ok", verdict
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize(
     ("tile", "widths", "dtype", "decay"),
     [
@@ -59,7 +59,7 @@ def test_every_tiling(
         prove(given, "cuda")
 
 
-@emulated
+@needs_cuda
 def test_layouts_of_states_and_decays(device: str) -> None:
     """Every element beside q, k and v is NaN, and the emulator sees who reads it."""
     q, k, v = inputs.attention(6, 2, 2, 2, 20, 20, 24, dtype=torch.bfloat16, device=device, layout="padded")
@@ -70,7 +70,7 @@ def test_layouts_of_states_and_decays(device: str) -> None:
     assert found["dlog_decay"].dtype == torch.float64
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("decay", ["head", "token"])
 def test_packed(decay: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of length 0 and 1 among longer ones, some of which end where a segment does, and rows of none."""
@@ -86,7 +86,7 @@ def test_packed(decay: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(found["state"][1], given["initial_state"][1])
 
 
-@emulated
+@needs_cuda
 def test_no_sequences(device: str) -> None:
     given = draw(1, 2, 5, 8, 8, dtype=torch.float16, decay="token", device=device)
     flat = {name: given[name].squeeze(0).transpose(0, 1).requires_grad_() for name in ("q", "k", "v", "log_decay")}

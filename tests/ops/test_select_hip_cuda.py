@@ -28,15 +28,15 @@ from iokernels.ops.hip_attention.api import hip_plan, hip_stage
 from iokernels.ops.hip_attention.select_options import Region, Stage
 from iokernels.ops.hip_attention.tuning_cuda import HELD, TUNABLE, Config, Problem
 from iokernels.ops.lean_attention.arrivals import ARRIVALS
-from iokernels.runtime.device import KNOWN, cxx
+from iokernels.runtime.device import KNOWN
 from iokernels.runtime.emulator import watch
 from iokernels.runtime.errors import KernelFault
 from iokernels.runtime.launch import CudaKernel
 from iokernels.testing import inputs
 
+from .backends import needs_cuda
 from .hip_attention_selection import named, same_lists
 
-emulated = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
 STAGES = ((64, 4, 128), (16, 2, 64), (8, 1))
 OPTIONS: dict[str, Any] = {"stages": STAGES, "budget": 48, "sink": 5, "window": 20, "block_q": 32}
 
@@ -62,7 +62,7 @@ def counters_are_zero() -> bool:
     return all(not counters.any() for counters in ARRIVALS.values())
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("heads", ["kv", "all", "query"])
 @pytest.mark.parametrize(
     ("tile", "width", "dtype"),
@@ -79,7 +79,7 @@ def test_every_tiling(tile: tuple[int, int], width: int, dtype: torch.dtype, hea
             assert counters_are_zero()
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("layout", ["bnhd", "padded", "strided", "expanded"])
 def test_layouts(layout: Any, device: str) -> None:
     """Every element beside the tensors is NaN, and the emulator sees who reads it."""
@@ -87,7 +87,7 @@ def test_layouts(layout: Any, device: str) -> None:
     same_lists(select_hip(q, k, backend="cuda", **OPTIONS), select_hip(q, k, backend="torch", **OPTIONS))
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("heads", ["kv", "all"])
 def test_equal_scores_across_tiles(heads: str, device: str) -> None:
     """Scores are few integers of both signs: whole runs of candidates tie, in several warps and blocks."""
@@ -100,7 +100,7 @@ def test_equal_scores_across_tiles(heads: str, device: str) -> None:
             prove(q, k.half(), device, heads=heads, stages=((8, 4),), budget=budget)
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("heads", ["kv", "all"])
 def test_more_candidates_than_shared_memory_holds(heads: str, device: str) -> None:
     """Their scores are read again from global memory, and the bytes are those of the model."""
@@ -118,7 +118,7 @@ def test_more_candidates_than_shared_memory_holds(heads: str, device: str) -> No
         assert sum(one.written + one.atomic for one in moved) == model.written
 
 
-@emulated
+@needs_cuda
 def test_lists_with_more_room_than_candidates(device: str) -> None:
     q, k = (x.to(device) for x in draw(40, 120))
     region = Region("kv", 16, 5, 20)
@@ -131,7 +131,7 @@ def test_lists_with_more_room_than_candidates(device: str) -> None:
     assert torch.equal(exact[0][valid], roomy[0][..., :7][valid])
 
 
-@emulated
+@needs_cuda
 @pytest.mark.parametrize("heads", ["kv", "all"])
 def test_nothing_to_select(heads: str, device: str) -> None:
     """Blocks of rows with nothing before their window have empty lists, and so have all their stages."""
@@ -147,7 +147,7 @@ def test_nothing_to_select(heads: str, device: str) -> None:
     assert select_hip(q[:0], k[:0], backend="cuda", **OPTIONS).counts.numel() == 0
 
 
-@emulated
+@needs_cuda
 def test_parents_that_were_shortened(device: str) -> None:
     """A stage that finds fewer parents than it has blocks for: those past them return uncounted."""
     q, k = draw(37, 701, heads=(2, 2))
@@ -164,7 +164,7 @@ def test_parents_that_were_shortened(device: str) -> None:
     assert counters_are_zero()
 
 
-@emulated
+@needs_cuda
 def test_what_is_not_a_number_is_not_chosen(device: str) -> None:
     q, k = draw(1, 300, heads=(1, 1))
     k[:, :, 96:104] = float("nan")
@@ -176,7 +176,7 @@ def test_what_is_not_a_number_is_not_chosen(device: str) -> None:
     assert 12 not in named(index)
 
 
-@emulated
+@needs_cuda
 def test_a_kernel_that_was_broken_off_leaves_no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = draw(20, 200)
 
@@ -191,7 +191,7 @@ def test_a_kernel_that_was_broken_off_leaves_no_counts(monkeypatch: pytest.Monke
     prove(q, k, "cpu")
 
 
-@emulated
+@needs_cuda
 def test_lists_that_outlive_a_step(device: str) -> None:
     q, k = (x.to(device) for x in draw(6, 300))
     caches = {backend: SelectionCache((4, 2, 1), STAGES) for backend in ("cuda", "torch")}
@@ -204,7 +204,7 @@ def test_lists_that_outlive_a_step(device: str) -> None:
         same_lists(found["cuda"], found["torch"])
 
 
-@emulated
+@needs_cuda
 def test_one_launch_a_stage(device: str) -> None:
     q, k = (x.to(device) for x in draw(20, 200))
     with watch() as launches:
@@ -237,7 +237,7 @@ def test_what_it_refuses(call: Any, reason: str) -> None:
         call(*draw(1, 400))
 
 
-@emulated
+@needs_cuda
 def test_attention_to_what_it_selects(device: str) -> None:
     """The search here, the attention on another backend; where nothing is selected, all is flash_attention."""
     q, k = (x.to(device) for x in draw(20, 200))
