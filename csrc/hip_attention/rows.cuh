@@ -14,15 +14,12 @@
 #pragma once
 #include "common/math.cuh"
 #include "common/matrix.cuh"
+#include "common/tensors.cuh"
 #include "common/warp.cuh"
 
 constexpr int THREADS = WARP * WARPS;
 constexpr int BLOCK_D = (HEAD_DIM + 31) / 32 * 32, EIGHTS = BLOCK_D / 8, PARTS = BLOCK_D / 32;
 static_assert(BLOCK_R % 16 == 0, "rows are multiplied sixteen at a time");
-
-struct Strides {
-    i64 b, h, n, d;
-};
 
 // Where a vector of a row lies in the tile of rows.
 DEVICE int place(int row, int eight) {
@@ -47,7 +44,7 @@ DEVICE Vector<u32, 4> load_eight(const Element* row, int column, i64 stride_d, b
 }
 
 // The rows of one block of queries, of `group` heads.
-struct Rows {
+struct QueryRows {
     const Element* q;  // the block's first row in the first of the heads
     i64 stride_h, stride_n, stride_d;
     int group, means, stride_q;  // heads, means of each, rows to a mean

@@ -113,7 +113,7 @@ hip_attention_select_cuda_kernel(const Element* q_ptr,          // [B, Hq, Nq, D
     if (block_reduce<WARPS>(static_cast<int>(busy), Max{}, words.as<int>())) {
         const i64 first_head = static_cast<i64>(spot.head) * group;
         const Element* q = q_ptr + spot.batch * stride_q.b + first_head * stride_q.h + first_row * stride_q.n;
-        const Rows rows{q, stride_q.h, stride_q.n, stride_q.d, group, means, rows_of_mean, held, before, causal};
+        const QueryRows rows{q, stride_q.h, stride_q.n, stride_q.d, group, means, rows_of_mean, held, before, causal};
         const Element* k_head = k_ptr + spot.batch * stride_k.b + spot.head / kv_group * stride_k.h;
         const int least_limit = rows.least_limit();
         if (WHOLE) {

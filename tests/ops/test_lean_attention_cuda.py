@@ -11,8 +11,8 @@ import torch
 
 from iokernels import UnsupportedError, autotune
 from iokernels.bench.cases import lean_attention_schedule as twin
+from iokernels.ops.arrivals import ARRIVALS
 from iokernels.ops.lean_attention import cuda, tuning_cuda
-from iokernels.ops.lean_attention.arrivals import ARRIVALS
 from iokernels.ops.lean_attention.options import SCHEDULES as WORDS
 from iokernels.ops.lean_attention.options import Options
 from iokernels.ops.lean_attention.tuning_cuda import TUNABLE, Config, Problem

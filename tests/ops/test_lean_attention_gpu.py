@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iokernels import lean_attention
-from iokernels.ops.lean_attention.arrivals import ARRIVALS
+from iokernels.ops.arrivals import ARRIVALS
 from iokernels.runtime import device as devices
 from iokernels.testing import interpreter
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from iokernels import autotune
 from iokernels.bench.cases import lean_attention_schedule as twin
+from iokernels.ops.arrivals import ARRIVALS
 from iokernels.ops.lean_attention import triton_launch
-from iokernels.ops.lean_attention.arrivals import ARRIVALS
 from iokernels.ops.lean_attention.tuning import Config
 from iokernels.testing import interpreter
 

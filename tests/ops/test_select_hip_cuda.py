@@ -23,11 +23,11 @@ from iokernels import (
 )
 from iokernels.bench.cases.hip_attention_io import Call
 from iokernels.bench.cases.select_hip_cuda import select_account
+from iokernels.ops.arrivals import ARRIVALS
 from iokernels.ops.hip_attention import cuda
 from iokernels.ops.hip_attention.api import hip_plan, hip_stage
 from iokernels.ops.hip_attention.select_options import Region, Stage
 from iokernels.ops.hip_attention.tuning_cuda import HELD, TUNABLE, Config, Problem
-from iokernels.ops.lean_attention.arrivals import ARRIVALS
 from iokernels.runtime.device import KNOWN
 from iokernels.runtime.emulator import watch
 from iokernels.runtime.errors import KernelFault

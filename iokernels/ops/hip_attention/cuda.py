@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
-from iokernels.ops.cuda_tiles import clamp, in_sixteens
-from iokernels.ops.lean_attention.arrivals import ARRIVALS, arrivals_of
+from iokernels.ops.arrivals import ARRIVALS, arrivals_of
+from iokernels.ops.cuda_tiles import in_sixteens
+from iokernels.ops.windows import clamp
 from iokernels.runtime.device import guard, spec_of
 from iokernels.runtime.launch import CudaKernel, cuda_kernel
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.ops.arrivals import ARRIVALS, arrivals_of
 from iokernels.ops.cuda_tiles import in_sixteens
 from iokernels.ops.windows import clamp
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 from iokernels.runtime.launch import CudaKernel, Int64, cuda_kernel
 
 from . import tuning_cuda as tuning
-from .arrivals import ARRIVALS, arrivals_of
 from .options import Options, as_bytes, capacity, empty_lse, empty_out, per_key
 
 CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}

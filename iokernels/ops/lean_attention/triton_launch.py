@@ -9,12 +9,12 @@ import triton
 from torch import Tensor
 
 from iokernels import autotune
+from iokernels.ops.arrivals import ARRIVALS, arrivals_of
 from iokernels.ops.triton_tiles import is_wide, padded, strides
 from iokernels.ops.windows import clamp
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
-from .arrivals import ARRIVALS, arrivals_of
 from .options import Options, as_bytes, capacity, empty_lse, empty_out, per_key
 from .triton_lean import lean_attention_kernel
 from .triton_split import lean_attention_combine_kernel, lean_attention_split_kernel
