@@ -70,11 +70,19 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     batch, heads, rows, width = out.shape
     delta = torch.empty((batch, heads, rows), dtype=torch.float32, device=out.device)
     kernel = cuda_kernel(
-        "flash_attention/delta.cu", "flash_attention_delta", Element=out.dtype, VALUE_DIM=width, WARPS=_DELTA_WARPS
+        "flash_attention/delta.cu",
+        "flash_attention_delta",
+        Element=out.dtype,
+        VALUE_DIM=width,
+        WARPS=_DELTA_WARPS,
+        ALIGNED=in_sixteens(out) and in_sixteens(dout),
     )
     args = _named(out=out, dout=dout, dlse=dlse, delta=delta) | _strides(out=out, dout=dout, dlse=dlse)
     args |= {"heads": heads, "rows": rows, "total": Int64(delta.numel())}
-    kernel.launch((-(-delta.numel() // _DELTA_WARPS),), 32 * _DELTA_WARPS, 0, args)
+    # A lane has 8 columns of a row, and a row's lanes are a power of two.
+    lanes = min(1 << (-(-width // 8) - 1).bit_length(), 32)
+    rows_of_block = _DELTA_WARPS * (32 // lanes)
+    kernel.launch((-(-delta.numel() // rows_of_block),), 32 * _DELTA_WARPS, 0, args)
     return delta
 
 
