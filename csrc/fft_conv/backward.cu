@@ -38,54 +38,68 @@ struct Scales {
     int product;
 };
 
-// dK of the rows FIRST to FIRST + ROUND of k1. `source(which, member)` is g (0) or v (1).
-template <int FIRST, class Sources>
-DEVICE void add_rows(const Chip& chip, const Sources& source, const Place& place, Scales& scales, float* sums,
-                     bool fresh, Here at = HERE) {
+// What scales dK of one block. `source(which, member)` is g (0) or v (1).
+template <class Sources>
+DEVICE Scales scales_of(const Chip& chip, const Sources& source, const Place& place, Here at = HERE) {
+    Scales scales = {};
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which) {
+        Exponents e = {-127, -127};
+#pragma unroll 1
+        for (int slab = 0; slab < SLABS; ++slab) {
+            Signal<1> z;
+            load_pair(z, [&](int member) { return source(which, member); }, place.start, place.seqlen, place.stop, slab,
+                      at);
+            include(e, z);
+        }
+        e = largest(e, chip.scratch + which * 2 * WARPS, at);
+        if (which == 0) {
+            scales.g = e;
+        } else {
+            scales.product = most(scales.g.r + e.r, scales.g.i + e.i);
+        }
+    }
+    return scales;
+}
+
+// dK of ROUND rows k1 from `first` on, 0 or ROUND.
+template <class Sources>
+DEVICE void add_rows(int first, const Chip& chip, const Sources& source, const Place& place, const Scales& scales,
+                     float* sums, bool fresh, Here at = HERE) {
     const Planes of_g = {chip.planes.r, chip.planes.r + ROUND * COLUMNS};
     const Planes of_v = {chip.planes.i, chip.planes.i + ROUND * COLUMNS};
 #pragma unroll 1
     for (int which = 0; which < 2; ++which) {
-        const auto source_of = [&](int member) { return source(which, member); };
-        if constexpr (FIRST == 0) {
-            Exponents e = {-127, -127};
-#pragma unroll 1
-            for (int slab = 0; slab < SLABS; ++slab) {
-                Signal<1> z;
-                load_pair(z, source_of, place.start, place.seqlen, place.stop, slab, at);
-                include(e, z);
-            }
-            e = largest(e, chip.scratch + which * 2 * WARPS, at);
-            if (which == 0) {
-                scales.g = e;
-            } else {
-                scales.product = most(scales.g.r + e.r, scales.g.i + e.i);
-            }
-        }
-        const bool first = which == 0;
-        const Exponents e = {first ? scales.g.r : scales.product - scales.g.r,
-                             first ? scales.g.i : scales.product - scales.g.i};
-        const Planes planes = {first ? of_g.r : of_v.r, first ? of_g.i : of_v.i};
+        const bool is_g = which == 0;
+        const Exponents e = {is_g ? scales.g.r : scales.product - scales.g.r,
+                             is_g ? scales.g.i : scales.product - scales.g.i};
+        const Planes planes = {is_g ? of_g.r : of_v.r, is_g ? of_g.i : of_v.i};
 #pragma unroll 1
         for (int slab = 0; slab < SLABS; ++slab) {
             Signal<1> z;
-            load_pair(z, source_of, place.start, place.seqlen, place.stop, slab, at);
+            load_pair(z, [&](int member) { return source(which, member); }, place.start, place.seqlen, place.stop, slab,
+                      at);
             rescale(z, e);
-            stage1<FIRST, ROUND>(planes, z, slab, chip.first, at);
+            if (first == 0) {
+                stage1<0, ROUND>(planes, z, slab, chip.first, at);
+            } else {
+                stage1<ROUND, ROUND>(planes, z, slab, chip.first, at);
+            }
         }
     }
     block_sync(at);
-    const float factor = power_of_two(scales.product);
+    const float factor = power_of_two(afresh(scales.product));
     const Roots f(chip.second, at);
 #pragma unroll 1
     for (int row = warp_id(); row < ROUND; row += WARPS) {
         Square g, v;
         stage2(g, of_g, row, f, chip.inner, at);
+        __syncwarp();  // one transform after the other: both under way are too many registers, as are sums below
         stage2(v, of_v, row, f, chip.inner, at);
-        float* of_row = sums + 2 * (FIRST + row) * COLUMNS + 8 * lane_id();
+        float* of_row = sums + 2 * (first + row) * COLUMNS + 8 * afresh(lane_id());
 #pragma unroll
         for (int m = 0; m < BLOCKS; ++m) {
-            __syncwarp();  // a compiler that has the sums of more than one block on their way runs out of registers
+            __syncwarp();  // the sums of one block after those of another
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
                 const Sums a = stage3(g, m, tile, f, at);
@@ -151,9 +165,11 @@ fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
             };
             const Place place = unit.place(now - lead, seqlen);
             float* sums = dk_ptr + static_cast<i64>(blockIdx.x) * (2 * POINTS);
-            Scales scales = {};
-            add_rows<0>(chip, either, place, scales, sums, turn == 0);
-            add_rows<ROUND>(chip, either, place, scales, sums, turn == 0);
+            const Scales scales = scales_of(chip, either, place);
+#pragma unroll 1
+            for (int first = 0; first < N1; first += ROUND) {
+                add_rows(first, chip, either, place, scales, sums, turn == 0);
+            }
         }
 #pragma unroll 1
         for (int pass = 0; pass < 2; ++pass) {

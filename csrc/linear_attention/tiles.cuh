@@ -23,11 +23,6 @@ DEVICE void multiply(float (&left)[4], float (&right)[4], const Fragment& a, con
     multiply<Element>(left, right, a, b);
 }
 
-// Two neighbours, each times its factor.
-DEVICE u32 weighed(u32 pair, Vector<float, 2> factor) {
-    return scaled<Element>(pair, factor);
-}
-
 // Writes a warp's 16 by 16 accumulators to the rows of `to` that are fewer than `there`, and the columns fewer than
 // `columns`. Where rows are aligned two lanes exchange pairs, so that each stores four neighbours.
 DEVICE void store_strip(Element* to, const Strides& stride, const float (&acc)[2][4], int there, int columns) {

@@ -152,13 +152,8 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
 
     const int block = static_cast<int>(blockIdx.x), slice = block % SLICES * BLOCK_Z;
     const int head = block / SLICES % given.heads, sequence = block / SLICES / given.heads;
-    int start = 0, length = given.seqlen, batch = sequence;
-    if (given.cu_seqlens) {
-        // Whatever the offsets say, the rows lie inside the tensors.
-        start = least(most(load_global_uniform(given.cu_seqlens + sequence), 0), given.seqlen);
-        length = most(least(load_global_uniform(given.cu_seqlens + sequence + 1), given.seqlen) - start, 0);
-        batch = 0;
-    }
+    const Rows rows = rows_of(given.cu_seqlens, sequence, given.seqlen, given.seqlen);
+    const int start = rows.start, length = rows.length, batch = given.cu_seqlens ? 0 : sequence;
     auto place = [&](const Strides& stride, int in_head, int row) {
         return batch * stride.b + in_head * stride.h + row * stride.n;
     };
@@ -356,8 +351,8 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
                         }
                         if constexpr (REVERSE) kept.at[i] *= given.scale;
                     }
-                    a.at[2 * half] = weighed(a.at[2 * half], kept);
-                    a.at[2 * half + 1] = weighed(a.at[2 * half + 1], kept);
+                    a.at[2 * half] = scaled<Element>(a.at[2 * half], kept);
+                    a.at[2 * half + 1] = scaled<Element>(a.at[2 * half + 1], kept);
                 }
             }
 #pragma unroll
