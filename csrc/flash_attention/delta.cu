@@ -1,7 +1,7 @@
 // delta_i = dout_i . out_i - dlse_i, which FlashAttention-2's backward subtracts from dout_i . v_j.
 //
-// As many lanes take a row as it has eights of columns, up to the next power of two: 16 bytes each, and several rows to a
-// warp. Bytes: out and dout once, 4 written for each row (and 4 read where there is dlse). FLOPs: 2 Dv a row.
+// As many lanes take a row as it has eights of columns, up to the next power of two: 16 bytes each, and several rows to
+// a warp. Bytes: out and dout once, 4 written for each row (and 4 read where there is dlse). FLOPs: 2 Dv a row.
 //
 // Constants: Element, VALUE_DIM, WARPS, ALIGNED (16-byte rows of out and dout).
 #include "common/tensors.cuh"
