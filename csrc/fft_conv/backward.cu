@@ -88,12 +88,12 @@ DEVICE void add_rows(int first, const Chip& chip, const Sources& source, const P
         }
     }
     block_sync(at);
-    const float factor = power_of_two(afresh(scales.product));
     const Roots f(chip.second, at);
 #pragma unroll 1
     for (int row = warp_id(); row < ROUND; row += WARPS) {
         Square g, v;
         stage2(g, of_g, row, f, chip.inner, at);
+        const float factor = power_of_two(afresh(scales.product));
         __syncwarp();  // one transform after the other: both under way are too many registers, as are sums below
         stage2(v, of_v, row, f, chip.inner, at);
         float* of_row = sums + 2 * (first + row) * COLUMNS + 8 * afresh(lane_id());
@@ -124,7 +124,8 @@ DEVICE void add_rows(int first, const Chip& chip, const Sources& source, const P
     block_sync(at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Of the shortest transforms a compiler would rather have three blocks on a multiprocessor, and spill for it.
+extern "C" __global__ void __launch_bounds__(THREADS, POINTS == 4096 ? 2 : 0)
 fft_conv_bwd_kernel(const Element* dy_ptr,    // [B, H, N]
                     const Element* u_ptr,     // [B, H, N]
                     const Element* pre_ptr,   // [B, H, N] or null
