@@ -12,15 +12,7 @@ from iokernels.runtime.launch import Argument
 
 from . import tuning_cuda as tuning
 from .cuda import Launch, strides
-from .options import (
-    Gradients,
-    Needs,
-    Options,
-    empty_in_order_of,
-    gradients_without_tokens,
-    log_decay_gradient,
-    sum_of_shares,
-)
+from .options import Gradients, Needs, Options, empty_in_order_of, gradients_without_tokens, wanted_gradients, zeroed
 
 
 def backward(
@@ -61,28 +53,18 @@ class _Backward:
         r = None if dq is None else self._dq(dq)
         dg = None if dk is None else self._dk(dk, r)
         dv, dinitial = self._dv() if needs.v or needs.initial_state else (None, None)
-        return Gradients(
-            sum_of_shares(dq, self.q) if dq is not None and needs.q else None,
-            sum_of_shares(dk, self.k) if dk is not None and needs.k else None,
-            dv if needs.v else None,
-            None if dg is None else log_decay_gradient(dg, self.options),
-            dinitial,
-        )
-
-    def _zeroed(self, x: Tensor) -> Tensor:
-        """Rows that belong to no sequence are visited by no block."""
-        return x.zero_() if self.options.cu_seqlens is not None else x
+        return wanted_gradients(self.q, self.k, dq, dk, dv, dg, dinitial, self.options, needs)
 
     def _keys_buffer(self, x: Tensor) -> Tensor:
         """Where dq or dk goes: in its own shape, or, where several heads add up to it, a share of each."""
         if self.launch.group == 1:
-            return self._zeroed(empty_in_order_of(x, x.shape[3]))
-        return self._zeroed(x.new_empty((*self.v.shape[:3], x.shape[3]), dtype=torch.float32))
+            return zeroed(empty_in_order_of(x, x.shape[3]), self.options)
+        return zeroed(x.new_empty((*self.v.shape[:3], x.shape[3]), dtype=torch.float32), self.options)
 
     def _shares(self, kernel: str) -> Tensor:
         """A number of every token for each slice of columns."""
         slices = tuning.slices(self.launch.problem(kernel, True), self.launch.config(kernel, True))
-        return self._zeroed(self.v.new_empty((slices, *self.v.shape[:3]), dtype=torch.float32))
+        return zeroed(self.v.new_empty((slices, *self.v.shape[:3]), dtype=torch.float32), self.options)
 
     def _row_strides(self) -> tuple[int, ...]:
         batch, heads, rows, _ = self.v.shape
@@ -161,7 +143,7 @@ class _Backward:
         q, k, dout, launch = self.q, self.k, self.dout, self.launch
         initial = self.options.initial_state if self.needs.initial_state else None
         dinitial = None if initial is None else torch.empty_like(initial)
-        dv = self._zeroed(empty_in_order_of(self.v, self.v.shape[3]))
+        dv = zeroed(empty_in_order_of(self.v, self.v.shape[3]), self.options)
         args = {
             "q_ptr": q,
             "k_ptr": k,

@@ -148,3 +148,22 @@ def sum_of_shares(shares: Tensor, x: Tensor) -> Tensor:
     batch, heads = x.shape[:2]
     total = shares.view(-1, batch, heads, shares.shape[1] // heads, *x.shape[2:]).sum((0, 3))
     return empty_in_order_of(x, x.shape[3]).copy_(total)
+
+
+def zeroed(x: Tensor, options: Options) -> Tensor:
+    """``x``, a number or row a token, with zeros where sequences are packed: what belongs to none no block visits."""
+    return x.zero_() if options.cu_seqlens is not None else x
+
+
+def wanted_gradients(
+    q: Tensor, k: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dg: Tensor | None,
+    dinitial: Tensor | None, options: Options, needs: Needs,
+) -> Gradients:  # fmt: skip
+    """What ``needs`` names, from dq and dk or their shares, dv, and the gradient ``dg`` of every token's decay."""
+    return Gradients(
+        sum_of_shares(dq, q) if dq is not None and needs.q else None,
+        sum_of_shares(dk, k) if dk is not None and needs.k else None,
+        dv if needs.v else None,
+        None if dg is None else log_decay_gradient(dg, options),
+        dinitial,
+    )

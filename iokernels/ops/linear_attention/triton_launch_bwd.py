@@ -11,15 +11,7 @@ from torch import Tensor
 from iokernels.ops.triton_tiles import Strides, is_wide, padded, strides
 from iokernels.runtime.device import guard
 
-from .options import (
-    Gradients,
-    Needs,
-    Options,
-    empty_in_order_of,
-    gradients_without_tokens,
-    log_decay_gradient,
-    sum_of_shares,
-)
+from .options import Gradients, Needs, Options, empty_in_order_of, gradients_without_tokens, wanted_gradients, zeroed
 from .triton_bwd import (
     linear_attention_bwd_dk_kernel,
     linear_attention_bwd_dq_kernel,
@@ -74,19 +66,9 @@ class _Backward:
         dg = None if dk is None else self._dk(dk, r, behind, before)
         dv = None
         if needs.v or (dinitial is not None and not cut.split):
-            dv = self._zeroed(empty_in_order_of(self.v, self.v.shape[3]))
+            dv = zeroed(empty_in_order_of(self.v, self.v.shape[3]), self.options)
             self._dv(dv, behind, dinitial)
-        return Gradients(
-            sum_of_shares(dq, self.q) if dq is not None and needs.q else None,
-            sum_of_shares(dk, self.k) if dk is not None and needs.k else None,
-            dv if needs.v else None,
-            None if dg is None else log_decay_gradient(dg, self.options),
-            dinitial,
-        )
-
-    def _zeroed(self, x: Tensor) -> Tensor:
-        """Rows that belong to no sequence are visited by no block."""
-        return x.zero_() if self.options.cu_seqlens is not None else x
+        return wanted_gradients(self.q, self.k, dq, dk, dv, dg, dinitial, self.options, needs)
 
     def _slices(self, config: Any) -> int:
         return triton.cdiv(self.v.shape[3], config.width) if self.options.taylor else 1
@@ -96,10 +78,10 @@ class _Backward:
         kernel = "linear_attention_bwd_dq" if x is self.q else "linear_attention_bwd_dk"
         slices = self._slices(self.launch.config(kernel, self.needs.log_decay))
         if self.launch.group == 1 and slices == 1:
-            return self._zeroed(empty_in_order_of(x, x.shape[3]))
+            return zeroed(empty_in_order_of(x, x.shape[3]), self.options)
         batch, heads, rows, _ = self.v.shape
         shares = x.new_empty((slices * batch, heads, rows, x.shape[3]), dtype=torch.float32)
-        return self._zeroed(shares)
+        return zeroed(shares, self.options)
 
     def _dq(self, dq: Tensor, before: Tensor | None) -> Tensor | None:
         """Fill dq, and return r [B, H, N] where decays want a gradient."""
@@ -152,7 +134,7 @@ class _Backward:
         )  # fmt: skip
 
     def _shares(self, slices: int) -> Tensor:
-        return self._zeroed(self.v.new_empty((slices, *self.v.shape[:3]), dtype=torch.float32))
+        return zeroed(self.v.new_empty((slices, *self.v.shape[:3]), dtype=torch.float32), self.options)
 
 
 def _sum_of(shares: Tensor) -> Tensor:
