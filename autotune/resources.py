@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from iokernels.runtime import ahead
+from iokernels.runtime import ahead, artifacts
 from iokernels.runtime.device import DeviceSpec, assume
 
 _BLOCKS_SM = {86: 16, 87: 16, 89: 24, 120: 24}
@@ -114,7 +114,7 @@ def compiling_cuda_for(spec: DeviceSpec) -> Iterator[list[Resources]]:
     with assume(spec), recorded() as launches:
         yield compiled
     for launch in launches:
-        code = ahead.cubin(launch.kernel, spec.sm).read_bytes()
+        code = artifacts.content(ahead.cubin(launch.kernel, spec.sm))
         found = of_cubin(code, num_warps=-(-launch.block // 32))
         # As with Triton, all shared memory is dynamic, and what the cubin declares is the toolchain's own reserve.
         compiled += [replace(one, shared_bytes=launch.smem) for one in found if one.kernel == launch.kernel.name]

@@ -100,7 +100,7 @@ def _choose(tunable: Tunable[C], problem: Any, device: DeviceSpec, *, determinis
 
 def _from_tables(tunable: Tunable[C], problem: Any, device: DeviceSpec) -> C | None:
     """The first entry that is in the space for this problem: one tuned at other sizes may ask for too much here."""
-    for root in (tables.USER, tables.PACKAGE):
+    for root in (tables.user(), tables.PACKAGE):
         table = _table(tunable, device, root)
         if table is None:
             continue

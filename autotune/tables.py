@@ -10,26 +10,26 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from iokernels.runtime.device import DeviceSpec
+from iokernels.runtime.environment import cache_folder
+from iokernels.runtime.files import locked, replacing
 
 from .tunable import Tunable
 
 SCHEMA = 1
 PACKAGE = Path(__file__).resolve().parent / "tables"
 """The tables that are shipped."""
-USER = Path(os.environ.get("IOKERNELS_CACHE") or platformdirs.user_cache_dir("iokernels")) / "tables"
-"""The user's own. ``IOKERNELS_CACHE`` moves the folder above; it is read once, at import."""
+
+
+def user() -> Path:
+    """The user's own: ``tables`` in the folder of :func:`~iokernels.runtime.environment.cache_folder`."""
+    return cache_folder() / "tables"
 
 
 class TableWarning(UserWarning):
@@ -123,7 +123,7 @@ def load(tunable: Tunable[Any], device: DeviceSpec, root: Path) -> Table | None:
         data = json.loads(text)
         stands = {name: data[name] for name in _identity(tunable, device)}
         table = Table(tuple(Entry.of(entry) for entry in data["entries"]), dict(data["toolchain"]))
-        sizes = all(type(entry.key[name]) is int for entry in table.entries for name in tunable.near)
+        sizes = all(_is_size(entry.key[name]) for entry in table.entries for name in tunable.near)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return _ignored(path, f"it cannot be read: {type(error).__name__}: {error}")
     for name, value in _identity(tunable, device).items():
@@ -135,6 +135,11 @@ def load(tunable: Tunable[Any], device: DeviceSpec, root: Path) -> Table | None:
         if not agrees:
             return _ignored(path, f"its {name} is {found!r} and should be {value!r}")
     return table if sizes else _ignored(path, "a key has no size where there should be one")
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a distance can be told from it: JSON's integers have no end, those of problems have 64 bits."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _ignored(path: Path, why: str) -> None:
@@ -158,13 +163,16 @@ def save(tunable: Tunable[Any], device: DeviceSpec, root: Path, entries: Iterabl
     path = path_of(tunable, device, root)
     path.parent.mkdir(parents=True, exist_ok=True)
     now = toolchain()
-    with _locked(path.parent):
+    with locked(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TableWarning)
             old = load(tunable, device, root)
         merged = {} if old is None else {_line(entry.key): old.dated(entry, now) for entry in old.entries}
         merged.update((_line(entry.key), entry) for entry in entries)
-        _replace(path, _text(_identity(tunable, device) | {"toolchain": now}, [merged[key] for key in sorted(merged)]))
+        with replacing(path) as part:
+            part.write_text(
+                _text(_identity(tunable, device) | {"toolchain": now}, [merged[key] for key in sorted(merged)])
+            )
     return path
 
 
@@ -177,37 +185,3 @@ def _text(head: dict[str, Any], entries: list[Entry]) -> str:
 
 def _line(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one step: whoever reads or dies meanwhile has the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder. It falls with the process that holds it, however that ends, and leaves no file.
-
-    Where there is no such lock, on Windows, two writers at once may lose an entry; no Triton kernel is tuned there.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         devices.interpret_triton()
         devices.emulate_cuda()
     if devices.INTERPRET:
-        from iokernels.testing import interpreter
+        from iokernels.runtime import interpreter
 
         interpreter.install()
     cases = _with_points([load(name) for name in arguments.operators or CASES], arguments)

@@ -24,7 +24,7 @@ from iokernels.bench import render
 from iokernels.bench.case import Case, load
 from iokernels.bench.cases import CASES
 from iokernels.bench.shape import UsageError
-from iokernels.runtime import ahead, nvrtc
+from iokernels.runtime import ahead, artifacts, nvrtc
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import DeviceSpec, assume, named
 from iokernels.runtime.launch import Constant, CudaKernel, recorded
@@ -147,7 +147,7 @@ def compiled(builds: list[Build], folder: Path, *, by_nvcc: bool = True) -> list
         paths = [folder / f"{build.stem}.cubin" for build in builds]
     found = []
     for build, path in zip(builds, paths, strict=True):
-        taken = of_cubin(path.read_bytes(), num_warps=-(-build.block // 32))
+        taken = of_cubin(artifacts.content(path), num_warps=-(-build.block // 32))
         # All shared memory is dynamic; what the cubin declares is the toolchain's own reserve.
         found += [(build, replace(one, shared_bytes=build.smem)) for one in taken if one.kernel == build.kernel.name]
     return found

@@ -63,7 +63,7 @@ def collect() -> dict[str, dict[str, Any]]:
             for device in machine.present()
             for backend in ("reference", "torch", "triton", "cuda")
         },
-        "folder": {"tables": str(tables.USER), "compiled CUDA kernels": str(artifacts.folder())},
+        "folder": {"tables": str(tables.user()), "compiled CUDA kernels": str(artifacts.folder())},
         "tuning table": _tables(),
         "setting": {
             "Triton's interpreter": "on" if devices.INTERPRET else "off",
@@ -95,11 +95,11 @@ def _tables() -> dict[str, str]:
     spec, found = devices.current(), {}
     tunings = [load(operator).tuning for operator in CASES]
     for tunable in (one for tuning in tunings if tuning is not None for one in tuning.tunables.values()):
-        for root in (tables.USER, tables.PACKAGE):
+        for root in (tables.user(), tables.PACKAGE):
             table = tables.load(tunable, spec, root) if spec is not None else None
             if spec is not None and table is not None:
                 stale = len(table.stale())
-                place = "user" if root == tables.USER else "package"
+                place = "user" if root == tables.user() else "package"
                 found[f"{tunable.kernel} ({place})"] = f"{len(table.entries)} entries" + (
                     f", {stale} stale" if stale else ""
                 )

@@ -96,7 +96,7 @@ def _device(arguments: argparse.Namespace) -> DeviceSpec:
 def _root(place: str) -> Path:
     """Where results are written. Raises :class:`UsageError` for the package where it is not a checkout."""
     if place == "user":
-        return tables.USER
+        return tables.user()
     if not (tables.PACKAGE.parent.parent / "pyproject.toml").is_file():
         raise UsageError("--write package is for a checkout of the project; an installed package is not written to")
     return tables.PACKAGE

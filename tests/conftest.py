@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     # Every launch of every test, from the same memory to the same bits.
     os.environ.setdefault("IOKERNELS_EMULATE_ORDERS", "20")
 
-from iokernels.testing import interpreter
+from iokernels.runtime import interpreter
 from iokernels.testing.poison import poisoned_memory
 
 interpreter.install()

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .environment import switch
+
 
 @dataclass(frozen=True)
 class DeviceSpec:
@@ -155,7 +157,7 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRET = switch("TRITON_INTERPRET")
 """Whether Triton kernels run in Triton's interpreter. Read once: Triton reads it when a kernel is defined."""
 
 
@@ -195,7 +197,7 @@ def triton_refusal(device: torch.device) -> str | None:
 triton_refusal.__dict__["_dynamo_marked_constant"] = True
 
 
-EMULATE = os.environ.get("IOKERNELS_EMULATE", "0") == "1"
+EMULATE = switch("IOKERNELS_EMULATE")
 """Whether backend ``cuda`` takes CPU tensors and runs its kernels in the emulator. Read once."""
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import artifacts
+from . import artifacts, environment
 from .device import cxx
 from .errors import KernelCompileError, KernelFault, KernelLaunchError, UnsupportedError
 from .launch import Argument, CudaKernel, Int64, extents
@@ -33,12 +33,12 @@ __all__ = ["Counted", "Emulated", "Moved", "built", "warp_order", "watch"]
 FLAGS = ("-std=c++17", "-fPIC", "-shared", "-DIOKERNELS_EMULATE", "-Wall", "-Wno-unknown-pragmas")
 KERNEL_FLAGS = ("-O1", "-ftrivial-auto-var-init=pattern", "-fno-math-errno", "-ffp-contract=off")
 """What nobody wrote in a register is not zero here."""
-SANITIZERS = os.environ.get("IOKERNELS_EMULATE_SANITIZE", "")
+SANITIZERS = os.environ.get("IOKERNELS_EMULATE_SANITIZE", "").strip()
 """Of the kernels and of the machine: ``address,undefined``, say. The process must have the sanitizers preloaded."""
 
 
-_seed = int(os.environ.get("IOKERNELS_EMULATE_SEED", "0"))
-_seeds = range(_seed, _seed + int(os.environ.get("IOKERNELS_EMULATE_ORDERS", "1")))
+_seed = environment.number("IOKERNELS_EMULATE_SEED", 0)
+_seeds = range(_seed, _seed + environment.number("IOKERNELS_EMULATE_ORDERS", 1, least=1))
 """The orders in which a launch runs, one after another. Each must leave the same bits."""
 _watched: list[Counted] | None = None
 _running = threading.Lock()
@@ -269,7 +269,7 @@ def _build(kernel: CudaKernel) -> Emulated:
         f'extern "C" int iokernels_launch(emulate::Launch& l) {{ return emulate::launch<&{kernel.name}>(l); }}\n'
     )
     path = _compiled(f"{kernel.path.stem}-{kernel.name}", unit, [kernel.path], (*FLAGS, *KERNEL_FLAGS), [machine])
-    entry = ctypes.CDLL(str(path)).iokernels_launch
+    entry = _loaded(path).iokernels_launch
     entry.argtypes, entry.restype = [ctypes.c_void_p], ctypes.c_int
     return Emulated(kernel, entry, _parameters(kernel))
 
@@ -282,8 +282,17 @@ def _machine() -> Path:
     parts = sorted((ROOT / "emulate").glob("*.cpp"))
     unit = "".join(f'#include "emulate/{part.name}"\n' for part in parts)
     path = _compiled("machine", unit, parts, (*FLAGS, "-O2"), [])
-    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    _loaded(path, ctypes.RTLD_GLOBAL)
     return path
+
+
+def _loaded(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path), mode=mode)
+    except OSError as error:  # whole, as its digest says: a folder from which nothing may be run, most likely
+        raise KernelLaunchError(
+            f"an emulated kernel cannot be loaded ({error}): set IOKERNELS_CACHE to a folder from which code may be run"
+        ) from error
 
 
 def _compiled(name: str, unit: str, files: list[Path], flags: tuple[str, ...], linked: list[Path]) -> Path:

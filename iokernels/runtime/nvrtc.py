@@ -166,7 +166,7 @@ def loaded(kernel: CudaKernel, device: torch.device) -> Loaded:
         return found
     device = torch.device("cuda", index)
     major, minor = torch.cuda.get_device_capability(device)
-    image = cubin(kernel, 10 * major + minor).read_bytes()
+    image = artifacts.content(cubin(kernel, 10 * major + minor))
     _, driver = _bindings()
     with guard(device):
         _enter(driver, device)

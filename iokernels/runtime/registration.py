@@ -53,6 +53,9 @@ def lazily(package: str | None, **modules: str) -> Callable[[str], Any]:
 
     @cache
     def module_of(backend: str) -> Any:
+        if backend == "triton":
+            # Triton's interpreter computes what a GPU does only once it is mended.
+            import_module("iokernels.runtime.interpreter").install()
         return import_module(modules[backend], package)
 
     return module_of

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import interpreter as harness
+from iokernels.runtime import interpreter as harness
 
 __all__ = ["Kernel", "OutOfBounds", "Trace", "Traffic", "trace"]
 

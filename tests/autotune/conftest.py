@@ -64,8 +64,8 @@ def make_config() -> type[Config]:
 @pytest.fixture(autouse=True)
 def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
     """The user's and the package's folder of tables, both empty."""
-    monkeypatch.setattr(tables, "USER", tmp_path / "user")
+    monkeypatch.setattr(tables, "user", lambda: tmp_path / "user")
     monkeypatch.setattr(tables, "PACKAGE", tmp_path / "package")
     autotune.forget()
-    yield tables.USER, tables.PACKAGE
+    yield tables.user(), tables.PACKAGE
     autotune.forget()

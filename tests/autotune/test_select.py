@@ -93,7 +93,7 @@ def test_tables_are_read_once(tunable: Any, make_problem: Any, save: Any, monkey
     monkeypatch.setattr(tables, "load", lambda *of: reads.append(of[2]) or load(*of))
     for length in (1, 2, 2, 3):
         autotune.select(tunable, make_problem(length=length), H100)
-    assert reads == [tables.USER]
+    assert reads == [tables.user()]
 
 
 def test_deterministic_mode_pins_what_changes_results(

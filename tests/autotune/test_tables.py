@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from iokernels import autotune
 from iokernels.autotune import tables
 from iokernels.autotune.tables import Entry, TableWarning
+from iokernels.runtime import files
 from iokernels.runtime.device import named
 
 H100 = named("h100-sxm")
@@ -118,7 +121,7 @@ def test_another_toolchain_serves_and_is_stale(
     monkeypatch.setattr(tables, "toolchain", lambda: old)
     tables.save(tunable, H100, roots[0], [entry(1024), entry(2048)])
     monkeypatch.undo()
-    monkeypatch.setattr(tables, "USER", roots[0])
+    monkeypatch.setattr(tables, "user", lambda: roots[0])
     table = tables.load(tunable, H100, roots[0])
     assert table is not None
     assert table.stale() == table.entries
@@ -152,7 +155,7 @@ def test_two_writers_lose_nothing(tunable: Any, roots: tuple[Path, Path]) -> Non
 
 
 def _die_before_the_rename(tunable: Any, root: Path) -> None:
-    tables.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
     tables.save(tunable, H100, root, [entry(4096)])
 
 
@@ -177,7 +180,7 @@ def test_a_failed_write_leaves_no_file_behind(
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tables.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         tables.save(tunable, H100, roots[0], [entry(1024)])
     assert list((roots[0] / "h100-sxm").iterdir()) == []
@@ -187,7 +190,7 @@ def test_the_cache_folder_is_named_by_the_environment_once() -> None:
     import subprocess
     import sys
 
-    code = "import os; from iokernels.autotune import tables; print(tables.USER)"
+    code = "import os; from iokernels.autotune import tables; print(tables.user())"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"IOKERNELS_CACHE": "/nowhere/cache"}, capture_output=True, text=True, check=True,
@@ -199,3 +202,39 @@ def test_gpus_with_one_name_and_another_architecture_share_no_table(tunable: Any
     tables.save(tunable, H100, roots[0], [entry(1024)])
     with pytest.warns(TableWarning, match="its device is"):
         assert tables.load(tunable, replace(H100, sm=100), roots[0]) is None
+
+
+@pytest.mark.parametrize("value", [10**400, 2**63, -1, 1.5, None, True, "1024", [1024], {"n": 1}, float("nan")])
+@pytest.mark.parametrize(
+    "place", ["size", "word", "config", "fact", "entry", "entries", "toolchain", "schema", "device"]
+)
+def test_no_value_in_a_table_is_an_error(
+    value: Any, place: str, tunable: Any, make_problem: Any, roots: tuple[Path, Path]
+) -> None:
+    path = tables.save(tunable, H100, roots[0], [entry(1024), entry(2048, ms=0.5)])
+
+    def spoil(data: dict[str, Any]) -> None:
+        first = data["entries"][0]
+        holders: dict[str, tuple[Any, Any]] = {
+            "size": (first["key"], "length"),
+            "word": (first["key"], "dtype"),
+            "config": (first["config"], "tile"),
+            "fact": (first, "toolchain"),
+            "entry": (data["entries"], 0),
+        }
+        holder, name = holders.get(place, (data, place))
+        holder[name] = value
+
+    edit(path, spoil)
+    autotune.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TableWarning)
+        problem = make_problem(length=512)
+        chosen = autotune.select(tunable, problem, H100)
+        assert tunable.space.refusal(problem, H100, chosen) is None
+        table = tables.load(tunable, H100, roots[0])
+        assert table is None or len(table.stale()) <= 2
+        tables.save(tunable, H100, roots[0], [entry(4096)])
+        table = tables.load(tunable, H100, roots[0])
+    assert table is not None
+    assert entry(4096) in table.entries

@@ -42,7 +42,7 @@ interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="runs the kernels
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(tables, "USER", tmp_path)
+    monkeypatch.setattr(tables, "user", lambda: tmp_path)
     autotune.forget()
     yield tmp_path
     autotune.forget()

@@ -20,7 +20,8 @@ from iokernels.bench.cases.block_sparse_attention_shapes import POISON
 from iokernels.bench.proof import Proof
 from iokernels.ops.hip_attention import triton_sparse_launch
 from iokernels.ops.hip_attention.sparse_tuning import DKV, DQ, FWD, Config
-from iokernels.testing import budget, inputs, interpreter
+from iokernels.runtime import interpreter
+from iokernels.testing import budget, inputs
 
 BACKENDS = ("torch", "triton")
 SMALL_TILES = {FWD: Config(64, 32, 1, 4, 2), DQ: Config(64, 32, 1, 4, 2), DKV: Config(64, 32, 1, 4, 2)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from iokernels import lean_attention
 from iokernels.ops.arrivals import ARRIVALS
 from iokernels.runtime import device as devices
-from iokernels.testing import interpreter
+from iokernels.runtime import interpreter
 
 from .lean_attention_calls import make
 

@@ -21,7 +21,7 @@ from iokernels.bench.cases import lean_attention_schedule as twin
 from iokernels.ops.arrivals import ARRIVALS
 from iokernels.ops.lean_attention import triton_launch
 from iokernels.ops.lean_attention.tuning import Config
-from iokernels.testing import interpreter
+from iokernels.runtime import interpreter
 
 from .lean_attention_calls import Call, make, prove
 

@@ -81,30 +81,6 @@ def test_every_primitive_compiles_ahead_of_time() -> None:
         assert ahead.cubin(kernel, OLDEST_SM).stat().st_size
 
 
-def test_changed_include_changes_the_key(tmp_path: Path) -> None:
-    (tmp_path / "a.cu").write_text('#include "b.cuh"\n')
-    (tmp_path / "b.cuh").write_text("int x;\n")
-    before = artifacts.sources(tmp_path / "a.cu", root=tmp_path)
-    (tmp_path / "b.cuh").write_text("int y;\n")
-    after = artifacts.sources(tmp_path / "a.cu", root=tmp_path)
-    assert list(before) == list(after)
-    assert artifacts.key_of(*before.values()) != artifacts.key_of(*after.values())
-    assert artifacts.key_of("ab", "c") != artifacts.key_of("a", "bc")
-
-
-def test_what_is_made_meanwhile_by_another_process_does_no_harm(tmp_path: Path) -> None:
-    def make(place: Path) -> None:
-        place.write_text("mine")
-        other = tmp_path / "thing.so"
-        other.write_text("another's")  # finished first
-
-    assert artifacts.stored("thing.so", make).read_text() == "mine"
-    assert artifacts.stored("thing.so", lambda place: pytest.fail("made twice")).read_text() == "mine"
-    with pytest.raises(ZeroDivisionError):
-        artifacts.stored("never.so", lambda place: 1 // 0)  # pyright: ignore[reportArgumentType]
-    assert [path.name for path in tmp_path.iterdir()] == ["thing.so"]
-
-
 class Driver:
     """Stands in for CuPy's driver bindings."""
 

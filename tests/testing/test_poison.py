@@ -120,6 +120,6 @@ def test_device_is_where_kernels_run(device):
 
 
 def test_importing_the_harness_does_not_import_triton():
-    modules = ("budget", "inputs", "interpreter", "poison", "tracer")
-    code = f"import sys, iokernels.testing\nfor name in {modules}: __import__('iokernels.testing.' + name)\n"
+    modules = ("testing.budget", "testing.inputs", "runtime.interpreter", "testing.poison", "testing.tracer")
+    code = f"import sys\nfor name in {modules}: __import__('iokernels.' + name)\n"
     subprocess.run([sys.executable, "-c", code + "sys.exit('triton' in sys.modules)"], check=True, timeout=120)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iokernels.testing import interpreter
+from iokernels.runtime import interpreter
 from iokernels.testing.inputs import poisoned_view
 from iokernels.testing.tracer import OutOfBounds, Traffic, trace
 

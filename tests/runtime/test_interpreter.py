@@ -6,12 +6,17 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from iokernels.testing import interpreter
+from iokernels import flash_attention
+from iokernels.runtime import interpreter
 
 pytest.importorskip("triton")
 import triton
@@ -272,3 +277,48 @@ def test_install_twice_changes_nothing():
     before = vars(triton_interpreter.InterpreterBuilder).copy()
     interpreter.install()
     assert before == vars(triton_interpreter.InterpreterBuilder)
+
+
+PLAIN = """
+import torch
+from iokernels import flash_attention, linear_attention, short_conv
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 1, 2, 40, 32).bfloat16()
+for run in (
+    lambda q, k, v, backend: flash_attention(q, k, v, causal=True, backend=backend),
+    lambda q, k, v, backend: linear_attention(q, k, v, backend=backend),
+    lambda q, k, v, backend: short_conv(q[0], k[0, 0, :, :4], backend=backend),
+):
+    right = run(q.double(), k.double(), v.double(), "reference")
+    error = (run(q, k, v, "triton").double() - right).norm() / right.norm()
+    assert error < 1e-2, error
+"""
+
+
+@pytest.mark.parametrize("switch", ["1", "true"])
+def test_the_documented_switch_is_right_by_itself(switch: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("IOKERNELS_EMULATE")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", PLAIN],
+        env=environment | {"TRITON_INTERPRET": switch}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_launches_from_several_threads_are_right() -> None:
+    wrong: list[tuple[int, int]] = []
+
+    def work(seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        for length in (17, 33, 40):
+            q, k, v = torch.randn(3, 1, 1, length, 16, generator=draw)
+            out = flash_attention(q, k, v, causal=True, backend="triton")
+            if not torch.allclose(out, flash_attention(q, k, v, causal=True, backend="torch"), atol=1e-4):
+                wrong.append((seed, length))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

@@ -1,7 +1,8 @@
 """Makes Triton's interpreter compute what the GPU computes.
 
 Under ``TRITON_INTERPRET=1`` Triton runs kernels in NumPy, one program after the other. Triton 3.6 to 3.9 get some of
-the arithmetic wrong, or raise where a kernel is right. :func:`install` mends what follows and leaves the rest alone:
+the arithmetic wrong, or raise where a kernel is right. :func:`install` mends what follows and leaves the rest alone; it
+is called before the first backend in Triton is loaded:
 
 * bfloat16 is held in uint16 arrays. Arithmetic, comparisons, products, clamps, reductions and casts work on the bits
   as if they were integers, and float32 is cut off rather than rounded to nearest even.
@@ -15,6 +16,7 @@ the arithmetic wrong, or raise where a kernel is right. :func:`install` mends wh
   leaves it patched when the kernel is over, which breaks a later compilation in the same process. Once a launch is
   enough, and undone at its end.
 * Overflow checks of integer arithmetic are computed and then dropped, because ``debug`` is off.
+* Launches from several threads share one grid position and one patched ``triton.language``: they take turns.
 
 float8 is left as Triton has it, and ``atomic_add`` on bfloat16 still raises. On a GPU, or without Triton, nothing is
 changed.
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -256,6 +259,7 @@ def _mend_launches(interpreter: Any) -> None:
     tl, executor = interpreter.tl, interpreter.GridExecutor
     patch_lang, call = interpreter._patch_lang, executor.__call__
     launches: list[_Launch] = []
+    turn = threading.RLock()  # a launch may come from within one: from a hook, or a tensor's finaliser
 
     def patch_once(fn: Any) -> Any:
         if not launches:
@@ -271,12 +275,13 @@ def _mend_launches(interpreter: Any) -> None:
         return interpreter._LangPatchScope()
 
     def launch_quietly(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launches.append(_Launch())
-        try:
-            with np.errstate(all="ignore"):
-                return call(self, *args, **kwargs)
-        finally:
-            launches.pop().restore()
+        with turn:
+            launches.append(_Launch())
+            try:
+                with np.errstate(all="ignore"):
+                    return call(self, *args, **kwargs)
+            finally:
+                launches.pop().restore()
 
     interpreter._patch_lang = patch_once
     executor.__call__ = launch_quietly
