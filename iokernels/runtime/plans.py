@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+from .transforms import asking
 
 _T = TypeVar("_T")
 
@@ -26,8 +30,12 @@ def remembered(
     ``make`` may look at nothing of a tensor but its shape, dtype, device and whether it requires a gradient. Errors
     are not remembered. While ``torch.compile`` or ``torch.export`` traces, nothing is: sizes are symbols then.
     """
+    dual = forward_ad._current_level >= 0  # read here, so that Dynamo guards on it
     if torch.compiler.is_compiling():
         return make(*arguments, *tensors)
+    if dual or torch._C._are_functorch_transforms_active():  # see transforms.py
+        with asking(tensors):
+            return make(*arguments, *tensors)
     try:
         key = (
             make,
@@ -48,5 +56,5 @@ def remembered(
 
 
 def is_concrete(x: Tensor) -> bool:
-    """Whether ``x`` has values: it is neither a meta tensor nor one of the compiler's fakes."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    """Whether ``x`` has values: it is neither a meta tensor nor one of a compiler's or a transform's stand-ins."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not is_functorch_wrapped_tensor(x)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .errors import UnsupportedError
+
 _LIBRARY = torch.library.Library("iokernels", "DEF")
 
 
@@ -29,7 +31,42 @@ def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any])
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _outside_autocast(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.iokernels, name).default
+    overload = getattr(torch.ops.iokernels, name).default
+    torch.library.register_vmap(f"iokernels::{name}", _one_by_one(overload), lib=_LIBRARY)
+    return overload
+
+
+def _one_by_one(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What ``torch.func.vmap`` does with the operator: one call for each slice of the mapped dimension."""
+    written = [
+        i for i, a in enumerate(overload._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+
+    def slice_of(argument: Any, dim: Any, index: int) -> Any:
+        if isinstance(argument, (list, tuple)):
+            return [slice_of(x, d, index) for x, d in zip(argument, dim, strict=True)] if dim is not None else argument
+        return argument if dim is None else argument.select(dim, index)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        for i in written:
+            if isinstance(arguments[i], torch.Tensor) and in_dims[i] is None:
+                raise UnsupportedError(
+                    f"{overload.name()}: {overload._schema.arguments[i].name} is written and is one for all slices of "
+                    "torch.func.vmap; map it too"
+                )
+        if info.batch_size == 0:
+            raise UnsupportedError(f"{overload.name()}: torch.func.vmap maps over a dimension of size 0")
+        results = [
+            overload(*(slice_of(x, dim, index) for x, dim in zip(arguments, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        if results[0] is None:
+            return None, None
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
 
 
 def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
