@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
+from .contracts import untraced, untraced_value
 from .transforms import asking
 
 _T = TypeVar("_T")
@@ -27,8 +28,8 @@ def remembered(
 ) -> _T:
     """``make(*arguments, *tensors)``, computed once for equal arguments and equal metadata of the tensors.
 
-    ``make`` may look at nothing of a tensor but its shape, dtype, device and whether it requires a gradient. Errors
-    are not remembered. While ``torch.compile`` or ``torch.export`` traces, nothing is: sizes are symbols then.
+    ``make`` may look at nothing of a tensor but its shape, dtype, device, layout and whether it requires a gradient.
+    Errors are not remembered. While ``torch.compile`` or ``torch.export`` traces, nothing is: sizes are symbols then.
     """
     dual = forward_ad._current_level >= 0  # read here, so that Dynamo guards on it
     if torch.compiler.is_compiling():
@@ -36,12 +37,19 @@ def remembered(
     if dual or torch._C._are_functorch_transforms_active():  # see transforms.py
         with asking(tensors):
             return make(*arguments, *tensors)
+    if torch._C._get_tracing_state() is not None:
+        arguments = tuple(map(untraced_value, arguments))
+        with untraced():
+            return make(*arguments, *tensors)
     try:
+        kinds = tuple(map(type, arguments))  # 1 == 1.0 == True, and not all of them may be accepted
+        if tuple in kinds:
+            kinds += tuple(tuple(map(type, x)) for x in arguments if type(x) is tuple)
         key = (
             make,
             arguments,
-            *map(type, arguments),  # 1 == 1.0 == True, and not all of them may be accepted
-            *[None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors],
+            kinds,
+            *[None if t is None else (t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in tensors],
         )
         plan = plans.get(key)
     except (AttributeError, TypeError):

@@ -33,7 +33,32 @@ def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.iokernels, name).default
     torch.library.register_vmap(f"iokernels::{name}", _one_by_one(overload), lib=_LIBRARY)
+    written = _written(overload)
+    if written:
+        _LIBRARY.impl(name, _without_negation(overload, written), "Negative")
     return overload
+
+
+def _written(overload: torch._ops.OpOverload) -> list[int]:
+    """The places of the arguments that the operator writes."""
+    infos = [argument.alias_info for argument in overload._schema.arguments]
+    return [place for place, info in enumerate(infos) if info is not None and info.is_write]
+
+
+def _without_negation(overload: torch._ops.OpOverload, written: list[int]) -> Callable[..., Any]:
+    """Resolve views that carry a negation bit, as the dispatcher does for operators that write nothing; a negated view
+    cannot be written through."""
+
+    def run(*arguments: Any) -> Any:
+        for place in written:
+            if isinstance(arguments[place], torch.Tensor) and arguments[place].is_neg():
+                name = overload._schema.arguments[place].name
+                raise ValueError(
+                    f"{overload.name()}: {name} is a negated view, which cannot be written; pass {name}.resolve_neg()"
+                )
+        return overload(*(x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in arguments))
+
+    return run
 
 
 def _one_by_one(overload: torch._ops.OpOverload) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import iokernels as io
+from iokernels.runtime.device import cuda_refusal
 
 Tensors = dict[str, Tensor]
 
@@ -220,7 +221,20 @@ CALLS: dict[str, Call] = {
 
 NAMES = tuple(CALLS)
 PURE = tuple(name for name, call in CALLS.items() if not call.writes)
+RUNS = tuple(
+    (name, backend)
+    for name, call in CALLS.items()
+    for backend in call.backends
+    if backend != "cuda" or cuda_refusal(torch.device("cpu")) is None
+)
+"""Every call on every backend that runs it here."""
+
 STEPS = tuple(name for name, call in CALLS.items() if call.writes)
+
+
+def usual(backend: str | None) -> torch.dtype:
+    """A dtype that the backend takes for every call that it runs."""
+    return torch.float16 if backend == "cuda" else torch.float32
 
 
 def results(made: Any) -> tuple[Tensor, ...]:

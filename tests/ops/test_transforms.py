@@ -12,20 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from iokernels import UnsupportedError, fft_conv_step, flash_attention, flash_rnn
-from iokernels.runtime.device import cuda_refusal
 
-from .public_calls import CALLS, NAMES, PURE, STEPS, results
+from .public_calls import CALLS, NAMES, PURE, RUNS, STEPS, results
 
 # PyTorch's forward-mode formulas are TorchScript, which it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 STEP = 1e-5
-RUNS = [
-    (name, backend)
-    for name, call in CALLS.items()
-    for backend in call.backends
-    if backend != "cuda" or cuda_refusal(torch.device("cpu")) is None
-]
 
 
 def function_of(name: str, argument: str, backend: str | None, dtype: torch.dtype) -> tuple[Any, Tensor, Tensor]:

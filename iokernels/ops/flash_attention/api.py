@@ -293,7 +293,7 @@ def _plan(
     if causal:
         right = 0
     scale = contract.number("scale", width**-0.5 if scale is None else scale)
-    softcap = contract.number("softcap", softcap, least=0.0)
+    softcap = contract.number("softcap", softcap, least=0.0, default=0.0)
     dropout_p = contract.number("dropout_p", dropout_p, least=0.0, below=1.0)
     widths = {"D": sizes["D"], "Dv": sizes["Dv"]}
     backend = dispatch.choose(

@@ -219,7 +219,7 @@ def _plan(
         scale=contract.number("scale", sizes["D"] ** -0.5 if scale is None else scale),
         window_left=left,
         window_right=0 if causal else right,
-        softcap=contract.number("softcap", softcap, least=0.0),
+        softcap=contract.number("softcap", softcap, least=0.0, default=0.0),
         schedule=_schedule(contract, schedule, batch_invariant),
     )
 
