@@ -46,7 +46,7 @@ def shown(value: Any) -> str:
     """``repr(value)``, but short: Python refuses to write an integer of many digits."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple) and any(isinstance(x, int) and x.bit_length() > 200 for x in value):
         return f"({', '.join(map(shown, value))})"
     return repr(value)
 
@@ -55,11 +55,11 @@ def shown(value: Any) -> str:
 def untraced() -> Iterator[None]:
     """Inside, ``torch.jit.trace`` records nothing, and sizes are ints: while it traces they are tensors."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # pyright: ignore[reportArgumentType]
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Contract:
@@ -166,24 +166,24 @@ class Contract:
             raise TypeError(f"{self.operator}: window is {shown(window)}; it must be None or two ints, (left, right)")
         left, right = (side if isinstance(side, torch.SymInt) else int(side) for side in window)
         self.require(
-            -1 <= left < _INT64 and -1 <= right < _INT64,
-            f"window is {shown(window)}; each side must be at least 0 and below 2^63, or -1 for unbounded",
+            left >= -1 and right >= -1,
+            f"window is {shown(tuple(window))}; each side must be at least 0, or -1 for unbounded",
+        )
+        self.require(
+            left < _INT64 and right < _INT64,
+            f"window is {shown(tuple(window))}; each side must be below 2^63: -1 is unbounded",
         )
         # No sequence is as long as the widest windows, and kernels add sides to positions.
         left, right = (-1 if isinstance(side, int) and side >= 2**31 - 1 else side for side in (left, right))
         return left, right  # pyright: ignore[reportReturnType]
 
     def number(self, name: str, value: Any, *, above: float | None = None, least: float | None = None,
-               below: float | None = None, default: float | None = None) -> Any:  # fmt: skip
-        """Return ``value`` as a finite float (a traced one stays symbolic) within the bounds, or raise.
-
-        ``default`` is what None stands for, where it is allowed.
-        """
-        if value is None and default is not None:
-            value = default
+               below: float | None = None) -> Any:  # fmt: skip
+        """Return ``value`` as a finite float (a traced one stays symbolic) within the bounds, or raise."""
         value = untraced_value(value)
         if isinstance(value, (bool, torch.SymBool)) or not isinstance(value, (int, float, *_REAL)):
-            raise TypeError(f"{self.operator}: {name} is {type(value).__name__}; it must be a number")
+            hint = ": pass 0.0 to turn it off" if value is None and least == 0.0 else ""
+            raise TypeError(f"{self.operator}: {name} is {type(value).__name__}; it must be a number{hint}")
         if isinstance(value, Real):
             value = int(value) if isinstance(value, Integral) else float(value)  # NumPy compares in its own precision
         bounds = [

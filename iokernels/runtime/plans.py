@@ -7,7 +7,7 @@ devices and plain arguments only, so it is computed once for each combination an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +19,40 @@ from .transforms import asking
 
 _T = TypeVar("_T")
 
+
+class Plans(Generic[_T]):
+    """The plans of a room: a dictionary that Dynamo does not look into.
+
+    It guards on the length of dictionaries that a traced function is handed, and each new shape in an eager call would
+    make compiled code compile again.
+    """
+
+    __slots__ = ("_made", "get")
+
+    def __init__(self) -> None:
+        self._made: dict[Any, _T] = {}
+        self.get = self._made.get
+
+    def __setitem__(self, key: Any, plan: _T) -> None:
+        self._made[key] = plan
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._made.clear()
+
+
 _MOST_PLANS = 4096
 """A program with ever-changing shapes must not fill the memory: past this number all plans are forgotten."""
 
 
 def remembered(
-    plans: dict[Any, _T], make: Callable[..., _T], arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
+    plans: Plans[_T] | dict[Any, _T],
+    make: Callable[..., _T],
+    arguments: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
 ) -> _T:
     """``make(*arguments, *tensors)``, computed once for equal arguments and equal metadata of the tensors.
 

@@ -177,8 +177,9 @@ def test_flags() -> None:
             CONTRACT.flag("on", value)
 
 
-def test_a_number_may_have_a_default() -> None:
-    assert CONTRACT.number("p", None, least=0.0, default=0.5) == 0.5
+def test_none_is_refused_with_the_number_that_it_may_mean() -> None:
+    with pytest.raises(TypeError, match=r"op: p is NoneType; it must be a number: pass 0\.0 to turn it off"):
+        CONTRACT.number("p", None, least=0.0)
 
 
 def test_a_traced_number_stays_symbolic() -> None:

@@ -13,7 +13,7 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets
-from iokernels.runtime.plans import remembered
+from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
 from .op import attend
@@ -212,7 +212,7 @@ class Plan(NamedTuple):
     dropout_p: float
 
 
-_PLANS: dict[Any, Plan] = {}
+_PLANS: Plans[Plan] = Plans()
 
 
 def _run(
@@ -293,7 +293,7 @@ def _plan(
     if causal:
         right = 0
     scale = contract.number("scale", width**-0.5 if scale is None else scale)
-    softcap = contract.number("softcap", softcap, least=0.0, default=0.0)
+    softcap = contract.number("softcap", softcap, least=0.0)
     dropout_p = contract.number("dropout_p", dropout_p, least=0.0, below=1.0)
     widths = {"D": sizes["D"], "Dv": sizes["Dv"]}
     backend = dispatch.choose(
