@@ -6,5 +6,6 @@
 ``errors``        the exceptions that callers see
 ``once``          what a second derivative meets
 ``plans``         remembering what validation made of a call
+``transforms``    what ``torch.func`` and forward-mode differentiation ask of a call
 ``registration``  operators as ``torch.library`` entries
 """

@@ -178,6 +178,8 @@ def triton_refusal(device: torch.device) -> str | None:
 
     Dynamo asks and does not trace it: it has no cache that Dynamo would warn of, and the answer does not change.
     """
+    if device.type == "meta":
+        return None  # shapes are the same everywhere
     if not has_triton():
         return "Triton is not installed"
     if INTERPRET:
@@ -225,6 +227,8 @@ def has_cupy() -> bool:
 
 def cuda_refusal(device: torch.device) -> str | None:
     """Why CUDA C++ kernels cannot run on ``device``, as the end of a sentence, or None when they can."""
+    if device.type == "meta":
+        return None
     if device.type == "cpu":
         if not EMULATE:
             return "tensors are on the CPU, where CUDA kernels run only under IOKERNELS_EMULATE=1, in the emulator"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from .errors import UnsupportedError
+from .transforms import derivative
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 
@@ -55,9 +56,17 @@ def choose(operator: str, backend: str | None, device_type: str, refusals: Mappi
     ``backend`` is what :func:`requested` returned; ``refusals`` holds one entry for each backend that the
     operator has.
     """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{operator}: backend is {backend!r}; it must be None or one of {', '.join(refusals)}")
+    asked = derivative()
+    if asked is not None and backend != "reference":
+        which = "no backend that is chosen by default has" if backend is None else f"backend {backend!r} has not"
+        able = refusals.get("reference", lambda: "there is none")() is None
+        raise UnsupportedError(
+            f"{operator}: the call asks for {asked}, which {which}. "
+            + ("Backends that can: reference." if able else "No other backend can either.")
+        )
     if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(f"{operator}: backend is {backend!r}; it must be None or one of {', '.join(refusals)}")
         reason = refusals[backend]() if backend in refusals else "it has no such implementation"
         if reason is None:
             return backend

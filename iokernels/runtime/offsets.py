@@ -8,12 +8,32 @@ import torch
 from torch import Tensor
 
 from .contracts import Contract
+from .errors import UnsupportedError
 from .plans import is_concrete
 
 
 def readable(x: Tensor) -> bool:
     """Whether reading ``x`` costs no synchronisation, and there is something to read."""
-    return x.is_cpu and not torch.compiler.is_compiling() and is_concrete(x)
+    return (
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and is_concrete(x)
+        and torch._C._get_tracing_state() is None  # the values of an example are not those of every call
+    )
+
+
+def on_host(operator: str, name: str, x: Tensor) -> list[int]:
+    """The values of ``x``, for an oracle that reads them on the host.
+
+    Raises:
+        UnsupportedError: ``x`` is a meta tensor.
+    """
+    if x.is_meta:
+        raise UnsupportedError(
+            f"{operator}: backend 'reference' reads {name} on the host, and a meta tensor has no values. "
+            "Backends that can: torch, triton."
+        )
+    return x.tolist()
 
 
 def check_offsets(contract: Contract, name: str, offsets: Tensor, total: int) -> list[int] | None:

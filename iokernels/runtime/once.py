@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
+from .transforms import FORWARD, under_transform, wanted
 
 
 def differentiable_once(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -23,6 +24,11 @@ def differentiable_once(operator: str) -> Callable[[Callable[..., Any]], Callabl
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def once(ctx: Any, *gradients: Tensor | None) -> Any:
+            if under_transform() and wanted(gradients) == FORWARD:
+                raise UnsupportedError(
+                    f"{operator}: its gradients are asked for {FORWARD}, which this backend has not; "
+                    'backend="reference" has'
+                )
             with torch.no_grad():
                 results = backward(ctx, *gradients)
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .errors import UnsupportedError
+
 _LIBRARY = torch.library.Library("iokernels", "DEF")
 
 
@@ -29,7 +31,67 @@ def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any])
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, _outside_autocast(impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.iokernels, name).default
+    overload = getattr(torch.ops.iokernels, name).default
+    torch.library.register_vmap(f"iokernels::{name}", _one_by_one(overload), lib=_LIBRARY)
+    written = _written(overload)
+    if written:
+        _LIBRARY.impl(name, _without_negation(overload, written), "Negative")
+    return overload
+
+
+def _written(overload: torch._ops.OpOverload) -> list[int]:
+    """The places of the arguments that the operator writes."""
+    infos = [argument.alias_info for argument in overload._schema.arguments]
+    return [place for place, info in enumerate(infos) if info is not None and info.is_write]
+
+
+def _without_negation(overload: torch._ops.OpOverload, written: list[int]) -> Callable[..., Any]:
+    """Resolve views that carry a negation bit, as the dispatcher does for operators that write nothing; a negated view
+    cannot be written through."""
+
+    def run(*arguments: Any) -> Any:
+        for place in written:
+            if isinstance(arguments[place], torch.Tensor) and arguments[place].is_neg():
+                name = overload._schema.arguments[place].name
+                raise ValueError(
+                    f"{overload.name()}: {name} is a negated view, which cannot be written; pass {name}.resolve_neg()"
+                )
+        return overload(*(x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in arguments))
+
+    return run
+
+
+def _one_by_one(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What ``torch.func.vmap`` does with the operator: one call for each slice of the mapped dimension."""
+    written = [
+        i for i, a in enumerate(overload._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+
+    def slice_of(argument: Any, dim: Any, index: int) -> Any:
+        if isinstance(argument, (list, tuple)):
+            return [slice_of(x, d, index) for x, d in zip(argument, dim, strict=True)] if dim is not None else argument
+        return argument if dim is None else argument.select(dim, index)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        for i in written:
+            if isinstance(arguments[i], torch.Tensor) and in_dims[i] is None:
+                raise UnsupportedError(
+                    f"{overload.name()}: {overload._schema.arguments[i].name} is written and is one for all slices of "
+                    "torch.func.vmap; map it too"
+                )
+        if info.batch_size == 0:
+            raise UnsupportedError(f"{overload.name()}: torch.func.vmap maps over a dimension of size 0")
+        results = [
+            overload(*(slice_of(x, dim, index) for x, dim in zip(arguments, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        if results[0] is None:
+            return None, None
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
 
 
 def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:

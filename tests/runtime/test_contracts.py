@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,3 +134,58 @@ def test_traced_sizes() -> None:
     compiled = torch.compile(rows, backend="eager", fullgraph=True, dynamic=True)
     for n in (3, 5):
         assert torch.equal(compiled(torch.ones(2, n), torch.ones(2)), torch.full((2, n), float(n)))
+
+
+def test_an_integer_is_pythons_or_numpys() -> None:
+    for value in (3, np.int32(3), np.uint8(3)):
+        got = CONTRACT.integer("n", value, least=0)
+        assert type(got) is int
+        assert got == 3
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), 3.0, np.float32(3), "3", None, torch.tensor(3)])
+def test_an_integer_of_a_wrong_type(value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"op: n is {type(value).__name__}; it must be an int"):
+        CONTRACT.integer("n", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "asked"),
+    [
+        (-1, {"least": 0}, "at least 0"),
+        (9, {"least": 0, "most": 8}, "0 to 8"),
+        (2**63, {}, "-9223372036854775808 to 9223372036854775807"),
+        (2**63, {"least": 0}, "at least 0"),
+    ],
+)
+def test_an_integer_out_of_bounds(value: int, bounds: dict[str, int], asked: str) -> None:
+    with pytest.raises(ValueError, match=rf"op: n is {value}; it must be {asked}"):
+        CONTRACT.integer("n", value, **bounds)
+
+
+def test_an_integer_too_long_to_write() -> None:
+    with pytest.raises(ValueError, match=r"op: n is an integer of \d+ bits; it must be"):
+        CONTRACT.integer("n", 10**5000)
+
+
+def test_flags() -> None:
+    assert CONTRACT.flag("on", np.bool_(True)) is True
+    assert CONTRACT.flag("on", False) is False
+    assert CONTRACT.flag("on", None, optional=True) is None
+    for value in (1, None, "yes", torch.tensor(True)):
+        with pytest.raises(TypeError, match=rf"op: on is {type(value).__name__}; it must be a bool"):
+            CONTRACT.flag("on", value)
+
+
+def test_none_is_refused_with_the_number_that_it_may_mean() -> None:
+    with pytest.raises(TypeError, match=r"op: p is NoneType; it must be a number: pass 0\.0 to turn it off"):
+        CONTRACT.number("p", None, least=0.0)
+
+
+def test_a_traced_number_stays_symbolic() -> None:
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * CONTRACT.number("p", x.shape[0] ** -0.5) * CONTRACT.integer("n", x.shape[0], least=1)
+
+    compiled = torch.compile(scaled, backend="eager", fullgraph=True, dynamic=True)
+    for n in (4, 9):
+        assert torch.equal(compiled(torch.ones(n)), torch.full((n,), n**0.5))

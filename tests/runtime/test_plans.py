@@ -116,3 +116,17 @@ def test_is_concrete() -> None:
     assert not is_concrete(torch.zeros(1, device="meta"))
     with FakeTensorMode():
         assert not is_concrete(torch.zeros(1))
+
+
+def test_a_plan_does_not_vouch_for_equal_tuples_of_other_types() -> None:
+    store: dict[Any, int] = {}
+    make = Maker()
+    made = [remembered(store, make, (pair,), ()) for pair in ((1, 0), (True, False), (1.0, 0), (1, 0))]
+    assert made == [1, 2, 3, 1]
+
+
+def test_a_plan_does_not_vouch_for_another_layout() -> None:
+    store: dict[Any, int] = {}
+    make = Maker()
+    x = torch.ones(2, 2)
+    assert remembered(store, make, (), (x,)) != remembered(store, make, (), (x.to_sparse(),))

@@ -12,7 +12,7 @@ from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
-from iokernels.runtime.plans import remembered
+from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
 from .op import backend_module, convolve
@@ -153,7 +153,7 @@ class Plan(NamedTuple):
     keep: float
 
 
-_PLANS: dict[Any, Plan] = {}
+_PLANS: Plans[Plan] = Plans()
 
 
 def _plan(

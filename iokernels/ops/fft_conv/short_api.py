@@ -13,7 +13,7 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets, readable
-from iokernels.runtime.plans import remembered
+from iokernels.runtime.plans import Plans, remembered
 
 from . import short_reference
 from .short_op import convolve, step_op
@@ -178,7 +178,7 @@ class ShortPlan(NamedTuple):
     return_state: bool
 
 
-_PLANS: dict[Any, ShortPlan] = {}
+_PLANS: Plans[ShortPlan] = Plans()
 
 
 def _dense_plan(

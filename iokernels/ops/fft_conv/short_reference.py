@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from iokernels.runtime.offsets import on_host
+
 from .short_options import ShortOptions, out_length
 
 
@@ -19,7 +21,7 @@ def convolve(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, 
         return _dense(x, weight, options)
     packed = options._replace(cu_seqlens=None)
     outs, states = [], []
-    bounds = options.cu_seqlens.tolist()
+    bounds = on_host("short_conv", "cu_seqlens", options.cu_seqlens)
     for sequence, (start, stop) in enumerate(pairwise(bounds)):
         state = options.initial_state
         state = None if state is None else state[sequence : sequence + 1]
@@ -52,7 +54,7 @@ def step(
 ) -> Tensor:
     """One more row: returns the output and writes the new state over the old one."""
     out = torch.zeros_like(x)
-    rows = range(x.shape[0]) if state_indices is None else state_indices.tolist()
+    rows = range(x.shape[0]) if state_indices is None else on_host("short_conv_step", "state_indices", state_indices)
     for i, row in enumerate(rows):
         if row >= 0:
             options = ShortOptions(bias, state[row : row + 1], None, weight.shape[1] - 1, 0, silu, True)

@@ -13,7 +13,7 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets
-from iokernels.runtime.plans import remembered
+from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
 from .op import attend
@@ -212,7 +212,7 @@ class Plan(NamedTuple):
     dropout_p: float
 
 
-_PLANS: dict[Any, Plan] = {}
+_PLANS: Plans[Plan] = Plans()
 
 
 def _run(

@@ -9,6 +9,8 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
+from iokernels.runtime.offsets import on_host
+
 from .dropout import keep_mask
 from .options import Options, lse_dtype, of_sequence
 
@@ -95,7 +97,8 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[T
     """Sequence by sequence. Reads the offsets on the host."""
     assert options.cu_seqlens_q is not None
     assert options.cu_seqlens_k is not None
-    starts_q, starts_k = options.cu_seqlens_q.tolist(), options.cu_seqlens_k.tolist()
+    starts_q = on_host("flash_attention_varlen", "cu_seqlens_q", options.cu_seqlens_q)
+    starts_k = on_host("flash_attention_varlen", "cu_seqlens_k", options.cu_seqlens_k)
     outs, lses = [], []
     for sequence in range(len(starts_q) - 1):
         rows = slice(starts_q[sequence], starts_q[sequence + 1])

@@ -49,13 +49,24 @@ def _recurrent_path(h: Tensor, options: Options) -> Tensor:
 
 
 class _Clip(torch.autograd.Function):
-    """The identity, whose gradient is clamped."""
+    """The identity, whose gradient is clamped. Forward-mode derivatives are those of the identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
-        ctx.limit = limit
+    def forward(x: Tensor, limit: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.limit = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> Any:
         return dx.clamp(-ctx.limit, ctx.limit), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, limit: float) -> tuple[Tensor, int | None]:
+        return _Clip.apply(x, limit), in_dims[0]  # pyright: ignore[reportReturnType]

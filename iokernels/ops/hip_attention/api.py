@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
-from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.contracts import FLOATS, Contract, Spec, untraced_value
 
 from . import reference
 from .block_index import KEY_BLOCKS, BlockIndex
@@ -360,5 +360,5 @@ def cuda_refusal(q: Tensor) -> str | None:
 def index_of(q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, region: Region, block_k: int) -> BlockIndex:
     """The lists as an index, with the always-on keys that they were made for."""
     return BlockIndex(
-        ids, counts, region.block_q, block_k, region.sink, region.window, q.shape[2], k.shape[2]
+        ids, counts, region.block_q, block_k, region.sink, region.window, *map(untraced_value, (q.shape[2], k.shape[2]))
     )  # fmt: skip

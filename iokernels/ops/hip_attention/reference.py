@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from iokernels.runtime.errors import UnsupportedError
+
 from .select_options import Region, Stage, block_end, empty_lists, query_blocks, searched_heads
 
 
@@ -114,6 +116,11 @@ def _lists(
     q: Tensor, k: Tensor, region: Region, slots: int, scored: Callable[[int, int, int], dict[int, float]]
 ) -> tuple[Tensor, Tensor]:
     """The ``slots`` best of what ``scored(batch, head, block)`` found, for every list."""
+    if q.is_meta:
+        raise UnsupportedError(
+            "hip_attention: backend 'reference' searches in Python, and meta tensors have no values to compare. "
+            "Backends that can: torch, triton."
+        )
     ids, counts = empty_lists(q, k.shape[1], slots, region)
     ids.zero_()
     searched = searched_heads(region.heads, q.shape[1], k.shape[1])

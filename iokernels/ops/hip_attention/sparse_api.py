@@ -13,7 +13,7 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 from iokernels.runtime.offsets import readable
-from iokernels.runtime.plans import remembered
+from iokernels.runtime.plans import Plans, remembered
 
 from . import sparse_reference
 from .block_index import BlockIndex
@@ -127,7 +127,7 @@ class Plan(NamedTuple):
     causal: bool
 
 
-_PLANS: dict[Any, Plan] = {}
+_PLANS: Plans[Plan] = Plans()
 
 
 def _plan(

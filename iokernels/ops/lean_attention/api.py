@@ -13,7 +13,7 @@ from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.errors import UnsupportedError
 from iokernels.runtime.offsets import readable
-from iokernels.runtime.plans import remembered
+from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
 from .op import attend
@@ -169,7 +169,7 @@ class Plan(NamedTuple):
     schedule: str
 
 
-_PLANS: dict[Any, Plan] = {}
+_PLANS: Plans[Plan] = Plans()
 
 
 def _plan(

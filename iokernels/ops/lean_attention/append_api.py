@@ -12,7 +12,7 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 from iokernels.runtime.errors import UnsupportedError
 from iokernels.runtime.offsets import readable
-from iokernels.runtime.plans import remembered
+from iokernels.runtime.plans import Plans, remembered
 
 from . import append_reference
 from .append_op import append
@@ -123,7 +123,7 @@ def append_kv(
         append(k_new, v_new, k_cache, v_cache, chosen, *options)
 
 
-_PLANS: dict[Any, str] = {}
+_PLANS: Plans[str] = Plans()
 
 
 def _checked_rotary(rotary: Any) -> tuple[Tensor | None, Tensor | None]:

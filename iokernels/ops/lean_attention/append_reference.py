@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iokernels.runtime.offsets import on_host
+
 from .append_options import SMALLEST, TOP, Append, room
 
 
@@ -12,7 +14,7 @@ def append(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, optio
     """Write as :class:`Append` defines it."""
     page = k_cache.shape[2]
     most = room(k_cache, options.block_table)
-    for sequence, held in enumerate(options.cache_seqlens.tolist()):
+    for sequence, held in enumerate(on_host("append_kv", "cache_seqlens", options.cache_seqlens)):
         count = k_new.shape[2] if options.new_seqlens is None else int(options.new_seqlens[sequence])
         for i in range(min(count, k_new.shape[2])):
             position = max(held, 0) + i

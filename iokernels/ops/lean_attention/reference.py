@@ -10,6 +10,8 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
+from iokernels.runtime.offsets import on_host
+
 from .options import Options, empty_lse, per_key
 
 
@@ -18,7 +20,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tup
     if q.shape[0] == 0:
         return q.new_empty((*q.shape[:3], v_cache.shape[3])), empty_lse(q)
     outs, lses = [], []
-    for sequence, length in enumerate(options.cache_seqlens.tolist()):
+    for sequence, length in enumerate(on_host("lean_attention", "cache_seqlens", options.cache_seqlens)):
         k = keys_of(k_cache, options.k_scale, sequence, length, options, q.dtype)
         v = keys_of(v_cache, options.v_scale, sequence, length, options, q.dtype)
         if options.k_prefix is not None and options.v_prefix is not None:

@@ -10,6 +10,8 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
+from iokernels.runtime.offsets import on_host
+
 from .delta_options import DeltaOptions, state_dtype
 
 
@@ -17,7 +19,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: Del
     """Returns (out [B, H, N, V], final state [S, H, K, V]). See :class:`DeltaOptions`."""
     if options.cu_seqlens is None:
         return _one_length(q, k, v, beta, options.log_decay, options.initial_state, options.scale)
-    starts = options.cu_seqlens.tolist()
+    starts = on_host("gated_delta_rule", "cu_seqlens", options.cu_seqlens)
     outs, states = [], []
     for sequence in range(len(starts) - 1):
         rows = slice(starts[sequence], starts[sequence + 1])

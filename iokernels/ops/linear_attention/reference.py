@@ -10,6 +10,8 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
+from iokernels.runtime.offsets import on_host
+
 from .options import LEAST_LOG_DECAY, Options, empty_state, state_dtype
 
 
@@ -17,7 +19,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, T
     """Linear attention as :class:`Options` defines it. Returns (out, final state)."""
     if options.cu_seqlens is None:
         return _attend_dense(q, k, v, options)
-    starts = options.cu_seqlens.tolist()
+    starts = on_host("linear_attention", "cu_seqlens", options.cu_seqlens)
     outs, states = [], []
     for sequence in range(len(starts) - 1):
         rows = slice(starts[sequence], starts[sequence + 1])
