@@ -53,14 +53,14 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
                            const float* sinks_ptr,      // [Hq] or null
                            const float* k_scale_ptr,    // [Hkv], one for each key, or null
                            const float* v_scale_ptr,    // the same
-                           float* prefix_ptr,           // [B * Hq * Nq, 2], then [B * Hq * Nq, Dv]; or null
+                           float* prefix_ptr,           // [B * Hq * Nq, Dv], then [B * Hq * Nq, 2]; or null
                            float* partial_ptr,          // [slots, BLOCK_M * (2 + Dv)]
                            u32* arrivals_ptr,           // [items], all 0 before and after
                            Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out,
                            RowStrides stride_lse, RowStrides stride_k_scale, RowStrides stride_v_scale,
                            i64 stride_table,
-                           int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page,
-                           float qk_scale, float softcap_log2, int window_left, int window_right,
+                           int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page, int pages,
+                           float qk_scale, float softcap, int window_left, int window_right,
                            int fewest_tiles, int most_parts,  // of a share, and of an item
                            int part_tiles,                    // of a fixed part; 0: equal shares
                            int prefix) {                      // keys before those of every sequence
@@ -132,7 +132,7 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
             K_BY_KEY ? k_scale_ptr + at * stride_k_scale.b + head * stride_k_scale.h : nullptr,
             V_BY_KEY ? v_scale_ptr + at * stride_v_scale.b + head * stride_v_scale.h : nullptr,
             PAGED ? table_ptr + segment.sequence * stride_table : nullptr,
-            stride_k, stride_v, stride_k_scale, stride_v_scale, page,
+            stride_k, stride_v, stride_k_scale, stride_v_scale, page, pages,
         };
         int position[2];
 #pragma unroll
@@ -150,10 +150,27 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
         const Sight sight(
             [&](int half) { return window_left < 0 ? 0 : position[half] - window_left; },
             [&](int half) { return window_right < 0 ? last : least(position[half] + window_right, last); });
-        const Softmax softmax{score_scale, softcap_log2, sight};
+        int low = sizes.first_key(segment.length), high = segment.length;
+        if constexpr (OF_PREFIX) {
+            // Of a prefix too only what some row of the block sees is read.
+            low = 0;
+            if (window_left >= 0 || window_right >= 0) {
+                constexpr int NONE = -0x7fffffff;
+                int nearest = NONE, farthest = NONE;
+                for (int row = lane_id(); row < used; row += WARP) {
+                    const Reader reader = reader_of(row);
+                    const int own = sizes.length(load_global(seqlens_ptr + reader.sequence));
+                    const int at = segment.length + own - rows + reader.row;
+                    nearest = most(nearest, -at), farthest = most(farthest, at);
+                }
+                if (window_left >= 0) low = -warp_reduce(nearest, Max{}) - window_left;
+                if (window_right >= 0) high = least(high, warp_reduce(farthest, Max{}) + window_right + 1);
+            }
+        }
+        const Softmax softmax{score_scale, softcap, sight};
         Sums sums = walk(get_q, q_of, keys, rings, softmax,
                          (OF_PREFIX ? 0 : sizes.first_tile(segment.length)) + segment.begin,
-                         segment.end - segment.begin, segment.length);
+                         segment.end - segment.begin, low, high);
         if constexpr (!V_BY_KEY) {
             const float unit = v_scale_ptr ? UNDECODED * load_global_uniform(v_scale_ptr + head) : UNDECODED;
 #pragma unroll
