@@ -7,6 +7,7 @@ keys ``i * page`` to ``(i + 1) * page`` of sequence b.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,3 +83,17 @@ def empty_out(q: Tensor, v_cache: Tensor) -> Tensor:
 def empty_lse(q: Tensor) -> Tensor:
     """An uninitialised log-sum-exp [B, Hq, Nq]: float32, but for float64 queries."""
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def check_pages(operator: str, block_table: Tensor, pages: int, used: Sequence[range]) -> None:
+    """Refuse page numbers that there are not, among the entries that each sequence uses; the others may be anything."""
+    wrong = (block_table < 0) | (block_table >= pages)
+    if not wrong.any():
+        return
+    for sequence, entries in enumerate(used):
+        for entry in wrong[sequence, entries.start : entries.stop].nonzero()[:1].flatten().tolist():
+            entry += entries.start
+            raise ValueError(
+                f"{operator}: block_table[{sequence}] names page {block_table[sequence, entry].item()}; "
+                f"there are {pages} (its entry {entry})"
+            )
