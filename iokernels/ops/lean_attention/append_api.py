@@ -114,7 +114,9 @@ def append_kv(
     tensors = (k_new, v_new, k_cache, v_cache, cache_seqlens, block_table, new_seqlens, positions, cos, sin, k_scale,
                v_scale)  # fmt: skip
     lie = places(k_cache, v_cache, k_scale, v_scale)
-    chosen = remembered(_PLANS, _plan, (interleaved, dispatch.requested(backend), torch.is_grad_enabled(), lie), tensors)
+    chosen = remembered(
+        _PLANS, _plan, (interleaved, dispatch.requested(backend), torch.is_grad_enabled(), lie), tensors
+    )
     if lie is not None:
         # Rows of a negated view are the negative of what its memory holds, and rounding is symmetric.
         k_new, k_cache = _signed(k_new, k_cache)

@@ -1,6 +1,6 @@
 """Whether what ``append_kv`` writes lies apart: two rows in one place would lose one of them, without a word.
 
-A tensor puts element i at the address ``base + sum_d stride_d i_d``, ``0 <= i_d < size_d``. Two of one tensor meet where
+A tensor puts element i at ``base + sum_d stride_d i_d``, ``0 <= i_d < size_d``. Two of one tensor meet where
 ``sum_d stride_d x_d = 0`` has a solution with ``|x_d| < size_d`` that is not 0 everywhere, and those of two tensors
 where their addresses differ by less than an element; dimensions with one stride are one unknown. Strides are tried from
 the largest on, and for each only what smaller ones can make up for, which leaves one or two values wherever dimensions

@@ -12,10 +12,12 @@ sequence then goes on from its rows' M, L and A.
 
 On the CPU, sequences are walked one after the other, each as far as its length, and only keys that a row can see are
 read. PyTorch's own kernel runs where it is the same function; it hides a score of NaN behind an output of 0, so its
-statistics are looked at afterwards. A product of weights and values that are NaN or infinite is such even where the
-weight is 0 because the key is hidden: sequences with such an output are computed again, key by key. Elsewhere the lengths stay on the device: all sequences are walked together through the whole capacity, and what
-lies past a length is replaced before it is used. With ``schedule="invariant"`` there too one after the other, prefix
-included, so that no product has a shape or an alignment that depends on the rest of the batch.
+statistics are looked at afterwards. A product of weights and values that are NaN or infinite is NaN even where the
+weight is 0 because the key is hidden: sequences with such an output are computed again, and those values apart.
+
+Elsewhere the lengths stay on the device: all sequences are walked together through the whole capacity, and what no row
+sees is replaced before it is used. With ``schedule="invariant"`` there too one after the other, prefix included, so
+that no product has a shape or an alignment that depends on the rest of the batch.
 
 FLOPs: ``2 R Hkv B N (D + Dv)``. Bytes: the caches once, as stored; chunks of keys in half precision or quantised are
 widened to float32 (float64 for float64 queries) and read again from cache. Extra memory: one chunk of keys and scores.

@@ -173,7 +173,8 @@ class Launch:
         # In the order of the kernels' arguments.
         self.numbers = (
             batch, rows, heads // kv_heads, kv_heads, self.row_tiles, self.capacity, k_cache.shape[0],
-            float(options.scale / softcap if softcap > 0.0 else options.scale), softcap, clamp(options.window_left), clamp(options.window_right),
+            float(options.scale / softcap if softcap > 0.0 else options.scale), float(softcap),
+            clamp(options.window_left), clamp(options.window_right),
         )  # fmt: skip
         device = spec_of(q.device)
         self.problem = self._problem(device, all_sequences)

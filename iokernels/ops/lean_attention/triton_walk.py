@@ -5,9 +5,9 @@ key head. Row ``r = g * Nq + i`` is position i of the group's head g, so keys an
 group. What has been seen of the keys is summed up in float32 by (m, l, acc), and two such sums over different keys
 merge into that of both (:mod:`iokernels.ops.triton_partials`).
 
-Scores and m are in units of the natural logarithm here: a finite score stays finite, which its product with log2 e
-need not, so that log2 e multiplies differences alone. At the end out = acc / l and lse = m + ln l. A sink is a sum of one logit without a value; a common prefix is a
-sum that was finished before.
+Scores and m are natural logarithms here: a finite score stays finite, which its product with log2 e need not, so that
+log2 e multiplies differences alone. At the end out = acc / l and lse = m + ln l. A sink is a sum of one logit without a
+value; a common prefix is a sum that was finished before.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def walk(
 ):  # fmt: skip
     """(m, l, acc) of the rows ``q [BLOCK_M, BLOCK_D]``, which stand at ``position``, over the keys ``[start, stop)``.
 
-    ``start`` is a multiple of BLOCK_N; no row sees a key before ``low``, and none is read there. Pointers are those of one key head (:func:`keys_of`).
+    ``start`` is a multiple of BLOCK_N; no row sees a key before ``low``, and none is read there. Pointers are those of
+    one key head (:func:`keys_of`).
     """
     offs_n, offs_d, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
