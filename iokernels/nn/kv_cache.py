@@ -86,9 +86,10 @@ class KVCache:
     ) -> None:
         batch, capacity = _size("batch", batch), _size("capacity", capacity)
         num_kv_heads, head_dim = _size("num_kv_heads", num_kv_heads), _size("head_dim", head_dim)
-        value_dim = head_dim if value_dim is None else _size("value_dim", value_dim)
+        width: int = head_dim if value_dim is None else _size("value_dim", value_dim)
         layers = _size("layers", layers)
-        page, pages = (None if x is None else _size(name, x) for name, x in (("page", page), ("pages", pages)))
+        page = None if page is None else _size("page", page)
+        pages = None if pages is None else _size("pages", pages)
         _CONTRACT.require(page is not None or pages is None, "pages is given without page, the keys of one")
         if dtype not in (*FLOATS, *QUANTISED):
             allowed = " or ".join(short(x) for x in (*FLOATS, *QUANTISED))
@@ -105,7 +106,7 @@ class KVCache:
             self.block_table = torch.full((batch, each), -1, dtype=torch.int32, device=device)
             shape = (layers, pages, num_kv_heads, page)
         self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty(*shape, value_dim, dtype=dtype, device=device)
+        self.v = torch.empty(*shape, width, dtype=dtype, device=device)
         self.k_scale = self._scale("k_scale", k_scale, shape)
         self.v_scale = self._scale("v_scale", v_scale, shape)
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)

@@ -109,7 +109,8 @@ def test_resetting_names_a_sequence_that_is_not_there(
 
 @pytest.mark.parametrize("page", PAGES)
 def test_resetting_a_sequence_twice_is_once(page: int | None) -> None:
-    for given in ([1, 1], torch.tensor([1]), np.array([1, 1]), (1,)):
+    twice: tuple[Any, ...] = ([1, 1], torch.tensor([1]), np.array([1, 1]), (1,))
+    for given in twice:
         cache = filled([3, 5], page=page)
         cache.reset(given)
         assert cache.lengths == [3, 0]
@@ -120,8 +121,9 @@ def test_resetting_a_sequence_twice_is_once(page: int | None) -> None:
     assert cache.pages is None or cache.pages.free == cache.pages.count
 
 
-def one(**changes: Any) -> KVCache:
-    return KVCache(**{"batch": 2, "capacity": 8, "num_kv_heads": 1, "head_dim": 4} | changes)
+def one(**changes: Any) -> Any:
+    usual: dict[str, Any] = {"batch": 2, "capacity": 8, "num_kv_heads": 1, "head_dim": 4}
+    return KVCache(**usual | changes)
 
 
 ROW = torch.zeros(2, 1, 1, 4)
@@ -181,8 +183,9 @@ MODULE: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("options", "error", "message"), MODULE, ids=[message for *_, message in MODULE])
 def test_decode_attention_names_what_is_wrong(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    usual: dict[str, Any] = {"embed_dim": 8, "num_heads": 2}
     with pytest.raises(error, match="^DecodeAttention: " + message):
-        DecodeAttention(**{"embed_dim": 8, "num_heads": 2} | options)
+        DecodeAttention(**usual | options)
 
 
 @torch.no_grad()

@@ -42,13 +42,13 @@ def _heads_inside(x: Tensor) -> Tensor:
 
 def _negated(x: Tensor) -> Tensor:
     """With PyTorch's bit that says that memory holds the negative."""
-    return torch._neg_view(-x)
+    return torch.ops.aten._neg_view(-x)
 
 
 def _imaginary(x: Tensor) -> Tensor:
     """A part of a conjugate: negated, and every other element."""
     if x.dtype not in (torch.float32, torch.float64):
-        return torch._neg_view(_spread(-x))
+        return torch.ops.aten._neg_view(_spread(-x))
     return torch.complex(torch.full_like(x, float("nan")), -x).conj().imag
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
@@ -65,7 +66,7 @@ def test_what_is_written_does_not_depend_on_strides(backend: str, examples: int)
     """New rows, angles, scales and tables in any layout; caches in any that has a place for every element."""
 
     @seed(2)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(calls())
     def check(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
         laid, same = call
@@ -194,6 +195,20 @@ def test_two_sequences_cannot_write_one_row_of_a_page(backend: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(caches, before, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_length_below_0_is_0_where_the_host_does_not_look(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; and a count above the rows is all of them."""
+    monkeypatch.setattr("iokernels.ops.lean_attention.append_api.readable", lambda x: False)
+    k, v = new(rows=3)
+    found = []
+    for lengths, counts in ((ints(-2, 6), ints(9, -1)), (ints(0, 6), ints(3, 0))):
+        caches = torch.zeros(2, 2, 1, 8, 4).unbind(0)
+        append_kv(k, v, *caches, cache_seqlens=lengths, new_seqlens=counts, backend=backend)
+        found.append(caches[0])
+    assert torch.equal(*found)
+    assert torch.equal(found[0][0, :, :3], k[0])
+
+
 # ---- rotary
 
 
@@ -246,7 +261,8 @@ def test_a_rotary_table_names_what_is_wrong(
 
 
 def test_a_rotary_table_takes_whole_numbers_of_any_kind() -> None:
-    for four in (torch.tensor(4), torch.tensor([4])[0]):
+    fours: tuple[Any, ...] = (torch.tensor(4), np.int64(4), torch.tensor([4], dtype=torch.int32)[0])
+    for four in fours:
         assert all(torch.equal(x, y) for x, y in zip(rotary_table(four, four), rotary_table(4, 4), strict=True))
 
 

@@ -66,7 +66,7 @@ def test_a_result_does_not_depend_on_strides(backend: str, examples: int) -> Non
     """Of q, caches, tables, lengths, scales, sinks and prefix alike, on every path."""
 
     @seed(1)
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(laid_out(backend))
     def check(call: Call) -> None:
         prove(backend, call)
@@ -114,11 +114,15 @@ def test_a_nan_that_a_row_sees_shows(backend: str, where: str, value: float) -> 
 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("page", [0, 4])
+@pytest.mark.parametrize("scales", ["", "key"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_no_row_sees_may_be_anything(backend: str, page: int, value: float) -> None:
-    """Keys behind the window of all rows, whose pages may have been given to others; so too of a common prefix."""
-    call = make(3, (30, 13, 2), heads=4, kv_heads=2, rows=2, page=page, dtype=usual(backend), window=(5, 0))
-    dirty = {name: call.tensors[name].clone() for name in ("k_cache", "v_cache")}
+def test_what_no_row_sees_may_be_anything(backend: str, page: int, scales: str, value: float) -> None:
+    """Keys and scales behind the window of all rows, whose pages may have been given away; so too of a prefix."""
+    call = make(
+        3, (30, 13, 2), heads=4, kv_heads=2, rows=2, page=page, dtype=usual(backend), scales=scales, window=(5, 0)
+    )
+    names = ("k_cache", "v_cache", *(("k_scale", "v_scale") if scales else ()))
+    dirty = {name: call.tensors[name].clone() for name in names}
     if page:
         table = call.tensors["block_table"].clone()
         for sequence, first in ((0, 23), (1, 6)):
@@ -178,7 +182,9 @@ def test_a_softmax_does_not_depend_on_the_level_of_its_scores(backend: str, leve
     k[..., 0] = level
     q = torch.eye(16)[:1].view(1, 1, 1, 16)
     v = torch.arange(8.0).view(1, 1, 8, 1).repeat(1, 1, 1, 16)
-    for options in ({}, {"softcap": 1e30}, {"k_prefix": k[0], "v_prefix": v[0]}, {"schedule": "split"}):
+    prefix = {"k_prefix": k[0], "v_prefix": v[0]}
+    choices: list[dict[str, Any]] = [{}, {"softcap": 1e30}, prefix, {"schedule": "split"}]
+    for options in choices:
         out, lse = lean_attention(
             q, k, v, cache_seqlens=ints(8), scale=1.0, return_lse=True, backend=backend, **options
         )

@@ -139,7 +139,7 @@ _PLANS: dict[Any, str] = {}
 
 def _signed(new: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
     """New rows and a cache that is no negated view, which together mean the same."""
-    return (new.neg(), torch._neg_view(cache)) if cache.is_neg() else (new, cache)
+    return (new.neg(), torch.ops.aten._neg_view(cache)) if cache.is_neg() else (new, cache)
 
 
 def _checked_rotary(rotary: Any) -> tuple[Tensor | None, Tensor | None]:
