@@ -28,7 +28,6 @@ def sizes(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         "itemsize": dtype.itemsize,
         "cache_itemsize": cache_dtype(shape, dtype).itemsize,
         "window_left": shape.left,
-        "window_right": 0 if shape.causal else shape.right,
         "page": shape.page,
         "prefix": shape.prefix,
         "head_scales": shape.scales == 1,

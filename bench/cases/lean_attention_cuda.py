@@ -116,7 +116,7 @@ def own_pass(call: Problem, config: Config) -> Bytes:
 def prefix_pass(call: Problem, config: Config) -> Bytes:
     """The keys of a common prefix, once for every row tile of the whole batch; the sums of all rows written."""
     tiles, each = max(-(-call.prefix // config.block_n), 1), call.part_tiles[1]
-    windowed = call.window_left >= 0 or call.window_right >= 0
+    windowed = call.window_left >= 0
     read = written = 0
     for rows in call.row_tiles(of_prefix=True) * call.kv_heads:
         count = -(-tiles // each)

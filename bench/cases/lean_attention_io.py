@@ -34,7 +34,6 @@ class Problem:
     itemsize: int
     cache_itemsize: int
     window_left: int = -1
-    window_right: int = -1  # of causal calls 0
     page: int = 0
     prefix: int = 0
     head_scales: bool = False
@@ -71,15 +70,11 @@ class Problem:
         return max(length - self.rows - self.window_left, 0) if self.window_left >= 0 else 0
 
     def seen_of_prefix(self, readers: range) -> range:
-        """The keys of the prefix that are read for rows of the whole batch: all from the first to the last seen."""
-        places = [
-            self.prefix + self.lengths[reader // self.group_rows] - self.rows + reader % self.rows for reader in readers
-        ]
-        low, high = min(places) - self.window_left, max(places) + self.window_right + 1
-        return range(
-            max(low, 0) if self.window_left >= 0 else 0,
-            min(high, self.prefix) if self.window_right >= 0 else self.prefix,
-        )
+        """The keys of the prefix that are read for rows of the whole batch: all from the first that one sees."""
+        if self.window_left < 0:
+            return range(self.prefix)
+        nearest = min(self.lengths[reader // self.group_rows] - self.rows + reader % self.rows for reader in readers)
+        return range(max(self.prefix + nearest - self.window_left, 0), self.prefix)
 
     def row_tiles(self, of_prefix: bool = False) -> list[range]:
         """The rows of every row tile of a key head."""

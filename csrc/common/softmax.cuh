@@ -1,8 +1,8 @@
 // Softmax of rows whose scores come tile by tile, 16 rows to a warp, all in its registers.
 //
 // Scores are accumulators [N][2][4] of a tile [16, 16 N]; a lane has rows lane / 4 and lane / 4 + 8. For each, m is the
-// largest so far, l the sum of 2^(unit (s - m)), and acc the sum of 2^(unit (s - m)) v. The unit is 1 for scores in base
-// 2, and log2 e for natural ones, which stay finite where their products with log2 e would not.
+// largest so far, l the sum of 2^(unit (s - m)), and acc the sum of 2^(unit (s - m)) v. The unit is 1 for scores in
+// base 2, and log2 e for natural ones, which stay finite where their products with log2 e would not.
 #pragma once
 #include "math.cuh"
 #include "warp.cuh"

@@ -59,8 +59,8 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
                            Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out,
                            RowStrides stride_lse, RowStrides stride_k_scale, RowStrides stride_v_scale,
                            i64 stride_table,
-                           int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page, int pages,
-                           float qk_scale, float softcap, int window_left, int window_right,
+                           int batch, int rows, int group, int kv_heads, int row_tiles, int capacity,
+                           int page, int pages, float qk_scale, float softcap, int window_left, int window_right,
                            int fewest_tiles, int most_parts,  // of a share, and of an item
                            int part_tiles,                    // of a fixed part; 0: equal shares
                            int prefix) {                      // keys before those of every sequence
@@ -150,27 +150,25 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
         const Sight sight(
             [&](int half) { return window_left < 0 ? 0 : position[half] - window_left; },
             [&](int half) { return window_right < 0 ? last : least(position[half] + window_right, last); });
-        int low = sizes.first_key(segment.length), high = segment.length;
+        int low = sizes.first_key(segment.length);
         if constexpr (OF_PREFIX) {
-            // Of a prefix too only what some row of the block sees is read.
+            // Of a prefix too only what some row of the block sees is read: all but what is behind the window of the
+            // first one.
             low = 0;
-            if (window_left >= 0 || window_right >= 0) {
-                constexpr int NONE = -0x7fffffff;
-                int nearest = NONE, farthest = NONE;
+            if (window_left >= 0) {
+                int before = -0x7fffffff;  // 0 minus the least position
                 for (int row = lane_id(); row < used; row += WARP) {
                     const Reader reader = reader_of(row);
                     const int own = sizes.length(load_global(seqlens_ptr + reader.sequence));
-                    const int at = segment.length + own - rows + reader.row;
-                    nearest = most(nearest, -at), farthest = most(farthest, at);
+                    before = most(before, rows - own - segment.length - reader.row);
                 }
-                if (window_left >= 0) low = -warp_reduce(nearest, Max{}) - window_left;
-                if (window_right >= 0) high = least(high, warp_reduce(farthest, Max{}) + window_right + 1);
+                low = -warp_reduce(before, Max{}) - window_left;
             }
         }
         const Softmax softmax{score_scale, softcap, sight};
         Sums sums = walk(get_q, q_of, keys, rings, softmax,
                          (OF_PREFIX ? 0 : sizes.first_tile(segment.length)) + segment.begin,
-                         segment.end - segment.begin, low, high);
+                         segment.end - segment.begin, low, segment.length);
         if constexpr (!V_BY_KEY) {
             const float unit = v_scale_ptr ? UNDECODED * load_global_uniform(v_scale_ptr + head) : UNDECODED;
 #pragma unroll

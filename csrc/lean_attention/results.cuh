@@ -123,7 +123,9 @@ DEVICE Row merge_partials(const float* partial_ptr, const Segment& segment, int 
     for (int first = 0; first < segment.count; first += WARP) {
         const int count = least(segment.count - first, WARP);
         Vector<float, 2> own{{-infinity(), 0.0f}};
-        if (lane_id() < count) own = load_global_coherent<2>(slot_of(first + lane_id()) + BLOCK_M * PARTIAL_ROW + 2 * index);
+        if (lane_id() < count) {
+            own = load_global_coherent<2>(slot_of(first + lane_id()) + (BLOCK_M * PARTIAL_ROW + 2 * index));
+        }
         row.merge(own.at[0], own.at[1], count, [&](int s, int column) {
             return load_global_coherent<4>(slot_of(first + s) + (index * PARTIAL_ROW + column));
         });

@@ -33,7 +33,8 @@ static_assert(KEYS % 16 == 0 && KEYS <= WARP && OWN * ROW_WARPS == KEYS, "a warp
 
 // ---- in ------------------------------------------------------------------------------------------------------------
 
-// OWN rows of a cache, of which those from `from` to `there` exist. offset_of(row), which all lanes call, is where a row begins.
+// OWN rows of a cache, of which those from `from` to `there` exist. offset_of(row), which all lanes call, is where a
+// row begins.
 template <int WIDTH, int PADDED, class Offset>
 DEVICE void fetch_rows(Shared<u8> tile, const Cache* source, i64 stride_d, int from, int there,
                        const Offset& offset_of) {

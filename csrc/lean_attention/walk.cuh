@@ -158,14 +158,14 @@ DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const
     }
 }
 
-// The sums of this warp's rows over its keys of the tiles `tile` to `tile + tiles` of a sequence, of whose keys only
-// those from `low` to `high` are seen by any row.
+// The sums of this warp's rows over its keys of the tiles `tile` to `tile + tiles` of a sequence of `length` keys, of
+// which no row sees those before `low`.
 // get_q() waits for q, which is on its way, while the first tiles are too; STAGES - 1 younger groups of copies are.
 template <class GetQ, class Q>
 DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings& rings, const Softmax& softmax,
-                 int tile, int tiles, int low, int high) {
+                 int tile, int tiles, int low, int length) {
     constexpr int AHEAD = STAGES - 1;
-    const int stop = least((tile + tiles) * BLOCK_N, high);
+    const int stop = least((tile + tiles) * BLOCK_N, length);
     auto first_of = [&](int t) { return (tile + t) * BLOCK_N + key_warp() * KEYS; };
 
     Sums sums;

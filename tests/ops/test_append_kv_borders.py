@@ -235,6 +235,24 @@ def test_positions_outside_the_table_are_taken_to_its_edge(
     assert torch.equal(found[0][1, :, 1:3], last[1, :, 1:3])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_heads_of_an_odd_width_turn(backend: str, interleaved: bool) -> None:
+    """From any offset: what is left of a head stays, and the angle of position 3 is that of the table."""
+    line = torch.randn(41)
+    k = line[1:34].view(1, 1, 3, 11)
+    caches = torch.zeros(2, 1, 1, 8, 11).unbind(0)
+    cos, sin = rotary_table(8, 10)
+    append_kv(k, k, *caches, cache_seqlens=ints(2), rotary=(cos, sin), interleaved=interleaved, backend=backend)
+    turned = caches[0][0, 0, 3]
+    x, y = (k[0, 0, 1, 0:2] if interleaved else k[0, 0, 1, [0, 5]]).tolist()
+    first, second = turned[0:2].tolist() if interleaved else turned[[0, 5]].tolist()
+    c, s = cos[3, 0].item(), sin[3, 0].item()
+    assert first == pytest.approx(x * c - y * s, rel=1e-5)
+    assert second == pytest.approx(y * c + x * s, rel=1e-5)
+    assert turned[10] == k[0, 0, 1, 10]
+
+
 BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     (("4", 4), {}, TypeError, "positions is '4'; it must be an int"),
     ((4, "4"), {}, TypeError, "width is '4'; it must be an int"),

@@ -263,3 +263,30 @@ def test_a_kernel_takes_a_page_that_does_not_exist_to_the_nearest(backend: str) 
         found.append(run(q, k, v, options))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("pages", [0, 5])
+def test_no_sequence_has_gradients_of_0(pages: int) -> None:
+    """Of everything that the oracle differentiates, where there are no rows too."""
+    shapes = {"q": (0, 2, 1, 8), "sinks": (2,), "k_prefix": (1, 3, 8), "v_prefix": (1, 3, 8), "v_scale": (1,)}
+    shapes |= {"k_cache": (pages, 1, 4, 8), "v_cache": (pages, 1, 4, 8)}
+    wanted: dict[str, Any] = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    table = torch.zeros(0, 2, dtype=torch.int32) if pages else None
+    out, lse = lean_attention(**wanted, cache_seqlens=ints(), block_table=table, return_lse=True, backend="reference")
+    assert out.shape == (0, 2, 1, 8)
+    (out.sum() + lse.sum()).backward()
+    for name, x in wanted.items():
+        assert x.grad is not None, name
+        assert not x.grad.any(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rising", [slice(0, 8), slice(8, 16), slice(15, 16)], ids=str)
+def test_the_maxima_of_some_rows_rise_and_those_of_others_do_not(backend: str, rising: slice) -> None:
+    """What was summed before is made less for each row by itself."""
+    call = make(9, (200,), heads=16, kv_heads=1, head_dim=16, spare=0, dtype=usual(backend), scale=1.0)
+    q, k = torch.zeros_like(call.tensors["q"]), call.tensors["k_cache"].clone()
+    q[:, rising, :, 0] = 1.0
+    k[..., 0] = torch.arange(200) / 8  # the last weighs most
+    out, _ = prove(backend, call.with_tensors(q=q, k_cache=k))
+    assert not torch.equal(out[:, rising][:, 0], out[:, (rising.start + 8) % 16])

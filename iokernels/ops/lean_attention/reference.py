@@ -16,7 +16,8 @@ from .options import Options, empty_lse, per_key
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as :class:`Options` defines it. Returns (out, lse) like the operator."""
     if q.shape[0] == 0:
-        return q.new_empty((*q.shape[:3], v_cache.shape[3])), empty_lse(q)
+        nothing = _nothing((q, k_cache, v_cache, *options[2:7])).to(q.dtype)
+        return q.new_empty((*q.shape[:3], v_cache.shape[3])) + nothing, empty_lse(q) + nothing
     outs, lses = [], []
     for sequence, length in enumerate(options.cache_seqlens.tolist()):
         # Keys behind the window of the first row take no part, whatever they are.
@@ -30,6 +31,12 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tup
         outs.append(out)
         lses.append(lse)
     return torch.stack(outs), torch.stack(lses)
+
+
+def _nothing(tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """0, as a function of all that wants a gradient."""
+    wanted = [x[:0].sum() for x in tensors if x is not None and x.requires_grad]
+    return sum(wanted, torch.zeros((), device=tensors[0].device if tensors[0] is not None else None))
 
 
 def keys_of(

@@ -125,17 +125,15 @@ def lean_attention_split_kernel(
     if part < parts:
         sequences, heads, offs_row, used = row_of(sequence, kv_head, row_tile, numbers, BLOCK_M, ALL_SEQUENCES)
         position = length - rows + offs_row
-        low, high = first_key(length, numbers, FEATURES), length
+        low = first_key(length, numbers, FEATURES)
         if ALL_SEQUENCES:
             # A position is counted from the prefix's first key, and each row's sequence has its own length.
             is_row = tl.arange(0, BLOCK_M) < used
             own = tl.load(seqlens_ptr + sequences, mask=is_row, other=0)
             position = prefix + tl.minimum(tl.maximum(own, 0), capacity) - rows + offs_row
-            # Of the prefix too only what some row sees is read.
+            # Of the prefix too only what some row sees is read: all but what is behind the window of the first one.
             if FEATURES.left:
                 low = tl.min(tl.where(is_row, position, 2**30)) - window_left
-            if FEATURES.right:
-                high = tl.minimum(tl.max(tl.where(is_row, position, -(2**30))) + window_right + 1, length)
         q = load_queries(q_ptr, stride_q, sequences, heads, offs_row, used, HEAD_DIM, BLOCK_D, BLOCK_M)
         k_head, v_head, k_factor, v_factor, table = keys_of(
             k_ptr, stride_k, v_ptr, stride_v, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale,
@@ -144,7 +142,7 @@ def lean_attention_split_kernel(
         first = start + part * part_tiles
         last = tl.minimum(first + part_tiles, start + tiles)
         m_i, l_i, acc = walk(
-            q, position, first * BLOCK_N, low, tl.minimum(last * BLOCK_N, high),
+            q, position, first * BLOCK_N, low, tl.minimum(last * BLOCK_N, length),
             k_head, v_head, k_factor, v_factor, table, stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
             FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
         )  # fmt: skip
