@@ -17,7 +17,7 @@ from iokernels.runtime.plans import remembered
 
 from . import reference
 from .op import attend
-from .options import Options, capacity, check_pages
+from .options import Options, capacity, used_pages
 
 QUANTISED = (torch.float8_e4m3fn, torch.int8)
 """Dtypes that a cache may have beside that of the queries."""
@@ -286,4 +286,4 @@ def _check_values(q: Tensor, k_cache: Tensor, options: Options) -> None:
     if table is not None:
         hidden = q.shape[2] + options.window_left if options.window_left >= 0 else most
         used = [range(max(length - hidden, 0) // page, -(-length // page)) for length in lengths]
-        check_pages("lean_attention", table, k_cache.shape[0], used)
+        used_pages("lean_attention", table, k_cache.shape[0], used)

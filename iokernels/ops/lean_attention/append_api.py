@@ -18,7 +18,7 @@ from . import append_reference
 from .append_memory import check_apart, places
 from .append_op import append
 from .append_options import TOP, Append, room
-from .options import check_pages
+from .options import used_pages
 from .rotary import check_positions, check_table
 
 MAX_HEAD_DIM = 256
@@ -227,20 +227,20 @@ def _check_values(k_new: Tensor, k_cache: Tensor, options: Append) -> None:
             )
     if table is not None:
         spans = [range(at // page, -(-(at + n) // page) if n else 0) for at, n in zip(lengths, counts, strict=True)]
-        check_pages("append_kv", table, k_cache.shape[0], spans)
-        _check_owners(table, spans, lengths, counts, page)
+        pages = used_pages("append_kv", table, k_cache.shape[0], spans)
+        _check_owners(pages, spans, lengths, counts, page)
     if options.cos is not None:
         first = lengths if options.positions is None else options.positions.tolist()
         contract = _CONTRACTS[table is not None, False]
         check_positions(contract, first, counts, options.cos.shape[0])
 
 
-def _check_owners(table: Tensor, spans: list[range], lengths: list[int], counts: list[int], page: int) -> None:
+def _check_owners(pages: list[list[int]], spans: list[range], lengths: list[int], counts: list[int], page: int) -> None:
     """Refuse that two sequences write to one row of a page, where one of them would be lost."""
     owners: dict[int, list[tuple[int, int, int]]] = {}
     for sequence, span in enumerate(spans):
         start, stop = lengths[sequence], lengths[sequence] + counts[sequence]
-        for entry, number in zip(span, table[sequence, span.start : span.stop].tolist(), strict=True):
+        for entry, number in zip(span, pages[sequence], strict=True):
             low, high = max(start - entry * page, 0), min(stop - entry * page, page)
             for other, other_low, other_high in owners.setdefault(number, []):
                 if max(low, other_low) < min(high, other_high):

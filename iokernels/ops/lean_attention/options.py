@@ -85,15 +85,25 @@ def empty_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def check_pages(operator: str, block_table: Tensor, pages: int, used: Sequence[range]) -> None:
-    """Refuse page numbers that there are not, among the entries that each sequence uses; the others may be anything."""
-    wrong = (block_table < 0) | (block_table >= pages)
-    if not wrong.any():
-        return
+_SMALL_TABLE = 2048
+"""Entries of a page table that are read at once: cheaper than what each sequence uses by itself."""
+
+
+def used_pages(operator: str, block_table: Tensor, pages: int, used: Sequence[range]) -> list[list[int]]:
+    """The page numbers in the entries that each sequence uses. The other entries may be anything.
+
+    Raises:
+        ValueError: one is of no page; there are ``pages``.
+    """
+    rows = block_table.tolist() if block_table.numel() <= _SMALL_TABLE else block_table
+    found = []
     for sequence, entries in enumerate(used):
-        for entry in wrong[sequence, entries.start : entries.stop].nonzero()[:1].flatten().tolist():
-            entry += entries.start
+        numbers = rows[sequence][entries.start : entries.stop]
+        numbers = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        if numbers and (min(numbers) < 0 or max(numbers) >= pages):
+            entry, number = next((at, n) for at, n in zip(entries, numbers, strict=True) if not 0 <= n < pages)
             raise ValueError(
-                f"{operator}: block_table[{sequence}] names page {block_table[sequence, entry].item()}; "
-                f"there are {pages} (its entry {entry})"
+                f"{operator}: block_table[{sequence}] names page {number}; there are {pages} (its entry {entry})"
             )
+        found.append(numbers)
+    return found

@@ -76,21 +76,21 @@ def _again(
 ) -> None:  # fmt: skip
     """Compute those sequences again, with care, whose results say that NaN or infinity was met on the way."""
     if in_aten:
-        # A row that met a NaN has the statistics 0 there, or none that are finite.
-        def right(part: slice) -> bool:
-            least, largest = torch.aminmax(lse[part].abs())
-            return least.item() > 0.0 and largest.item() < float("inf")
+        shown = lse  # a row that met a NaN is 0 there, or not finite
     elif options.window_left >= 0 or (options.window_right >= 0 and q.shape[2] > 1):
-
-        def right(part: slice) -> bool:
-            return bool(torch.isfinite(out[part]).all())
+        shown = out
     else:
         return  # all rows see the same keys: what one of them met, all did
-    if out.numel() == 0 or right(slice(None)):
+
+    def right(x: Tensor) -> bool:
+        # The remainder of a number by itself is NaN for 0, infinity and NaN. Two operations cost less than questions.
+        return (torch.fmod(x, x) if in_aten else x - x).sum().item() == 0.0
+
+    if right(shown):
         return
     for sequence, length in enumerate(lengths):
         part = slice(sequence, sequence + 1)
-        if (in_aten and not length) or right(part):
+        if (in_aten and not length) or right(shown[part]):
             continue
         start = None
         if options.k_prefix is not None and options.v_prefix is not None:
