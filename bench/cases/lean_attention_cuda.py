@@ -100,7 +100,8 @@ def own_pass(call: Problem, config: Config) -> Bytes:
         read += sum(_NUMBER * min(len(call.lengths), _WARP * (at // _WARP + 1)) for at in first.values())
     for index, start, stop in pieces:
         length, rows, first_tile, count = items[index]
-        keys = min((first_tile + stop) * config.block_n, length) - (first_tile + start) * config.block_n
+        keys = min((first_tile + stop) * config.block_n, length)
+        keys -= max((first_tile + start) * config.block_n, call.first_key(length))
         read += call.entry(rows, of_prefix=False) + call.keys(max(keys, 0))
         if stop - start < count:
             # The partial result, which the last to arrive reads, and the counter, which an atomic reads and writes.
@@ -115,11 +116,13 @@ def own_pass(call: Problem, config: Config) -> Bytes:
 def prefix_pass(call: Problem, config: Config) -> Bytes:
     """The keys of a common prefix, once for every row tile of the whole batch; the sums of all rows written."""
     tiles, each = max(-(-call.prefix // config.block_n), 1), call.part_tiles[1]
+    windowed = call.window_left >= 0
     read = written = 0
     for rows in call.row_tiles(of_prefix=True) * call.kv_heads:
         count = -(-tiles // each)
-        # Each warp asks for the lengths of the sequences of its 16 rows.
-        read += count * (call.warps[1] * 16 * _NUMBER + call.entry(rows, of_prefix=True)) + call.prefix * call.pair
+        # Each warp asks for the lengths of the sequences of its 16 rows, and where there is a window of all rows.
+        lengths = call.warps[1] * (16 + windowed * len(rows)) * _NUMBER
+        read += count * (lengths + call.entry(rows, of_prefix=True)) + len(call.seen_of_prefix(rows)) * call.pair
         if count > 1:
             read += count * (len(rows) * call.row_of_sum + _NUMBER)
             written += count * (len(rows) * call.row_of_sum + _NUMBER)

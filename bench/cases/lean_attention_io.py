@@ -65,6 +65,17 @@ class Problem:
         """Rows of one sequence that read the keys of one head."""
         return self.heads // self.kv_heads * self.rows
 
+    def first_key(self, length: int) -> int:
+        """The first key that a sequence of ``length`` reads."""
+        return max(length - self.rows - self.window_left, 0) if self.window_left >= 0 else 0
+
+    def seen_of_prefix(self, readers: range) -> range:
+        """The keys of the prefix that are read for rows of the whole batch: all from the first that one sees."""
+        if self.window_left < 0:
+            return range(self.prefix)
+        nearest = min(self.lengths[reader // self.group_rows] - self.rows + reader % self.rows for reader in readers)
+        return range(max(self.prefix + nearest - self.window_left, 0), self.prefix)
+
     def row_tiles(self, of_prefix: bool = False) -> list[range]:
         """The rows of every row tile of a key head."""
         count = self.group_rows * (len(self.lengths) if of_prefix else 1)
@@ -74,15 +85,16 @@ class Problem:
 
 def keys_read(problem: Problem, length: int, start: int, stop: int, config: Config) -> int:
     """Bytes of the tiles ``start`` to ``stop`` of one head of a sequence, and of the numbers of their pages."""
-    first, last = start * config.block_n, min(stop * config.block_n, length)
+    first, last = max(start * config.block_n, problem.first_key(length)), min(stop * config.block_n, length)
     if last <= first:
         return 0
     table = 0
     if problem.page:
         # Each tile asks for the numbers of its own pages.
-        for begin in range(first, last, config.block_n):
-            end = min(begin + config.block_n, last)
-            table += (end - 1) // problem.page - begin // problem.page + 1
+        for tile in range(start, stop):
+            begin, end = max(tile * config.block_n, first), min((tile + 1) * config.block_n, last)
+            if begin < end:
+                table += (end - 1) // problem.page - begin // problem.page + 1
     return (last - first) * problem.pair + table * _NUMBER
 
 
@@ -119,9 +131,7 @@ def own_floor(problem: Problem) -> Bytes:
     read += problem.head_scales * problem.kv_heads * 2 * _NUMBER + problem.sinks * problem.heads * problem.itemsize
     read += problem.prefix and count * _NUMBER * (problem.value_dim + 1)
     for length in problem.lengths:
-        first = 0
-        if problem.window_left >= 0:
-            first = min(max(length - problem.rows - problem.window_left, 0), length)
+        first = min(problem.first_key(length), length)
         read += (length - first) * problem.pair * problem.kv_heads
         if problem.page and length > first:
             read += _NUMBER * ((length - 1) // problem.page - first // problem.page + 1)
@@ -189,11 +199,12 @@ def prefix(problem: Problem, config: Config) -> dict[str, Account]:
     for _ in range(problem.kv_heads):
         for rows in problem.row_tiles(of_prefix=True):
             sequences = len({row // problem.group_rows for row in rows})
+            seen = problem.seen_of_prefix(rows)
             for part in range(most_parts):
                 read += sequences * _NUMBER + problem.per_segment
                 read += len(rows) * problem.head_dim * problem.itemsize
                 first, last = part * part_tiles, min((part + 1) * part_tiles, tiles)
-                length = min(last * config.block_n, problem.prefix) - first * config.block_n
+                length = min(last * config.block_n, seen.stop) - max(first * config.block_n, seen.start)
                 read += max(length, 0) * problem.cache_itemsize * (problem.head_dim + problem.value_dim)
             result_bytes = len(rows) * _NUMBER * (problem.value_dim + 1)
             if most_parts == 1:

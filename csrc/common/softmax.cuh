@@ -1,7 +1,8 @@
 // Softmax of rows whose scores come tile by tile, 16 rows to a warp, all in its registers.
 //
-// Scores are accumulators [N][2][4] of a tile [16, 16 N], in base 2; a lane has rows lane / 4 and lane / 4 + 8. For
-// each, m is the largest so far, l the sum of 2^(s - m), and acc the sum of 2^(s - m) v.
+// Scores are accumulators [N][2][4] of a tile [16, 16 N]; a lane has rows lane / 4 and lane / 4 + 8. For each, m is the
+// largest so far, l the sum of 2^(unit (s - m)), and acc the sum of 2^(unit (s - m)) v. The unit is 1 for scores in
+// base 2, and log2 e for natural ones, which stay finite where their products with log2 e would not.
 #pragma once
 #include "math.cuh"
 #include "warp.cuh"
@@ -46,10 +47,10 @@ struct SoftmaxSums {
     float m[2] = {-infinity(), -infinity()}, l[2] = {};
     float acc[WIDTH / 8][4] = {};
 
-    // Turns a row's scores into 2^(s - m), with m now the largest of these too, and adds them to l. Returns the factor
-    // that l was multiplied with, and that acc has to be.
+    // Turns a row's scores into 2^(unit (s - m)), with m now the largest of these too, and adds them to l. Returns the
+    // factor that l was multiplied with, and that acc has to be.
     template <int N>
-    DEVICE float include(float (&scores)[N][2][4], int half) {
+    DEVICE float include(float (&scores)[N][2][4], int half, float unit = 1.0f) {
         float largest = m[half];
 #pragma unroll
         for (int jj = 0; jj < N; ++jj) {
@@ -57,7 +58,7 @@ struct SoftmaxSums {
             for (int i = 0; i < 4; ++i) largest = most(largest, scores[jj][i / 2][2 * half + i % 2]);
         }
         largest = warp_reduce<4>(largest, Max{});
-        const float finite = finite_or_0(largest), factor = exp2_fast(m[half] - finite);
+        const float finite = finite_or_0(largest), factor = exp2_fast(unit * (m[half] - finite));
         m[half] = largest;
         l[half] *= factor;
 #pragma unroll
@@ -65,7 +66,7 @@ struct SoftmaxSums {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float& score = scores[jj][i / 2][2 * half + i % 2];
-                score = exp2_fast(score - finite);
+                score = exp2_fast(unit * (score - finite));
                 l[half] += score;
             }
         }

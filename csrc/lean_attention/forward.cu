@@ -53,14 +53,14 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
                            const float* sinks_ptr,      // [Hq] or null
                            const float* k_scale_ptr,    // [Hkv], one for each key, or null
                            const float* v_scale_ptr,    // the same
-                           float* prefix_ptr,           // [B * Hq * Nq, 2], then [B * Hq * Nq, Dv]; or null
+                           float* prefix_ptr,           // [B * Hq * Nq, Dv], then [B * Hq * Nq, 2]; or null
                            float* partial_ptr,          // [slots, BLOCK_M * (2 + Dv)]
                            u32* arrivals_ptr,           // [items], all 0 before and after
                            Strides stride_q, Strides stride_k, Strides stride_v, Strides stride_out,
                            RowStrides stride_lse, RowStrides stride_k_scale, RowStrides stride_v_scale,
                            i64 stride_table,
-                           int batch, int rows, int group, int kv_heads, int row_tiles, int capacity, int page,
-                           float qk_scale, float softcap_log2, int window_left, int window_right,
+                           int batch, int rows, int group, int kv_heads, int row_tiles, int capacity,
+                           int page, int pages, float qk_scale, float softcap, int window_left, int window_right,
                            int fewest_tiles, int most_parts,  // of a share, and of an item
                            int part_tiles,                    // of a fixed part; 0: equal shares
                            int prefix) {                      // keys before those of every sequence
@@ -132,7 +132,7 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
             K_BY_KEY ? k_scale_ptr + at * stride_k_scale.b + head * stride_k_scale.h : nullptr,
             V_BY_KEY ? v_scale_ptr + at * stride_v_scale.b + head * stride_v_scale.h : nullptr,
             PAGED ? table_ptr + segment.sequence * stride_table : nullptr,
-            stride_k, stride_v, stride_k_scale, stride_v_scale, page,
+            stride_k, stride_v, stride_k_scale, stride_v_scale, page, pages,
         };
         int position[2];
 #pragma unroll
@@ -150,10 +150,25 @@ lean_attention_cuda_kernel(const Element* q_ptr,        // [B, Hq, Nq, D]
         const Sight sight(
             [&](int half) { return window_left < 0 ? 0 : position[half] - window_left; },
             [&](int half) { return window_right < 0 ? last : least(position[half] + window_right, last); });
-        const Softmax softmax{score_scale, softcap_log2, sight};
+        int low = sizes.first_key(segment.length);
+        if constexpr (OF_PREFIX) {
+            // Of a prefix too only what some row of the block sees is read: all but what is behind the window of the
+            // first one.
+            low = 0;
+            if (window_left >= 0) {
+                int before = -0x7fffffff;  // 0 minus the least position
+                for (int row = lane_id(); row < used; row += WARP) {
+                    const Reader reader = reader_of(row);
+                    const int own = sizes.length(load_global(seqlens_ptr + reader.sequence));
+                    before = most(before, rows - own - segment.length - reader.row);
+                }
+                low = -warp_reduce(before, Max{}) - window_left;
+            }
+        }
+        const Softmax softmax{score_scale, softcap, sight};
         Sums sums = walk(get_q, q_of, keys, rings, softmax,
                          (OF_PREFIX ? 0 : sizes.first_tile(segment.length)) + segment.begin,
-                         segment.end - segment.begin, segment.length);
+                         segment.end - segment.begin, low, segment.length);
         if constexpr (!V_BY_KEY) {
             const float unit = v_scale_ptr ? UNDECODED * load_global_uniform(v_scale_ptr + head) : UNDECODED;
 #pragma unroll

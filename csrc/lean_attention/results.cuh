@@ -3,7 +3,7 @@
 //
 // Sums over different keys merge into that of all, in whatever order they were made:
 //
-//     m = max_s m_s        l = sum_s 2^(m_s - m) l_s        acc = sum_s 2^(m_s - m) acc_s
+//     m = max_s m_s        l = sum_s exp(m_s - m) l_s        acc = sum_s exp(m_s - m) acc_s
 //
 // A warp takes one row after the other: lane s weighs sum s, 32 at a time, then every lane adds up four columns in the
 // order of the sums. So the bits depend on what is merged alone.
@@ -14,7 +14,7 @@
 
 constexpr int MERGE_ROW = BLOCK_V + 8;               // floats; so that the stores of a warp meet no bank twice
 constexpr int PARTIAL_ROW = (VALUE_DIM + 3) / 4 * 4;  // floats of acc in the workspace
-constexpr int SLOT = BLOCK_M * (2 + PARTIAL_ROW);     // floats: m and l of all rows, then acc
+constexpr int SLOT = BLOCK_M * (2 + PARTIAL_ROW);     // floats: acc of all rows, then m and l
 constexpr int VECTORS = (PARTIAL_ROW + 4 * WARP - 1) / (4 * WARP);
 
 // The sums of one row: a lane has the columns 4 lane to 4 lane + 3, and those 128, 256, ... further.
@@ -29,7 +29,7 @@ struct Row {
     DEVICE void merge(float m_own, float l_own, int count, const Acc& acc_of) {
         const float highest = most(m, warp_reduce(m_own, Max{}));
         const float finite = finite_or_0(highest);
-        const float weight = exp2_fast(m_own - finite), kept = exp2_fast(m - finite);
+        const float weight = exp2_fast(LOG2E * (m_own - finite)), kept = exp2_fast(LOG2E * (m - finite));
         l = l * kept + warp_reduce(l_own * weight, Sum{});
         m = highest;
 #pragma unroll
@@ -92,10 +92,10 @@ struct Gathered {
     }
 };
 
-// Puts a sum down in a slot of `rows` rows: m and l of all, then acc.
+// Puts a sum down in a slot of `rows` rows: acc of all, whose rows are vectors of four, then m and l.
 DEVICE void store_sum(float* slot, i64 rows, i64 index, const Row& row) {
-    if (lane_id() == 0) store_global_vector(slot + 2 * index, Vector<float, 2>{{row.m, row.l}});
-    float* to = slot + 2 * rows + index * PARTIAL_ROW;
+    if (lane_id() == 0) store_global_vector(slot + rows * PARTIAL_ROW + 2 * index, Vector<float, 2>{{row.m, row.l}});
+    float* to = slot + index * PARTIAL_ROW;
 #pragma unroll
     for (int vector = 0; vector < VECTORS; ++vector) {
         if (Row::column(vector) >= PARTIAL_ROW) continue;
@@ -107,9 +107,9 @@ DEVICE void store_sum(float* slot, i64 rows, i64 index, const Row& row) {
 // Merges in the sum that an earlier launch put down.
 DEVICE void merge_stored(Row& row, const float* slot, i64 rows, i64 index) {
     Vector<float, 2> own{{-infinity(), 0.0f}};
-    if (lane_id() == 0) own = load_global_vector<2>(slot + 2 * index);
+    if (lane_id() == 0) own = load_global_vector<2>(slot + rows * PARTIAL_ROW + 2 * index);
     row.merge(own.at[0], own.at[1], 1, [&](int, int column) {
-        return load_global_vector<4>(slot + 2 * rows + index * PARTIAL_ROW + column);
+        return load_global_vector<4>(slot + index * PARTIAL_ROW + column);
     });
 }
 
@@ -123,9 +123,11 @@ DEVICE Row merge_partials(const float* partial_ptr, const Segment& segment, int 
     for (int first = 0; first < segment.count; first += WARP) {
         const int count = least(segment.count - first, WARP);
         Vector<float, 2> own{{-infinity(), 0.0f}};
-        if (lane_id() < count) own = load_global_coherent<2>(slot_of(first + lane_id()) + 2 * index);
+        if (lane_id() < count) {
+            own = load_global_coherent<2>(slot_of(first + lane_id()) + (BLOCK_M * PARTIAL_ROW + 2 * index));
+        }
         row.merge(own.at[0], own.at[1], count, [&](int s, int column) {
-            return load_global_coherent<4>(slot_of(first + s) + (2 * BLOCK_M + index * PARTIAL_ROW + column));
+            return load_global_coherent<4>(slot_of(first + s) + (index * PARTIAL_ROW + column));
         });
     }
     return row;
@@ -135,9 +137,9 @@ DEVICE Row merge_partials(const float* partial_ptr, const Segment& segment, int 
 DEVICE void finish(Row& row, Element* out, i64 stride_d, float* lse, const float* sink) {
     if (sink) {
         // A sum of one logit that has no value.
-        const float logit = load_global_uniform(sink) * LOG2E, highest = most(row.m, logit);
-        const float finite = finite_or_0(highest), kept = exp2_fast(row.m - finite);
-        row.l = row.l * kept + exp2_fast(logit - finite);
+        const float logit = load_global_uniform(sink), highest = most(row.m, logit);
+        const float finite = finite_or_0(highest), kept = exp2_fast(LOG2E * (row.m - finite));
+        row.l = row.l * kept + exp2_fast(LOG2E * (logit - finite));
         row.m = highest;
 #pragma unroll
         for (int vector = 0; vector < VECTORS; ++vector) {
@@ -147,7 +149,7 @@ DEVICE void finish(Row& row, Element* out, i64 stride_d, float* lse, const float
     }
     const bool empty = row.l == 0.0f;
     const float share = empty ? 0.0f : 1.0f / row.l;
-    if (lane_id() == 0) store_global(lse, empty ? -infinity() : LN2 * (row.m + log2_fast(row.l)));
+    if (lane_id() == 0) store_global(lse, empty ? -infinity() : row.m + LN2 * log2_fast(row.l));
 #pragma unroll
     for (int vector = 0; vector < VECTORS; ++vector) {
         const int column = Row::column(vector);

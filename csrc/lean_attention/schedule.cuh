@@ -17,10 +17,9 @@ struct Sizes {
     // Keys of a sequence, within the capacity whatever the tensor says.
     DEVICE int length(int said) const { return least(most(said, 0), capacity); }
 
-    // The first tile of keys that any row of a sequence sees.
-    DEVICE int first_tile(int length) const {
-        return window_left < 0 ? 0 : most(length - rows - window_left, 0) / BLOCK_N;
-    }
+    // The first key that any row of a sequence sees, and the tile that it is in.
+    DEVICE int first_key(int length) const { return window_left < 0 ? 0 : most(length - rows - window_left, 0); }
+    DEVICE int first_tile(int length) const { return first_key(length) / BLOCK_N; }
 
     // Tiles of an item. Without keys it is one, of which nothing is read, so that every item has a block that writes
     // its result.

@@ -33,9 +33,11 @@ static_assert(KEYS % 16 == 0 && KEYS <= WARP && OWN * ROW_WARPS == KEYS, "a warp
 
 // ---- in ------------------------------------------------------------------------------------------------------------
 
-// OWN rows of a cache, of which the first `there` exist. offset_of(row), which all lanes call, is where a row begins.
+// OWN rows of a cache, of which those from `from` to `there` exist. offset_of(row), which all lanes call, is where a
+// row begins.
 template <int WIDTH, int PADDED, class Offset>
-DEVICE void fetch_rows(Shared<u8> tile, const Cache* source, i64 stride_d, int there, const Offset& offset_of) {
+DEVICE void fetch_rows(Shared<u8> tile, const Cache* source, i64 stride_d, int from, int there,
+                       const Offset& offset_of) {
     constexpr int CHUNK = 16 / CELL, CHUNKS = PADDED / CHUNK, ROW = PADDED * CELL + 16;
     constexpr int AT_ONCE = ALIGNED ? 8 : 1;  // elements that come one by one pass through registers
 #pragma unroll AT_ONCE
@@ -44,7 +46,7 @@ DEVICE void fetch_rows(Shared<u8> tile, const Cache* source, i64 stride_d, int t
         const i64 offset = offset_of(least(row, OWN - 1));
         if (OWN * CHUNKS % WARP == 0 || row < OWN) {
             copy_chunk<ALIGNED>((tile + (row * ROW + column * CELL)).template as<Cache>(), source, offset, stride_d,
-                                column, WIDTH, row < there);
+                                column, WIDTH, row >= from && row < there);
         }
     }
 }

@@ -2,7 +2,7 @@
 //
 // For each row, (m, l, acc) sums up the keys that were seen:
 //
-//     m = max_j s_j        l = sum_j 2^(s_j - m)        acc = sum_j 2^(s_j - m) v_j        (s in base 2)
+//     m = max_j s_j        l = sum_j exp(s_j - m)        acc = sum_j exp(s_j - m) v_j
 //
 // A warp takes its KEYS keys of every tile of the segment, so that KEY_WARPS sums of the same rows arise side by side;
 // nothing is exchanged before the end. Its tiles come through a ring of STAGES stages of its own, which only the warps
@@ -32,7 +32,7 @@ struct Keys {
     const int* pages;  // of the sequence
     Strides stride_k, stride_v;
     RowStrides stride_k_factor, stride_v_factor;
-    int page;
+    int page, page_count;
 };
 
 // Where this warp's rings lie.
@@ -47,9 +47,9 @@ struct Rings {
 };
 
 struct Softmax {
-    float scale;         // scale * log2 e, or scale / softcap
-    float softcap_log2;  // softcap * log2 e; 0: there is none
-    Sight sight;         // of the warp's 16 rows
+    float scale;    // over the softcap, where there is one
+    float softcap;  // 0: there is none
+    Sight sight;    // of the warp's 16 rows
 };
 
 using Sums = SoftmaxSums<BLOCK_V>;
@@ -60,13 +60,16 @@ struct Place {
     bool exists;
 };
 
-DEVICE Place place_of(const Keys& keys, int first, int stop) {
+DEVICE Place place_of(const Keys& keys, int first, int low, int stop) {
     Place place;
     place.key = first + OWN * row_warp() + least(lane_id(), OWN - 1);
-    place.exists = lane_id() < OWN && place.key < stop;
+    place.exists = lane_id() < OWN && place.key >= low && place.key < stop;
     place.page = 0;
     if constexpr (PAGED) {
-        if (place.exists) place.page = load_global(keys.pages + place.key / keys.page);
+        // No number in the table leads out of the cache.
+        if (place.exists) {
+            place.page = least(most(load_global(keys.pages + place.key / keys.page), 0), keys.page_count - 1);
+        }
     }
     return place;
 }
@@ -76,9 +79,10 @@ DEVICE i64 factor_offset(const Keys& keys, const Place& place, const RowStrides&
     return place.key * stride.n;
 }
 
-// Starts copying the keys of a tile that this warp fetches: all lanes, with the place of each lane's key.
-DEVICE void fetch(const Keys& keys, const Rings& rings, const Place& place, int first, int stop, int stage) {
-    const int own = OWN * row_warp(), start = first + own, there = stop - start;
+// Starts copying the keys of a tile that this warp fetches: all lanes, with the place of each lane's key. Nothing
+// before `low` or from `stop` on is read, and zeros stand there: a weight of 0 does not undo a NaN.
+DEVICE void fetch(const Keys& keys, const Rings& rings, const Place& place, int first, int low, int stop, int stage) {
+    const int own = OWN * row_warp(), start = first + own, from = low - start, there = stop - start;
     const int in_page = PAGED ? place.key % keys.page : 0;
     auto rows_of = [&](const Strides& stride) {
         return [&, stride](int row) -> i64 {
@@ -86,9 +90,9 @@ DEVICE void fetch(const Keys& keys, const Rings& rings, const Place& place, int 
             return (start + row) * stride.n;
         };
     };
-    fetch_rows<HEAD_DIM, BLOCK_D>(rings.k_tile(stage) + own * K_ROW, keys.k, keys.stride_k.d, there,
+    fetch_rows<HEAD_DIM, BLOCK_D>(rings.k_tile(stage) + own * K_ROW, keys.k, keys.stride_k.d, from, there,
                                   rows_of(keys.stride_k));
-    fetch_rows<VALUE_DIM, BLOCK_V>(rings.v_tile(stage) + own * V_ROW, keys.v, keys.stride_v.d, there,
+    fetch_rows<VALUE_DIM, BLOCK_V>(rings.v_tile(stage) + own * V_ROW, keys.v, keys.stride_v.d, from, there,
                                    rows_of(keys.stride_v));
 }
 
@@ -129,18 +133,16 @@ DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) scores[jj][half][i] *= factor.at[i % 2];
-            if (softmax.softcap_log2 > 0.0f) {
+            if (softmax.softcap > 0.0f) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    scores[jj][half][i] = tanh_exact(scores[jj][half][i]) * softmax.softcap_log2;
-                }
+                for (int i = 0; i < 4; ++i) scores[jj][half][i] = tanh_exact(scores[jj][half][i]) * softmax.softcap;
             }
         }
     }
 
     if (softmax.sight.hides(first, KEYS)) softmax.sight.hide(scores, first, -infinity());
 
-    const float alpha[2] = {sums.include(scores, 0), sums.include(scores, 1)};
+    const float alpha[2] = {sums.include(scores, 0, LOG2E), sums.include(scores, 1, LOG2E)};
     // Most tiles leave the maxima as they are, and a factor of 1 changes no bit.
     if (any_lane(alpha[0] != 1.0f || alpha[1] != 1.0f)) {
 #pragma unroll
@@ -156,11 +158,12 @@ DEVICE void fold(Sums& sums, const Q& q_of, const Rings& rings, int stage, const
     }
 }
 
-// The sums of this warp's rows over its keys of the tiles `tile` to `tile + tiles` of a sequence of `length` keys.
+// The sums of this warp's rows over its keys of the tiles `tile` to `tile + tiles` of a sequence of `length` keys, of
+// which no row sees those before `low`.
 // get_q() waits for q, which is on its way, while the first tiles are too; STAGES - 1 younger groups of copies are.
 template <class GetQ, class Q>
 DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings& rings, const Softmax& softmax,
-                 int tile, int tiles, int length) {
+                 int tile, int tiles, int low, int length) {
     constexpr int AHEAD = STAGES - 1;
     const int stop = least((tile + tiles) * BLOCK_N, length);
     auto first_of = [&](int t) { return (tile + t) * BLOCK_N + key_warp() * KEYS; };
@@ -168,12 +171,12 @@ DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings
     Sums sums;
     Place places[STAGES];
 #pragma unroll
-    for (int t = 0; t < STAGES; ++t) places[t] = place_of(keys, first_of(t), t < tiles ? stop : 0);
+    for (int t = 0; t < STAGES; ++t) places[t] = place_of(keys, first_of(t), low, t < tiles ? stop : 0);
     Factors factors;
 #pragma unroll
     for (int t = 0; t < AHEAD; ++t) {
         if (t < tiles) {
-            fetch(keys, rings, places[t], first_of(t), stop, t);
+            fetch(keys, rings, places[t], first_of(t), low, stop, t);
             factors.ask(keys, places[t]);
             factors.put(rings, t);
         }
@@ -187,9 +190,9 @@ DEVICE Sums walk(const GetQ& get_q, const Q& q_of, const Keys& keys, const Rings
         keys_sync();  // all of tile t is here, and nobody reads tile t - 1 any more
         const bool more = t + AHEAD < tiles;
         if (more) {
-            fetch(keys, rings, next, first_of(t + AHEAD), stop, free);
+            fetch(keys, rings, next, first_of(t + AHEAD), low, stop, free);
             factors.ask(keys, next);
-            next = place_of(keys, first_of(t + STAGES), t + STAGES < tiles ? stop : 0);
+            next = place_of(keys, first_of(t + STAGES), low, t + STAGES < tiles ? stop : 0);
         }
         commit_copies();
         if (first_of(t) < stop) fold(sums, q_of, rings, stage, softmax, first_of(t));

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor
 
 from iokernels.ops.lean_attention.api import QUANTISED, lean_attention
 from iokernels.ops.lean_attention.append_api import append_kv
-from iokernels.runtime.contracts import FLOATS, Contract, short
+from iokernels.ops.lean_attention.integers import LARGEST, index_of, integer, integers
+from iokernels.ops.lean_attention.options import as_bytes
+from iokernels.runtime.contracts import FLOATS, short
 
+from .kv_cache_state import CONTRACT as _CONTRACT
+from .kv_cache_state import checked, restore, saved
 from .pages import Pages
 
-_CONTRACT = Contract("KVCache")
+_size = partial(integer, _CONTRACT, least=1, most=LARGEST)
 
 
 class KVCache:
@@ -79,14 +84,17 @@ class KVCache:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> None:
-        sizes = {"batch": batch, "capacity": capacity, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
-                 "value_dim": value_dim, "layers": layers, "page": page, "pages": pages}  # fmt: skip
-        for name, size in sizes.items():
-            _CONTRACT.require(size is None or size > 0, f"{name} is {size}; it must be positive")
+        batch, capacity = _size("batch", batch), _size("capacity", capacity)
+        num_kv_heads, head_dim = _size("num_kv_heads", num_kv_heads), _size("head_dim", head_dim)
+        width: int = head_dim if value_dim is None else _size("value_dim", value_dim)
+        layers = _size("layers", layers)
+        page = None if page is None else _size("page", page)
+        pages = None if pages is None else _size("pages", pages)
         _CONTRACT.require(page is not None or pages is None, "pages is given without page, the keys of one")
         if dtype not in (*FLOATS, *QUANTISED):
             allowed = " or ".join(short(x) for x in (*FLOATS, *QUANTISED))
-            raise TypeError(f"KVCache: dtype is {short(dtype)}; it must be {allowed}")
+            got = short(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+            raise TypeError(f"KVCache: dtype is {got}; it must be {allowed}")
         self.capacity = capacity
         self.pages: Pages | None = None
         self.block_table: Tensor | None = None
@@ -98,7 +106,7 @@ class KVCache:
             self.block_table = torch.full((batch, each), -1, dtype=torch.int32, device=device)
             shape = (layers, pages, num_kv_heads, page)
         self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty(*shape, head_dim if value_dim is None else value_dim, dtype=dtype, device=device)
+        self.v = torch.empty(*shape, width, dtype=dtype, device=device)
         self.k_scale = self._scale("k_scale", k_scale, shape)
         self.v_scale = self._scale("v_scale", v_scale, shape)
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -118,11 +126,15 @@ class KVCache:
             quantised = self.k.dtype in QUANTISED
             return torch.empty(shape, dtype=torch.float32, device=self.k.device) if quantised else None
         layers, heads = shape[0], shape[2]
+        if not isinstance(scale, Tensor) or scale.dtype != torch.float32:
+            got = short(scale.dtype) if isinstance(scale, Tensor) else type(scale).__name__
+            raise TypeError(f"KVCache: {name} is {got}; it must be a tensor of float32")
         _CONTRACT.require(
             tuple(scale.shape) in ((heads,), (layers, heads)),
             f"{name} has shape {list(scale.shape)}; it must be [{heads}] or [{layers}, {heads}]",
         )
-        return scale.to(self.k.device, torch.float32).expand(layers, heads)
+        # Memory of its own: what the caller does to his tensor later is no change of the cache.
+        return scale.detach().to(self.k.device).expand(layers, heads).clone(memory_format=torch.contiguous_format)
 
     @property
     def lengths(self) -> list[int]:
@@ -139,16 +151,21 @@ class KVCache:
 
     # -- a step
 
-    def extend(self, count: int | Sequence[int]) -> None:
+    def extend(self, count: int | Sequence[int] | Tensor) -> None:
         """Begin a step of ``count`` new positions of every sequence, or of ``count[b]`` of sequence b.
 
-        Their keys and values are undefined until every layer has appended them.
+        Several counts are a list, or a tensor or array ``[B]`` of ints, which is read now. Their keys and values are
+        undefined until every layer has appended them.
 
         Raises:
+            TypeError: a count is no int.
             ValueError: a count is negative, a sequence would pass the capacity, or there are not enough free pages.
                 Nothing has changed then.
         """
-        counts = list(count) if not isinstance(count, int) else [count] * len(self._lengths)
+        one = not hasattr(count, "__len__") or getattr(count, "shape", None) == ()
+        counts = (
+            [integer(_CONTRACT, "count", count)] * len(self._lengths) if one else integers(_CONTRACT, "count", count)
+        )
         _CONTRACT.require(
             len(counts) == len(self._lengths) and min(counts) >= 0,
             f"count is {count}; it must be at least 0, one number or one for each of {len(self._lengths)} sequences",
@@ -191,9 +208,10 @@ class KVCache:
         n is the count of the last :meth:`extend`, the largest if there were several: rows past a sequence's own count
         are padding. The rest is as in :func:`iokernels.append_kv`.
         """
+        layer = self._layer(layer)
         _CONTRACT.require(
-            k.dim() == 4 and k.shape[2] == self._rows,
-            f"k has shape {list(k.shape)}; the last extend was by {self._rows} positions",
+            not isinstance(k, Tensor) or (k.dim() == 4 and k.shape[2] == self._rows),
+            f"k has shape {list(getattr(k, 'shape', ()))}; the last extend was by {self._rows} positions",
         )
         append_kv(
             k, v, self.k[layer], self.v[layer], cache_seqlens=self.starts, block_table=self.block_table,
@@ -204,18 +222,30 @@ class KVCache:
     def attend(self, q: Tensor, *, layer: int = 0, **options: Any) -> Any:
         """:func:`iokernels.lean_attention` of the newest positions ``q [B, Hq, n, D]`` to a layer; its options.
 
+        n may be 0 too, where a step has no positions: out is empty then.
+
         Raises:
             ValueError: several rows after an :meth:`extend` by different counts, whose padding does not stand at the
                 end of the keys.
         """
+        layer = self._layer(layer)
+        rows = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 1
+        if rows == 0:
+            # As one row would be, of which none is kept.
+            found = self.attend(torch.nn.functional.pad(q, (0, 0, 0, 1)), layer=layer, **options)
+            return tuple(x[:, :, :0] for x in found) if isinstance(found, tuple) else found[:, :, :0]
         _CONTRACT.require(
-            not self._ragged or q.shape[2] == 1,
+            not self._ragged or rows == 1,
             "q has several rows and the last extend was by different counts, so they do not end where the keys do",
         )
         return lean_attention(
             q, self.k[layer], self.v[layer], block_table=self.block_table,
             **{"cache_seqlens": self.seqlens, **self._scales(layer), **options},
         )  # fmt: skip
+
+    def _layer(self, layer: Any) -> int:
+        most = self.k.shape[0] - 1
+        return layer if type(layer) is int and 0 <= layer <= most else index_of(_CONTRACT, "layer", layer, most)
 
     def _scales(self, layer: int) -> dict[str, Tensor | None]:
         return {
@@ -225,13 +255,16 @@ class KVCache:
 
     # -- between steps
 
-    def truncate(self, lengths: Sequence[int]) -> None:
+    def truncate(self, lengths: Sequence[int] | Tensor) -> None:
         """Forget the newest keys (of rejected speculation, say): sequence b keeps its first ``lengths[b]``.
 
+        ``lengths`` is a list, or a tensor or array ``[B]``, of ints.
+
         Raises:
+            TypeError: a length is no int.
             ValueError: a length is negative, or longer than the sequence is. Nothing has changed then.
         """
-        lengths = list(lengths)
+        lengths = integers(_CONTRACT, "lengths", lengths)
         ok = len(lengths) == len(self._lengths)
         _CONTRACT.require(
             ok and all(0 <= new <= old for new, old in zip(lengths, self._lengths, strict=True)),
@@ -243,21 +276,29 @@ class KVCache:
             self._write_table()
         self._set_lengths(lengths)
 
-    def reset(self, sequences: Sequence[int] | None = None) -> None:
-        """Forget all keys of the named sequences, or of all; their pages become free."""
-        emptied = range(len(self._lengths)) if sequences is None else sequences
+    def reset(self, sequences: Sequence[int] | Tensor | None = None) -> None:
+        """Forget all keys of the named sequences, or of all; their pages become free.
+
+        Raises:
+            TypeError: a number is no int.
+            ValueError: a number names no sequence; they count from 0. Nothing has changed then.
+        """
+        last = len(self._lengths) - 1
+        named = range(last + 1) if sequences is None else integers(_CONTRACT, "sequences", sequences)
+        emptied = {index_of(_CONTRACT, f"sequences[{at}]", sequence, last) for at, sequence in enumerate(named)}
         self.truncate([0 if b in emptied else length for b, length in enumerate(self._lengths)])
 
-    def reorder(self, index: Sequence[int]) -> None:
+    def reorder(self, index: Sequence[int] | Tensor) -> None:
         """Let sequence b go on from the keys of sequence ``index[b]``, as a beam search does.
 
         Dense caches copy the keys. With pages none are copied now: sequences share pages, and one that is not full is
         copied when a sequence first writes into it.
 
         Raises:
+            TypeError: a number is no int.
             ValueError: not one number for each sequence, or a number that names none.
         """
-        index = [int(source) for source in index]
+        index = integers(_CONTRACT, "index", index)
         count = len(self._lengths)
         _CONTRACT.require(
             len(index) == count and all(0 <= source < count for source in index),
@@ -271,7 +312,7 @@ class KVCache:
             rows = torch.tensor(index, device=self.k.device)
             for x in (self.k, self.v, self.k_scale, self.v_scale):
                 if x is not None and x.dim() > 2:  # a scale of heads belongs to no sequence
-                    held = _bytes(x)[:, :, :, :longest]
+                    held = as_bytes(x)[:, :, :, :longest]
                     held.copy_(held[:, rows])
         self._set_lengths([self._lengths[source] for source in index])
 
@@ -279,7 +320,12 @@ class KVCache:
         """A copy of the keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` of a sequence: as stored, times their scale.
 
         Quantised ones are float32.
+
+        Raises:
+            TypeError: a number is no int.
+            ValueError: there is no such sequence, or layer.
         """
+        sequence, layer = index_of(_CONTRACT, "sequence", sequence, len(self._lengths) - 1), self._layer(layer)
         length = self._lengths[sequence]
         read = []
         for cache, scale in ((self.k[layer], self.k_scale), (self.v[layer], self.v_scale)):
@@ -291,6 +337,33 @@ class KVCache:
                 x = x * factors[..., None].to(x.dtype)
             read.append(x)
         return read[0], read[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the cache holds, as tensors and lists of its own: the keys of its lengths, nothing of what is free.
+
+        For ``torch.save`` and :meth:`load_state_dict`.
+        """
+        return saved(self._memory(), self._lengths, self.pages)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold what :meth:`state_dict` returned, instead of what is held now. No step has begun then.
+
+        The cache must have as many sequences, layers and heads, of the same widths, dtype and keys of a page; capacity
+        and pages may be others.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: other sizes, or more keys or pages than there is room for. Nothing has changed then.
+        """
+        lengths = checked(state, self._memory(), len(self._lengths), self.capacity, self.pages)
+        restore(state, self._memory(), self.pages)
+        if self.pages is not None:
+            self._write_table()
+        self._set_lengths(lengths)
+
+    def _memory(self) -> list[tuple[str, Tensor]]:
+        named = (("k", self.k), ("v", self.v), ("k_scale", self.k_scale), ("v_scale", self.v_scale))
+        return [(name, x) for name, x in named if x is not None]
 
     def _rows_of(self, x: Tensor, sequence: int) -> Tensor:
         """All rows of a sequence in a layer's cache or scales: [Hkv, N, ...]."""
@@ -319,9 +392,8 @@ class KVCache:
         sources, targets = (torch.tensor(side, device=self.k.device) for side in zip(*copies, strict=True))
         for x in (self.k, self.v, self.k_scale, self.v_scale):
             if x is not None and x.dim() > 2:
-                _bytes(x)[:, targets] = _bytes(x)[:, sources]
+                as_bytes(x)[:, targets] = as_bytes(x)[:, sources]
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """float8 as bytes, which every device can index."""
-    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+# Plain data: `torch.load` may read a cache that `torch.save` wrote.
+torch.serialization.add_safe_globals([KVCache, Pages])

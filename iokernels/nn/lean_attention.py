@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from iokernels.ops.flash_attention.api import flash_attention
 from iokernels.ops.lean_attention.api import MAX_QUERIES
+from iokernels.ops.lean_attention.integers import LARGEST, flag, integer
 from iokernels.ops.lean_attention.rotary import apply_rotary, rotary_table
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 
@@ -47,6 +48,7 @@ class DecodeAttention(nn.Module):
         dtype: their dtype.
 
     Raises:
+        TypeError: an argument of a wrong type.
         ValueError: sizes that do not fit.
     """
 
@@ -75,7 +77,16 @@ class DecodeAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        embed_dim = integer(_CONTRACT, "embed_dim", embed_dim, most=LARGEST)
+        num_heads = integer(_CONTRACT, "num_heads", num_heads)
+        kv_heads = num_heads if num_kv_heads is None else integer(_CONTRACT, "num_kv_heads", num_kv_heads)
+        rotary = integer(_CONTRACT, "rotary", rotary)
+        max_positions = integer(_CONTRACT, "max_positions", max_positions, most=LARGEST)
+        rotary_base = _CONTRACT.number("rotary_base", rotary_base, above=0.0)
+        flag(_CONTRACT, "interleaved", interleaved)
+        window = None if window is None else _CONTRACT.window(window)
+        softcap = _CONTRACT.number("softcap", softcap, least=0.0)
+        scale = None if scale is None else _CONTRACT.number("scale", scale)
         _CONTRACT.require(
             embed_dim > 0 and num_heads > 0 and embed_dim % num_heads == 0,
             f"embed_dim is {embed_dim} and num_heads {num_heads}; both must be positive, and num_heads a divisor",
@@ -173,6 +184,8 @@ class DecodeAttention(nn.Module):
         return flash_attention(self._turned(q, first), self._turned(k, first), v, **self._options())
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"DecodeAttention: cache is {type(cache).__name__}; it must be None or a KVCache")
         angles = (self.cos, self.sin) if self.rotary else None
         cache.append(k, v, layer=layer, rotary=angles, interleaved=self.interleaved, backend=self.backend)
         if cache.in_prompt:

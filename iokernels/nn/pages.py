@@ -66,6 +66,20 @@ class Pages:
                 self._leave(page)
         self.tables = taken
 
+    def hold(self, tables: Sequence[Sequence[int]]) -> None:
+        """Begin anew with these tables, whose page numbers :attr:`count` bounds."""
+        self.tables = [list(table) for table in tables]
+        self._users = [0] * self.count
+        for table in self.tables:
+            for page in table:
+                self._users[page] += 1
+        self._free = [page for page in range(self.count - 1, -1, -1) if not self._users[page]]
+
+    @property
+    def count(self) -> int:
+        """How many pages there are."""
+        return len(self._users)
+
     def _shared_end(self, table: list[int], start: int, stop: int) -> int | None:
         """The page in which keys from ``start`` on go beside older ones, if others use it too."""
         if stop == start or start % self.size == 0 or self._users[table[-1]] == 1:

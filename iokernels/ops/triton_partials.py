@@ -8,7 +8,9 @@ and two such sums over different keys merge into that of both, in whatever order
 
     m = max(m1, m2)      l = 2^(m1 - m) l1 + 2^(m2 - m) l2      acc = 2^(m1 - m) acc1 + 2^(m2 - m) acc2
 
-At the end out = acc / l and lse = ln 2 (m + log2 l). No keys at all are m = -inf, l = 0, acc = 0.
+A kernel whose scores and m are natural logarithms has e in place of 2 there, and names the unit NATURAL.
+
+At the end out = acc / l and lse = ln 2 (m + log2 l), or m + ln l. No keys at all are m = -inf, l = 0, acc = 0.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+BINARY = tl.constexpr(1.0)
+NATURAL = tl.constexpr(1.4426950408889634)
+"""The unit of m and of scores, in base 2."""
+
 
 @triton.jit
-def merged(m1, l1, acc1, m2, l2, acc2):
+def merged(m1, l1, acc1, m2, l2, acc2, UNIT: tl.constexpr):
     """The sum over two sets of keys."""
     m = tl.maximum(m1, m2)
     finite = tl.where(m == float("-inf"), 0.0, m)
-    a1, a2 = tl.exp2(m1 - finite), tl.exp2(m2 - finite)
+    a1, a2 = tl.exp2((m1 - finite) * UNIT), tl.exp2((m2 - finite) * UNIT)
     return m, l1 * a1 + l2 * a2, acc1 * a1[:, None] + acc2 * a2[:, None]
 
 
@@ -55,12 +61,12 @@ def load_partial(partial_ptr, slot, used, VALUE_DIM: tl.constexpr, BLOCK_V: tl.c
 @triton.jit
 def merge_slots(
     partial_ptr, first_slot, next_slot, step, count, used,
-    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, UNIT: tl.constexpr = BINARY,
 ):  # fmt: skip
     """The sum of ``count`` partials, always in the same order: ``first_slot``, then ``next_slot`` in steps."""
     m_i, l_i, acc = load_partial(partial_ptr, first_slot, used, VALUE_DIM, BLOCK_V, BLOCK_M)
     # Unrolled, so that the loads of several partials are on their way at once.
     for other in tl.range(0, count - 1, loop_unroll_factor=4):
         m2, l2, acc2 = load_partial(partial_ptr, next_slot + other * step, used, VALUE_DIM, BLOCK_V, BLOCK_M)
-        m_i, l_i, acc = merged(m_i, l_i, acc, m2, l2, acc2)
+        m_i, l_i, acc = merged(m_i, l_i, acc, m2, l2, acc2, UNIT)
     return m_i, l_i, acc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,34 @@ def test_one_kernel_for_all_lengths_batches_and_caches(tmp_path: Path) -> None:
     options = "h=32,hkv=4,d=128,page=16,left=500"
     shapes = [f"{options},{text},schedule={schedule}" for schedule in (1, 2) for text in sizes]
     assert json.loads(run(tmp_path, "-c", VARIANTS, given=json.dumps(shapes))) == [1, 1, 1]
+
+
+ARRIVAL = """
+import json
+from iokernels import autotune
+from iokernels.autotune.resources import compiling_for
+from iokernels.bench.cases.lean_attention import CASE
+from iokernels.ops.lean_attention.triton_lean import lean_attention_kernel
+from iokernels.ops.lean_attention.tuning import Config
+from iokernels.runtime.device import named
+import torch
+
+config = Config(block_n=64, blocks=264, stream_k=1, num_warps=4, num_stages=2)
+with compiling_for(named(input())), autotune.override(lean_attention=config):
+    CASE.compilation.launch(CASE.vocabulary.parse("b=2,h=8,hkv=1,nk=1k,d=64,schedule=1"), torch.bfloat16, "fwd")
+found = [kernel.asm["ptx"] for device in lean_attention_kernel.device_caches.values() for kernel in device[0].values()]
+print(json.dumps(found))
+"""
+
+
+def test_a_block_counts_itself_in_after_all_its_threads_have_written(tmp_path: Path) -> None:
+    """And releases what they wrote to the one that merges, which acquires it: no interpreter shows that it did not."""
+    (ptx,) = json.loads(run(tmp_path, "-c", ARRIVAL, given="h100-sxm"))
+    memory = re.findall(r"\b(?:st\.global|atom|bar\.sync|ld\.global\.cg)\S*", ptx)
+    (counted,) = (place for place, name in enumerate(memory) if name.startswith("atom"))
+    assert memory[counted] == "atom.global.gpu.acq_rel.add.u32"
+    assert memory[counted - 1] == "bar.sync"
+    assert memory[counted - 2].startswith("st.global")  # of the partial result
+    # The last to arrive reads the others' past the first-level cache, once all its threads know that it is.
+    assert memory[counted + 1] == "bar.sync"
+    assert any(name.startswith("ld.global.cg") for name in memory[counted + 2 :])

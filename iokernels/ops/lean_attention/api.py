@@ -17,7 +17,7 @@ from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
 from .op import attend
-from .options import Options, capacity
+from .options import Options, capacity, used_pages
 
 QUANTISED = (torch.float8_e4m3fn, torch.int8)
 """Dtypes that a cache may have beside that of the queries."""
@@ -100,9 +100,11 @@ def lean_attention(
         v_cache: ``[B, Hkv, N, Dv]``, or ``[pages, Hkv, page, Dv]``, dtype and device of k_cache.
         cache_seqlens: int32 ``[B]``: how many keys each sequence has, new ones included, 0 to the capacity. On a GPU
             its values are never read by the host, and lengths out of range are clamped. On the CPU they are checked.
-            Memory past a length is never read.
+            Memory past a length is never read, nor are keys behind a window: NaN there does no harm.
         block_table: int32 ``[B, most pages]``, for paged caches: entry i of a sequence is the page of its keys
-            ``i * page`` to ``(i + 1) * page``. Entries that its length does not reach are never read.
+            ``i * page`` to ``(i + 1) * page``. Entries of keys past its length, or behind the window of all its rows,
+            are never read. The others are checked on the CPU; on a GPU, and under ``torch.compile``, a number out of
+            range is taken to the nearest page, so that nothing outside the caches is read.
         causal: row i of Nq sees the keys up to its own, ``len - Nq + i``.
         window: ``(left, right)``: row i sees the keys from ``len - Nq + i - left`` to ``len - Nq + i + right``; -1 is
             unbounded. With ``causal`` the right side is 0 at most.
@@ -147,7 +149,7 @@ def lean_attention(
         tensors,
     )  # fmt: skip
     options = Options(cache_seqlens, block_table, sinks, k_scale, v_scale, k_prefix, v_prefix, *plan[1:])
-    _check_values(k_cache, options)
+    _check_values(q, k_cache, options)
     if plan.backend == "reference":
         out, lse = reference.attend(q, k_cache, v_cache, options)
     else:
@@ -269,22 +271,19 @@ def _schedule(contract: Contract, schedule: Any, batch_invariant: bool) -> str:
     return "invariant"
 
 
-def _check_values(k_cache: Tensor, options: Options) -> None:
+def _check_values(q: Tensor, k_cache: Tensor, options: Options) -> None:
     """Check lengths and page numbers, where reading them costs no synchronisation."""
     seqlens, table = options.cache_seqlens, options.block_table
     if not readable(seqlens):
         return
     most, page = capacity(k_cache, options), k_cache.shape[2]
-    for sequence, length in enumerate(seqlens.tolist()):
+    lengths = seqlens.tolist()
+    for sequence, length in enumerate(lengths):
         if not 0 <= length <= most:
             raise ValueError(
                 f"lean_attention: cache_seqlens[{sequence}] is {length}; it must be 0 to {most}, the cache's capacity"
             )
-        if table is not None and length:
-            pages = table[sequence, : -(-length // page)]
-            low, high = pages.min().item(), pages.max().item()
-            if low < 0 or high >= k_cache.shape[0]:
-                raise ValueError(
-                    f"lean_attention: block_table[{sequence}] names page {low if low < 0 else high}; "
-                    f"there are {k_cache.shape[0]}"
-                )
+    if table is not None:
+        hidden = q.shape[2] + options.window_left if options.window_left >= 0 else most
+        used = [range(max(length - hidden, 0) // page, -(-length // page)) for length in lengths]
+        used_pages("lean_attention", table, k_cache.shape[0], used)

@@ -15,8 +15,10 @@ from iokernels.runtime.offsets import readable
 from iokernels.runtime.plans import Plans, remembered
 
 from . import append_reference
+from .append_memory import check_apart, places
 from .append_op import append
 from .append_options import TOP, Append, room
+from .options import used_pages
 from .rotary import check_positions, check_table
 
 MAX_HEAD_DIM = 256
@@ -96,8 +98,10 @@ def append_kv(
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
-        ValueError: shapes, devices or numbers that do not fit; the message names the argument. On the CPU also lengths
-            past the capacity, page numbers and positions out of range; nothing is written then. On a GPU, and under
+        ValueError: shapes, devices or numbers that do not fit, and caches that are expanded, overlap with themselves
+            or share memory (views of one tensor that lie apart are fine); the message names the argument. On the CPU
+            also lengths past the capacity, page numbers and positions out of range, and two sequences that write to
+            one place of a page; nothing is written then. On a GPU, and under
             ``torch.compile``, the host reads none of these: rows past the capacity or in a page that does not exist
             are not written, and positions outside the rotary table are taken to its edge.
         UnsupportedError: the named backend cannot run this call, or a gradient is asked of it: none flows through a
@@ -109,7 +113,14 @@ def append_kv(
     cos, sin = _checked_rotary(rotary)
     tensors = (k_new, v_new, k_cache, v_cache, cache_seqlens, block_table, new_seqlens, positions, cos, sin, k_scale,
                v_scale)  # fmt: skip
-    chosen = remembered(_PLANS, _plan, (interleaved, dispatch.requested(backend), torch.is_grad_enabled()), tensors)
+    lie = places(k_cache, v_cache, k_scale, v_scale)
+    chosen = remembered(
+        _PLANS, _plan, (interleaved, dispatch.requested(backend), torch.is_grad_enabled(), lie), tensors
+    )
+    if lie is not None:
+        # Rows of a negated view are the negative of what its memory holds, and rounding is symmetric.
+        k_new, k_cache = _signed(k_new, k_cache)
+        v_new, v_cache = _signed(v_new, v_cache)
     k_each, v_each = (x is not None and x.dim() == 3 for x in (k_scale, v_scale))
     options = Append(
         cache_seqlens, block_table, new_seqlens, positions, cos, sin, interleaved,
@@ -126,6 +137,11 @@ def append_kv(
 _PLANS: Plans[str] = Plans()
 
 
+def _signed(new: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """New rows and a cache that is no negated view, which together mean the same."""
+    return (new.neg(), torch.ops.aten._neg_view(cache)) if cache.is_neg() else (new, cache)
+
+
 def _checked_rotary(rotary: Any) -> tuple[Tensor | None, Tensor | None]:
     if rotary is None:
         return None, None
@@ -135,11 +151,11 @@ def _checked_rotary(rotary: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _plan(
-    interleaved: Any, backend: str | None, grad: bool, k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor,
-    cache_seqlens: Tensor, block_table: Any, new_seqlens: Any, positions: Any, cos: Any, sin: Any, k_scale: Any,
-    v_scale: Any,
+    interleaved: Any, backend: str | None, grad: bool, lie: Any, k_new: Tensor, v_new: Tensor, k_cache: Tensor,
+    v_cache: Tensor, cache_seqlens: Tensor, block_table: Any, new_seqlens: Any, positions: Any, cos: Any, sin: Any,
+    k_scale: Any, v_scale: Any,
 ) -> str:  # fmt: skip
-    """The backend of a call that is right: a function of metadata alone, so it is remembered."""
+    """The backend of a call that is right: a function of metadata and of where memory lies, so it is remembered."""
     scales = [x for x in (k_scale, v_scale) if isinstance(x, Tensor)]
     per_key = bool(scales) and scales[0].dim() == 3
     contract = _CONTRACTS[block_table is not None, per_key]
@@ -163,6 +179,8 @@ def _plan(
     contract.require(cos is not None or positions is None, "positions are those of rotary, which is not given")
     if cos is not None:
         check_table(contract, sizes)
+    if lie is not None:
+        check_apart(k_cache=k_cache, v_cache=v_cache, **{"k_scale": k_scale, "v_scale": v_scale} if per_key else {})
     given = (k_new, v_new, k_cache, v_cache, cos, sin, k_scale, v_scale)
     if grad and any(x is not None and x.requires_grad for x in given):
         raise UnsupportedError(
@@ -207,15 +225,27 @@ def _check_values(k_new: Tensor, k_cache: Tensor, options: Append) -> None:
                 f"append_kv: cache_seqlens[{sequence}] is {length}; with {count} new keys it must be 0 to "
                 f"{most - count}, since the cache holds {most}"
             )
-        if table is not None and count:
-            pages = table[sequence, length // page : (length + count - 1) // page + 1]
-            low, high = pages.min().item(), pages.max().item()
-            if low < 0 or high >= k_cache.shape[0]:
-                raise ValueError(
-                    f"append_kv: block_table[{sequence}] names page {low if low < 0 else high}; "
-                    f"there are {k_cache.shape[0]}"
-                )
+    if table is not None:
+        spans = [range(at // page, -(-(at + n) // page) if n else 0) for at, n in zip(lengths, counts, strict=True)]
+        pages = used_pages("append_kv", table, k_cache.shape[0], spans)
+        _check_owners(pages, spans, lengths, counts, page)
     if options.cos is not None:
         first = lengths if options.positions is None else options.positions.tolist()
         contract = _CONTRACTS[table is not None, False]
         check_positions(contract, first, counts, options.cos.shape[0])
+
+
+def _check_owners(pages: list[list[int]], spans: list[range], lengths: list[int], counts: list[int], page: int) -> None:
+    """Refuse that two sequences write to one row of a page, where one of them would be lost."""
+    owners: dict[int, list[tuple[int, int, int]]] = {}
+    for sequence, span in enumerate(spans):
+        start, stop = lengths[sequence], lengths[sequence] + counts[sequence]
+        for entry, number in zip(span, pages[sequence], strict=True):
+            low, high = max(start - entry * page, 0), min(stop - entry * page, page)
+            for other, other_low, other_high in owners.setdefault(number, []):
+                if max(low, other_low) < min(high, other_high):
+                    raise ValueError(
+                        f"append_kv: sequences {other} and {sequence} both write to row {max(low, other_low)} of page "
+                        f"{number} of block_table; a page that is written must belong to one sequence"
+                    )
+            owners[number].append((sequence, low, high))

@@ -50,7 +50,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     rot = 2 * cos.shape[-1]
     pairs = x[..., :rot].unflatten(-1, (-1, 2) if interleaved else (2, -1))
     pairs = pairs if interleaved else pairs.transpose(-1, -2)
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos.to(x.dtype), sin.to(x.dtype))
+    turned = torch.view_as_complex(pairs.clone(memory_format=torch.contiguous_format)) * torch.complex(
+        cos.to(x.dtype), sin.to(x.dtype)
+    )
     turned = torch.view_as_real(turned)
     turned = (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
     return torch.cat([turned, x[..., rot:]], dim=-1)

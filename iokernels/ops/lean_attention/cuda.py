@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     with guard(q.device):
         prefix = None
         if options.k_prefix is not None and options.v_prefix is not None:
-            # What the common keys alone give every row: m and l of all rows, then acc.
+            # What the common keys alone give every row: acc of all rows, then m and l.
             prefix = torch.empty(lse.numel() * (2 + _quads(v_cache.shape[3])), dtype=torch.float32, device=q.device)
             keys, values = options.k_prefix.unsqueeze(0), options.v_prefix.unsqueeze(0)
             _launch(Launch(q, keys, values, options, most, of_prefix=True), out, lse, prefix)
@@ -70,8 +68,9 @@ def _launch(launch: Launch, out: Tensor, lse: Tensor, prefix: Tensor | None) -> 
         "row_tiles": launch.row_tiles,
         "capacity": launch.capacity,
         "page": 0 if table is None else k_cache.shape[2],
-        "qk_scale": float(options.scale / softcap if softcap > 0.0 else options.scale * math.log2(math.e)),
-        "softcap_log2": softcap * math.log2(math.e),
+        "pages": k_cache.shape[0],
+        "qk_scale": float(options.scale / softcap if softcap > 0.0 else options.scale),
+        "softcap": float(softcap),
         "window_left": clamp(options.window_left),
         "window_right": clamp(options.window_right),
         "fewest_tiles": tuning.FEWEST_TILES,

@@ -7,6 +7,7 @@ keys ``i * page`` to ``(i + 1) * page`` of sequence b.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,3 +83,27 @@ def empty_out(q: Tensor, v_cache: Tensor) -> Tensor:
 def empty_lse(q: Tensor) -> Tensor:
     """An uninitialised log-sum-exp [B, Hq, Nq]: float32, but for float64 queries."""
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+_SMALL_TABLE = 2048
+"""Entries of a page table that are read at once: cheaper than what each sequence uses by itself."""
+
+
+def used_pages(operator: str, block_table: Tensor, pages: int, used: Sequence[range]) -> list[list[int]]:
+    """The page numbers in the entries that each sequence uses. The other entries may be anything.
+
+    Raises:
+        ValueError: one is of no page; there are ``pages``.
+    """
+    rows = block_table.tolist() if block_table.numel() <= _SMALL_TABLE else block_table
+    found = []
+    for sequence, entries in enumerate(used):
+        numbers = rows[sequence][entries.start : entries.stop]
+        numbers = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        if numbers and (min(numbers) < 0 or max(numbers) >= pages):
+            entry, number = next((at, n) for at, n in zip(entries, numbers, strict=True) if not 0 <= n < pages)
+            raise ValueError(
+                f"{operator}: block_table[{sequence}] names page {number}; there are {pages} (its entry {entry})"
+            )
+        found.append(numbers)
+    return found

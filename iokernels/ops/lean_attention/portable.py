@@ -11,9 +11,13 @@ The keys of a common prefix are walked first, with the rows of all sequences at 
 sequence then goes on from its rows' M, L and A.
 
 On the CPU, sequences are walked one after the other, each as far as its length, and only keys that a row can see are
-read. Elsewhere the lengths stay on the device: all sequences are walked together through the whole capacity, and what
-lies past a length is replaced before it is used. With ``schedule="invariant"`` there too one after the other, prefix
-included, so that no product has a shape or an alignment that depends on the rest of the batch.
+read. PyTorch's own kernel runs where it is the same function; it hides a score of NaN behind an output of 0, so its
+statistics are looked at afterwards. A product of weights and values that are NaN or infinite is NaN even where the
+weight is 0 because the key is hidden: sequences with such an output are computed again, and those values apart.
+
+Elsewhere the lengths stay on the device: all sequences are walked together through the whole capacity, and what no row
+sees is replaced before it is used. With ``schedule="invariant"`` there too one after the other, prefix included, so
+that no product has a shape or an alignment that depends on the rest of the batch.
 
 FLOPs: ``2 R Hkv B N (D + Dv)``. Bytes: the caches once, as stored; chunks of keys in half precision or quantised are
 widened to float32 (float64 for float64 queries) and read again from cache. Extra memory: one chunk of keys and scores.
@@ -43,6 +47,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
     batch = q.shape[0]
     lengths = host_lengths(k_cache, options)
     one_by_one = options.schedule == "invariant"
+    in_aten = lengths is not None and runs_in_aten(q, k_cache, v_cache, options)
     for group in range(batch) if one_by_one else range(min(batch, 1)):
         together = slice(group, group + 1) if one_by_one else slice(0, batch)
         state: State | None = None
@@ -52,7 +57,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
         for member in range(together.start, together.stop) if lengths is not None else (together.start,):
             part = slice(member, member + 1) if lengths is not None else together
             length = None if lengths is None else lengths[member]
-            if length and runs_in_aten(q, k_cache, v_cache, options):
+            if length and in_aten:
                 _attend_in_aten(q[part], k_cache[part, :, :length], v_cache[part, :, :length], out[part], lse[part],
                                 options)  # fmt: skip
                 continue
@@ -60,7 +65,39 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
             made = _attend(q[part], k_cache, v_cache, options, part, length, start)
             out[part].copy_(made[0])
             lse[part].copy_(made[1])
+    if lengths is not None:
+        _again(q, k_cache, v_cache, options, lengths, in_aten, out, lse)
     return out, lse
+
+
+def _again(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, lengths: list[int], in_aten: bool, out: Tensor,
+    lse: Tensor,
+) -> None:  # fmt: skip
+    """Compute those sequences again, with care, whose results say that NaN or infinity was met on the way."""
+    if in_aten:
+        shown = lse  # a row that met a NaN is 0 there, or not finite
+    elif options.window_left >= 0 or (options.window_right >= 0 and q.shape[2] > 1):
+        shown = out
+    else:
+        return  # all rows see the same keys: what one of them met, all did
+
+    def right(x: Tensor) -> bool:
+        # The remainder of a number by itself is NaN for 0, infinity and NaN. Two operations cost less than questions.
+        return (torch.fmod(x, x) if in_aten else x - x).sum().item() == 0.0
+
+    if right(shown):
+        return
+    for sequence, length in enumerate(lengths):
+        part = slice(sequence, sequence + 1)
+        if (in_aten and not length) or right(shown[part]):
+            continue
+        start = None
+        if options.k_prefix is not None and options.v_prefix is not None:
+            start = _after_prefix(q[part], options.k_prefix, options.v_prefix, options, part, careful=True)
+        made = _attend(q[part], k_cache, v_cache, options, part, length, start, careful=True)
+        out[part].copy_(made[0])
+        lse[part].copy_(made[1])
 
 
 def host_lengths(k_cache: Tensor, options: Options) -> list[int] | None:
@@ -82,15 +119,25 @@ class State(NamedTuple):
         """The rows of some sequences."""
         return State(*(x[sequences] for x in self))
 
-    def with_keys(self, scores: Tensor, v: Tensor) -> State:
-        """After more keys: their scores [S, Hkv, R, n], which are overwritten, and values [S, Hkv, n, Dv]."""
+    def with_keys(self, scores: Tensor, v: Tensor, hidden: Tensor | None = None) -> State:
+        """After more keys: their scores [S, Hkv, R, n], which are overwritten, and values [S, Hkv, n, Dv].
+
+        ``hidden`` [S, 1, R, n], where it is given, says which values must not reach a row even if they are NaN.
+        """
         raised = torch.maximum(self.highest, scores.amax(-1, keepdim=True))
         # A row without a key so far: exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN.
         base = raised.masked_fill(raised == float("-inf"), 0.0)
         weights = scores.sub_(base).exp_()
         decay = torch.exp(self.highest - base)
         total = self.total * decay + weights.sum(-1, keepdim=True)
-        return State(raised, total, self.acc * decay + torch.matmul(weights, v))
+        if hidden is None or bool(torch.isfinite(v).all()):
+            return State(raised, total, self.acc * decay + torch.matmul(weights, v))
+        acc = self.acc * decay
+        each = max(_CHUNK_ELEMENTS_ELSEWHERE // max(acc.numel(), 1), 1)
+        for keys in (slice(first, first + each) for first in range(0, v.shape[2], each)):
+            products = weights[..., keys, None] * v[:, :, None, keys]  # [S, Hkv, R, n, Dv]
+            acc += products.masked_fill_(hidden[..., keys, None], 0.0).sum(3)
+        return State(raised, total, acc)
 
 
 def _start(rows: Tensor, value_dim: int, options: Options) -> State:
@@ -144,7 +191,9 @@ def _outside(position: Tensor, keys: Tensor, options: Options) -> Tensor | None:
     return hidden
 
 
-def _after_prefix(q: Tensor, k_prefix: Tensor, v_prefix: Tensor, options: Options, part: slice) -> State:
+def _after_prefix(
+    q: Tensor, k_prefix: Tensor, v_prefix: Tensor, options: Options, part: slice, careful: bool = False
+) -> State:
     """The state of all rows after the common keys, which every chunk of the walk reads for all sequences at once."""
     sequences, queries = q.shape[0], q.shape[2]
     kv_heads, prefix, _ = k_prefix.shape
@@ -161,14 +210,18 @@ def _after_prefix(q: Tensor, k_prefix: Tensor, v_prefix: Tensor, options: Option
     for keys in _chunks(0, prefix, kv_heads, rows, v_prefix.shape[2]):
         index = torch.arange(keys.start - prefix, keys.stop - prefix, device=q.device)
         k, v = (x[None, :, keys].to(rows.dtype, copy=copied) for x in (k_prefix, v_prefix))
-        state = state.with_keys(_scores(rows, k, None, _outside(position, index, options), options.softcap), v)
+        hidden = _outside(position, index, options)
+        if hidden is not None and not careful:
+            v = v.masked_fill(hidden.all(2)[..., None], 0.0)  # a weight of 0 does not undo a NaN
+        state = state.with_keys(_scores(rows, k, None, hidden, options.softcap), v, hidden if careful else None)
     parted = [x.view(kv_heads, sequences, count, x.shape[3]).transpose(0, 1) for x in state]
     return State(*parted)
 
 
 def _attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, part: slice, length: int | None, state: State | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options, part: slice, length: int | None, state: State | None,
+    careful: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The walk of the sequences ``part`` through their own keys. ``length`` is None where only the device knows it."""
     queries, kv_heads, value_dim = q.shape[2], k_cache.shape[1], v_cache.shape[3]
     rows = _rows(q, kv_heads, options)
@@ -180,7 +233,7 @@ def _attend(
         first = max(length - queries - options.window_left, 0)
     factors = tuple(x if per_key(x) else None for x in (options.k_scale, options.v_scale))
     for keys in _chunks(first, stop, kv_heads, rows, value_dim):
-        hidden = past = None
+        hidden = None
         index = torch.arange(keys.start, keys.stop, device=q.device)
         if length is None or _some_hidden(keys, length, queries, options):
             hidden = _outside(position, index, options)
@@ -191,10 +244,10 @@ def _attend(
         k, v = where.keys(k_cache, rows.dtype, options), where.keys(v_cache, rows.dtype, options)
         if factors[1] is not None:
             v = v * where.factors(factors[1]).to(v.dtype)[..., None]
-        if past is not None:
-            v = v.masked_fill(past.transpose(2, 3), 0.0)  # a weight of 0 does not undo a NaN
+        if isinstance(seqlens, Tensor) and hidden is not None:
+            v = v.masked_fill(hidden.all(2)[..., None], 0.0)  # a weight of 0 does not undo a NaN
         k_factors = None if factors[0] is None else where.factors(factors[0])
-        state = state.with_keys(_scores(rows, k, k_factors, hidden, options.softcap), v)
+        state = state.with_keys(_scores(rows, k, k_factors, hidden, options.softcap), v, hidden if careful else None)
 
     empty = state.total == 0.0
     total = state.total.masked_fill(empty, 1.0)
@@ -252,7 +305,7 @@ class _Where(NamedTuple):
 def runs_in_aten(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> bool:
     """Whether PyTorch's CPU flash kernel computes the same function of every sequence that has keys.
 
-    All rows must see all keys; it takes rows for contiguous and apart without looking at their strides.
+    All rows must see all keys; it takes rows of caches for contiguous and apart without looking at their strides.
     """
     return (
         q.device.type == "cpu"
@@ -270,7 +323,8 @@ def runs_in_aten(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) 
 
 def _attend_in_aten(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options) -> None:
     """Fill out and lse [1, Hq, Nq] of one sequence, whose grouped heads are rows of one call."""
-    rows = q.reshape(1, k.shape[1], q.shape[1] // k.shape[1] * q.shape[2], q.shape[3])
+    # Of q too it looks at no stride but those of heads and rows; it may be a view of anything.
+    rows = q.reshape(1, k.shape[1], q.shape[1] // k.shape[1] * q.shape[2], q.shape[3]).contiguous()
     made, statistics = _ATEN_FORWARD(rows, k, v, 0.0, False, scale=options.scale)
     out.copy_(made.reshape(out.shape))
     lse.copy_(statistics.reshape(lse.shape))

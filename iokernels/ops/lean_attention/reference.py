@@ -18,12 +18,15 @@ from .options import Options, empty_lse, per_key
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as :class:`Options` defines it. Returns (out, lse) like the operator."""
     if q.shape[0] == 0:
-        return q.new_empty((*q.shape[:3], v_cache.shape[3])), empty_lse(q)
+        nothing = _nothing((q, k_cache, v_cache, *options[2:7])).to(q.dtype)
+        return q.new_empty((*q.shape[:3], v_cache.shape[3])) + nothing, empty_lse(q) + nothing
     outs, lses = [], []
     for sequence, length in enumerate(on_host("lean_attention", "cache_seqlens", options.cache_seqlens)):
-        k = keys_of(k_cache, options.k_scale, sequence, length, options, q.dtype)
-        v = keys_of(v_cache, options.v_scale, sequence, length, options, q.dtype)
-        if options.k_prefix is not None and options.v_prefix is not None:
+        # Keys behind the window of the first row take no part, whatever they are.
+        first = max(length - q.shape[2] - options.window_left, 0) if options.window_left >= 0 else 0
+        k = keys_of(k_cache, options.k_scale, sequence, first, length, options, q.dtype)
+        v = keys_of(v_cache, options.v_scale, sequence, first, length, options, q.dtype)
+        if options.k_prefix is not None and options.v_prefix is not None and first == 0:
             k = torch.cat([_scaled(options.k_prefix, options.k_scale, q.dtype), k], dim=1)
             v = torch.cat([_scaled(options.v_prefix, options.v_scale, q.dtype), v], dim=1)
         out, lse = _attend_one(q[sequence], k, v, options)
@@ -32,22 +35,29 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tup
     return torch.stack(outs), torch.stack(lses)
 
 
+def _nothing(tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """0, as a function of all that wants a gradient."""
+    wanted = [x[:0].sum() for x in tensors if x is not None and x.requires_grad]
+    return sum(wanted, torch.zeros((), device=tensors[0].device if tensors[0] is not None else None))
+
+
 def keys_of(
-    cache: Tensor, scale: Tensor | None, sequence: int, length: int, options: Options, dtype: torch.dtype
+    cache: Tensor, scale: Tensor | None, sequence: int, first: int, length: int, options: Options, dtype: torch.dtype
 ) -> Tensor:
-    """The first ``length`` keys (or values) of one sequence, scaled: [Hkv, length, D]."""
+    """The keys (or values) of one sequence from ``first`` to ``length``, scaled: [Hkv, length - first, D]."""
     if options.block_table is None:
         rows, factors = cache[sequence], scale[sequence] if scale is not None and per_key(scale) else scale
     else:
         page = cache.shape[2]
-        pages = options.block_table[sequence, : -(-length // page)].long()
+        pages = options.block_table[sequence, first // page : -(-length // page)].long()
+        first, length = first % page, length - first // page * page
         rows = rearrange(cache[pages], "pages h page d -> h (pages page) d")
         factors = scale
         if scale is not None and per_key(scale):
             factors = rearrange(scale[pages], "pages h page -> h (pages page)")
     if factors is not None and factors.dim() == 2:
-        factors = factors[:, :length]
-    return _scaled(rows[:, :length], factors, dtype)
+        factors = factors[:, first:length]
+    return _scaled(rows[:, first:length], factors, dtype)
 
 
 def _scaled(rows: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -89,5 +99,10 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tens
     empty = denominator == 0.0
     denominator = denominator.masked_fill(empty, 1.0)
     lse = (highest + torch.log(denominator)).masked_fill(empty, float("-inf"))
-    out = einsum(weights / denominator[..., None], v, "h i j, h j d -> h i d")
+    weights = weights / denominator[..., None]
+    if torch.isfinite(v.detach()).all():
+        out = einsum(weights, v, "h i j, h j d -> h i d")
+    else:
+        # A weight of 0 does not undo a NaN, and a row knows nothing of a key that it does not see.
+        out = einsum(weights, v[:, None].masked_fill(hidden[None, :, :, None], 0.0), "h i j, h i j d -> h i d")
     return out, lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)

@@ -8,6 +8,8 @@ from torch import Tensor
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 from iokernels.runtime.plans import is_concrete
 
+from .integers import LARGEST, flag, integer
+
 _CONTRACT = Contract(
     "apply_rotary",
     x=Spec("B H N D", FLOATS),
@@ -15,6 +17,7 @@ _CONTRACT = Contract(
     sin=Spec("P half", same_dtype_as="cos"),
     positions=Spec("B", (torch.int32, torch.int64)),
 )
+_TABLE = Contract("rotary_table")
 
 
 def rotary_table(
@@ -22,13 +25,17 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """The usual angles: ``(cos, sin)``, float32 ``[positions, width / 2]``, of ``p * base ** (-2 j / width)``.
 
-    ``width`` is how many elements of a head turn; it must be even.
+    ``width`` is how many elements of a head turn; it must be even. ``base`` is above 0.
 
     Raises:
-        ValueError: a negative number of positions, or a width that is not positive and even.
+        TypeError: an argument of a wrong type.
+        ValueError: a negative number of positions or one beyond int32, a width that is not positive and even, or a
+            base that is not positive and finite.
     """
-    _CONTRACT.require(positions >= 0, f"positions is {positions}; it must be at least 0")
-    _CONTRACT.require(width > 0 and width % 2 == 0, f"width is {width}; it must be positive and even")
+    positions = integer(_TABLE, "positions", positions, least=0, most=LARGEST)
+    width = integer(_TABLE, "width", width, most=LARGEST)
+    _TABLE.require(width > 0 and width % 2 == 0, f"width is {width}; it must be positive and even")
+    base = _TABLE.number("base", base, above=0.0)
     # In float64: float32 products lose a part of the angle at positions in the hundred thousands.
     rates = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
     angles = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * rates
@@ -55,6 +62,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inte
         ValueError: shapes, devices or positions that do not fit; the message names the argument.
     """
     sizes = _CONTRACT.check(x=x, cos=cos, sin=sin, positions=positions)
+    flag(_CONTRACT, "interleaved", interleaved)
     check_table(_CONTRACT, sizes)
     count, length = cos.shape[0], x.shape[2]
     if positions.device.type == "cpu" and not torch.compiler.is_compiling() and is_concrete(positions) and length:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 from torch import Tensor
@@ -72,7 +70,7 @@ def _launch_split(launch: Launch, own: Arguments, items: int, tiles: int, *, pre
         FEATURES=own.features, ALL_SEQUENCES=all_sequences, **own.constants, **launch.resources,
     )  # fmt: skip
     if several:
-        *counts, _, _, left, right = launch.numbers
+        *counts, _, _, _, left, right = launch.numbers
         constants = {name: own.constants[name] for name in ("VALUE_DIM", "BLOCK_V", "BLOCK_M", "BLOCK_N")}
         lean_attention_combine_kernel[(items,)](
             *own.combined, partials, *own.combined_strides, *counts, left, right, *sizes,
@@ -81,7 +79,7 @@ def _launch_split(launch: Launch, own: Arguments, items: int, tiles: int, *, pre
 
 
 def _prefix(launch: Launch, q: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """What the common keys alone give every row: out in float32, lse in base 2."""
+    """What the common keys alone give every row: out in float32, and lse."""
     assert options.k_prefix is not None
     assert options.v_prefix is not None
     keys, values = options.k_prefix.unsqueeze(0), options.v_prefix.unsqueeze(0)
@@ -174,9 +172,9 @@ class Launch:
         softcap = options.softcap
         # In the order of the kernels' arguments.
         self.numbers = (
-            batch, rows, heads // kv_heads, kv_heads, self.row_tiles, self.capacity,
-            options.scale / softcap if softcap > 0.0 else options.scale * math.log2(math.e),
-            softcap * math.log2(math.e), clamp(options.window_left), clamp(options.window_right),
+            batch, rows, heads // kv_heads, kv_heads, self.row_tiles, self.capacity, k_cache.shape[0],
+            float(options.scale / softcap if softcap > 0.0 else options.scale), float(softcap),
+            clamp(options.window_left), clamp(options.window_right),
         )  # fmt: skip
         device = spec_of(q.device)
         self.problem = self._problem(device, all_sequences)

@@ -20,11 +20,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from iokernels.ops.triton_partials import merge_slots, store_partial
+from iokernels.ops.triton_partials import NATURAL, merge_slots, store_partial
 
 from .triton_walk import (
     Numbers,
     finish,
+    first_key,
     first_tile,
     keys_of,
     length_of,
@@ -96,8 +97,8 @@ def _sequence_at(tile, seqlens_ptr, numbers, FEATURES: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit(
-    do_not_specialize=["batch", "rows", "group", "kv_heads", "row_tiles", "capacity", "window_left", "window_right",
-                       "qk_scale", "softcap_log2", "stride_table"]
+    do_not_specialize=["batch", "rows", "group", "kv_heads", "row_tiles", "capacity", "pages", "window_left",
+                       "window_right", "qk_scale", "softcap", "stride_table"]
 )  # fmt: skip
 def lean_attention_kernel(
     q_ptr,  # [B, Hq, Nq, D]
@@ -111,7 +112,7 @@ def lean_attention_kernel(
     k_scale_ptr,  # float32, or None
     v_scale_ptr,  # float32, or None
     prefix_out_ptr,  # float32 [B, Hq, Nq, Dv] or None
-    prefix_lse_ptr,  # float32 [B, Hq, Nq] in base 2, or None
+    prefix_lse_ptr,  # float32 [B, Hq, Nq] or None
     partial_ptr,  # float32 [2 * blocks, BLOCK_M, 2 + Dv]
     arrivals_ptr,  # int32 [items], all 0 before and after
     stride_q,
@@ -129,8 +130,9 @@ def lean_attention_kernel(
     kv_heads,
     row_tiles,
     capacity,
+    pages,
     qk_scale,
-    softcap_log2,
+    softcap,
     window_left,
     window_right,
     FEATURES: tl.constexpr,
@@ -147,7 +149,7 @@ def lean_attention_kernel(
 ):
     """Block ``program_id(0)`` takes its share of the line of tiles."""
     numbers = Numbers(
-        batch, rows, group, kv_heads, row_tiles, capacity, qk_scale, softcap_log2, window_left, window_right
+        batch, rows, group, kv_heads, row_tiles, capacity, pages, qk_scale, softcap, window_left, window_right
     )
     lanes = kv_heads * row_tiles
     block = tl.program_id(0)
@@ -168,15 +170,15 @@ def lean_attention_kernel(
 
             sequences, heads, offs_row, used = row_of(sequence, kv_head, lane % row_tiles, numbers, BLOCK_M, False)
             q = load_queries(q_ptr, stride_q, sequences, heads, offs_row, used, HEAD_DIM, BLOCK_D, BLOCK_M)
-            k_head, v_head, k_factor, v_factor, pages = keys_of(
+            k_head, v_head, k_factor, v_factor, table = keys_of(
                 k_ptr, stride_k, v_ptr, stride_v, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale,
                 table_ptr, stride_table, sequence, kv_head, FEATURES,
             )  # fmt: skip
             shift = first_tile(length, numbers, FEATURES, BLOCK_N) - item_start
             m_i, l_i, acc = walk(
-                q, length - rows + offs_row, (tile + shift) * BLOCK_N,
+                q, length - rows + offs_row, (tile + shift) * BLOCK_N, first_key(length, numbers, FEATURES),
                 tl.minimum((segment_stop + shift) * BLOCK_N, length),
-                k_head, v_head, k_factor, v_factor, pages, stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
+                k_head, v_head, k_factor, v_factor, table, stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
                 FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
             )  # fmt: skip
 
@@ -198,8 +200,9 @@ def lean_attention_kernel(
                     # The item begins inside the first block's share, in its last segment, or together with it.
                     inside = (_share_start(first, total, parts) < item_start).to(tl.int32)
                     m_i, l_i, acc = merge_slots(
-                        partial_ptr, 2 * first + inside, 2 * first + 2, 2, count, used, VALUE_DIM, BLOCK_V, BLOCK_M
-                    )
+                        partial_ptr, 2 * first + inside, 2 * first + 2, 2, count, used, VALUE_DIM, BLOCK_V, BLOCK_M,
+                        NATURAL,
+                    )  # fmt: skip
             if complete:
                 finish(
                     m_i, l_i, acc, sequences, heads, offs_row, used, out_ptr, lse_ptr, sinks_ptr,

@@ -17,11 +17,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from iokernels.ops.triton_partials import merge_slots, store_partial
+from iokernels.ops.triton_partials import NATURAL, merge_slots, store_partial
 
 from .triton_walk import (
     Numbers,
     finish,
+    first_key,
     first_tile,
     keys_of,
     length_of,
@@ -61,8 +62,8 @@ def _extent(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "rows", "group", "kv_heads", "row_tiles", "capacity", "window_left", "window_right",
-                       "qk_scale", "softcap_log2", "stride_table", "prefix", "part_tiles", "most_parts"]
+    do_not_specialize=["batch", "rows", "group", "kv_heads", "row_tiles", "capacity", "pages", "window_left",
+                       "window_right", "qk_scale", "softcap", "stride_table", "prefix", "part_tiles", "most_parts"]
 )  # fmt: skip
 def lean_attention_split_kernel(
     q_ptr,  # [B, Hq, Nq, D]
@@ -76,7 +77,7 @@ def lean_attention_split_kernel(
     k_scale_ptr,  # float32, or None
     v_scale_ptr,  # float32, or None
     prefix_out_ptr,  # float32 [B, Hq, Nq, Dv] or None
-    prefix_lse_ptr,  # float32 [B, Hq, Nq] in base 2, or None
+    prefix_lse_ptr,  # float32 [B, Hq, Nq] or None
     partial_ptr,  # float32 [items * most_parts, BLOCK_M, 2 + Dv]; any where there is one part
     stride_q,
     stride_k,
@@ -93,8 +94,9 @@ def lean_attention_split_kernel(
     kv_heads,
     row_tiles,
     capacity,
+    pages,
     qk_scale,
-    softcap_log2,
+    softcap,
     window_left,
     window_right,
     prefix,  # keys before those of every sequence
@@ -113,7 +115,7 @@ def lean_attention_split_kernel(
 ):
     """Block ``program_id(0)`` is part ``id % most_parts`` of item ``id // most_parts``."""
     numbers = Numbers(
-        batch, rows, group, kv_heads, row_tiles, capacity, qk_scale, softcap_log2, window_left, window_right
+        batch, rows, group, kv_heads, row_tiles, capacity, pages, qk_scale, softcap, window_left, window_right
     )
     item, part = tl.program_id(0) // most_parts, tl.program_id(0) % most_parts
     sequence, kv_head, row_tile = _item(item, numbers, ALL_SEQUENCES)
@@ -123,20 +125,25 @@ def lean_attention_split_kernel(
     if part < parts:
         sequences, heads, offs_row, used = row_of(sequence, kv_head, row_tile, numbers, BLOCK_M, ALL_SEQUENCES)
         position = length - rows + offs_row
+        low = first_key(length, numbers, FEATURES)
         if ALL_SEQUENCES:
             # A position is counted from the prefix's first key, and each row's sequence has its own length.
-            own = tl.load(seqlens_ptr + sequences, mask=tl.arange(0, BLOCK_M) < used, other=0)
+            is_row = tl.arange(0, BLOCK_M) < used
+            own = tl.load(seqlens_ptr + sequences, mask=is_row, other=0)
             position = prefix + tl.minimum(tl.maximum(own, 0), capacity) - rows + offs_row
+            # Of the prefix too only what some row sees is read: all but what is behind the window of the first one.
+            if FEATURES.left:
+                low = tl.min(tl.where(is_row, position, 2**30)) - window_left
         q = load_queries(q_ptr, stride_q, sequences, heads, offs_row, used, HEAD_DIM, BLOCK_D, BLOCK_M)
-        k_head, v_head, k_factor, v_factor, pages = keys_of(
+        k_head, v_head, k_factor, v_factor, table = keys_of(
             k_ptr, stride_k, v_ptr, stride_v, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale,
             table_ptr, stride_table, sequence, kv_head, FEATURES,
         )  # fmt: skip
         first = start + part * part_tiles
         last = tl.minimum(first + part_tiles, start + tiles)
         m_i, l_i, acc = walk(
-            q, position, first * BLOCK_N, tl.minimum(last * BLOCK_N, length),
-            k_head, v_head, k_factor, v_factor, pages, stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
+            q, position, first * BLOCK_N, low, tl.minimum(last * BLOCK_N, length),
+            k_head, v_head, k_factor, v_factor, table, stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
             FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
         )  # fmt: skip
         if parts == 1:
@@ -159,7 +166,7 @@ def lean_attention_combine_kernel(
     seqlens_ptr,  # int32 [B]
     sinks_ptr,  # [Hq] or None
     prefix_out_ptr,  # float32 [B, Hq, Nq, Dv] or None
-    prefix_lse_ptr,  # float32 [B, Hq, Nq] in base 2, or None
+    prefix_lse_ptr,  # float32 [B, Hq, Nq] or None
     partial_ptr,  # float32 [items * most_parts, BLOCK_M, 2 + Dv]
     stride_out,
     stride_lse,
@@ -183,14 +190,14 @@ def lean_attention_combine_kernel(
     ALL_SEQUENCES: tl.constexpr,
 ):
     """Block ``program_id(0)`` merges the parts of an item, where there are several."""
-    numbers = Numbers(batch, rows, group, kv_heads, row_tiles, capacity, 0.0, 0.0, window_left, window_right)
+    numbers = Numbers(batch, rows, group, kv_heads, row_tiles, capacity, 0, 0.0, 0.0, window_left, window_right)
     item = tl.program_id(0)
     sequence, kv_head, row_tile = _item(item, numbers, ALL_SEQUENCES)
     _, _, _, parts = _extent(seqlens_ptr, sequence, numbers, prefix, part_tiles, FEATURES, BLOCK_N, ALL_SEQUENCES)
     if parts > 1:
         sequences, heads, offs_row, used = row_of(sequence, kv_head, row_tile, numbers, BLOCK_M, ALL_SEQUENCES)
         slot = tl.cast(item, tl.int64) * most_parts
-        m_i, l_i, acc = merge_slots(partial_ptr, slot, slot + 1, 1, parts, used, VALUE_DIM, BLOCK_V, BLOCK_M)
+        m_i, l_i, acc = merge_slots(partial_ptr, slot, slot + 1, 1, parts, used, VALUE_DIM, BLOCK_V, BLOCK_M, NATURAL)
         finish(
             m_i, l_i, acc, sequences, heads, offs_row, used, out_ptr, lse_ptr, sinks_ptr,
             prefix_out_ptr, prefix_lse_ptr, stride_out, stride_lse, stride_prefix,

@@ -5,8 +5,9 @@ key head. Row ``r = g * Nq + i`` is position i of the group's head g, so keys an
 group. What has been seen of the keys is summed up in float32 by (m, l, acc), and two such sums over different keys
 merge into that of both (:mod:`iokernels.ops.triton_partials`).
 
-At the end out = acc / l and lse = ln 2 (m + log2 l). A sink is a sum of one logit without a value; a common prefix is a
-sum that was finished before.
+Scores and m are natural logarithms here: a finite score stays finite, which its product with log2 e need not, so that
+log2 e multiplies differences alone. At the end out = acc / l and lse = m + ln l. A sink is a sum of one logit without a
+value; a common prefix is a sum that was finished before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from iokernels.ops.triton_partials import merged
+from iokernels.ops.triton_partials import NATURAL, merged
 from iokernels.ops.triton_tiles import LN2, LOG2E, load_tile, tanh, tile_offsets
 
 NO_CODE = tl.constexpr(0)
@@ -43,7 +44,7 @@ class Features(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Numbers that every block needs. ``qk_scale`` is scale * log2 e, or scale / softcap where there is a softcap."""
+    """Numbers that every block needs. ``qk_scale`` is the scale, over the softcap where there is one."""
 
     batch: Any
     rows: Any  # Nq
@@ -51,8 +52,9 @@ class Numbers(NamedTuple):
     kv_heads: Any
     row_tiles: Any  # of an item's sequence and key head
     capacity: Any  # keys that a sequence can have
+    pages: Any  # of the caches, where there are pages
     qk_scale: Any
-    softcap_log2: Any  # softcap * log2 e
+    softcap: Any
     window_left: Any
     window_right: Any
 
@@ -64,12 +66,18 @@ def length_of(seqlens_ptr, sequence, numbers):
 
 
 @triton.jit
-def first_tile(length, numbers, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first tile of keys that any row of a sequence sees."""
+def first_key(length, numbers, FEATURES: tl.constexpr):
+    """The first key that any row of a sequence sees."""
     if FEATURES.left:
-        return tl.maximum(length - numbers.rows - numbers.window_left, 0) // BLOCK_N
+        return tl.maximum(length - numbers.rows - numbers.window_left, 0)
     else:
         return length * 0
+
+
+@triton.jit
+def first_tile(length, numbers, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first tile of keys that any row of a sequence sees."""
+    return first_key(length, numbers, FEATURES) // BLOCK_N
 
 
 @triton.jit
@@ -126,40 +134,48 @@ def decoded(tile, dtype: tl.constexpr, FEATURES: tl.constexpr):
 
 @triton.jit
 def load_keys(
-    ptr, stride, page, first, keys, stop, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ptr, stride, page, first, keys, low, stop, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a cache: from ``first`` on, or of the pages ``page``. Nothing at ``stop`` or past it is read."""
+    """Rows of a cache: from ``first`` on, or of the pages ``page``. Nothing before ``low`` or from ``stop`` on is
+    read, and zeros stand there: a weight of 0 does not undo a NaN."""
+    there = keys
+    if FEATURES.left:
+        there = tl.where(keys < low, stop, keys)
     if FEATURES.page > 0:
         rows = page.to(tl.int64) * stride.b + (keys % FEATURES.page).to(tl.int64) * stride.n
         offsets = rows[:, None] + columns.to(tl.int64)[None, :] * stride.d
-        return load_tile(ptr, offsets, keys, columns, stop, WIDTH, BLOCK, True)
+        return load_tile(ptr, offsets, there, columns, stop, WIDTH, BLOCK, True)
     else:
         start = ptr + tl.cast(first, tl.int64) * stride.n
         offsets = tile_offsets(stride, keys - first, columns, WIDE)
-        return load_tile(start, offsets, keys, columns, stop, WIDTH, BLOCK, True)
+        return load_tile(start, offsets, there, columns, stop, WIDTH, BLOCK, True)
 
 
 @triton.jit
-def load_factors(ptr, stride, page, keys, stop, FEATURES: tl.constexpr):
+def load_factors(ptr, stride, page, keys, low, stop, FEATURES: tl.constexpr):
     """The scale of each key."""
+    there = keys < stop
+    if FEATURES.left:
+        there = there & (keys >= low)
     if FEATURES.page > 0:
         offsets = page.to(tl.int64) * stride.b + (keys % FEATURES.page).to(tl.int64) * stride.n
     else:
         offsets = keys.to(tl.int64) * stride.n
-    return tl.load(ptr + offsets, mask=keys < stop, other=0.0)
+    return tl.load(ptr + offsets, mask=there, other=0.0)
 
 
 @triton.jit
 def walk(
-    q, position, start, stop, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr,
+    q, position, start, low, stop, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr,
     stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
     FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(m, l, acc) of the rows ``q [BLOCK_M, BLOCK_D]``, which stand at ``position``, over the keys ``[start, stop)``.
 
-    ``start`` is a multiple of BLOCK_N; pointers are those of one key head (:func:`keys_of`).
+    ``start`` is a multiple of BLOCK_N; no row sees a key before ``low``, and none is read there. Pointers are those of
+    one key head (:func:`keys_of`).
     """
     offs_n, offs_d, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -172,13 +188,18 @@ def walk(
         keys = first + offs_n
         page = keys
         if FEATURES.page > 0:
-            page = tl.load(pages_ptr + keys // FEATURES.page, mask=keys < stop, other=0)
-        k = load_keys(k_ptr, stride_k, page, first, keys, stop, offs_d, HEAD_DIM, BLOCK_D, WIDE, FEATURES)
+            there = keys < stop
+            if FEATURES.left:
+                there = there & (keys >= low)
+            # No number in the table leads out of the cache.
+            page = tl.load(pages_ptr + keys // FEATURES.page, mask=there, other=0)
+            page = tl.minimum(tl.maximum(page, 0), numbers.pages - 1)
+        k = load_keys(k_ptr, stride_k, page, first, keys, low, stop, offs_d, HEAD_DIM, BLOCK_D, WIDE, FEATURES)
         scores = tl.dot(q, tl.trans(decoded(k, q.dtype, FEATURES)), input_precision=PRECISION) * qk_scale
         if FEATURES.k_scale == BY_KEY:
-            scores *= load_factors(k_scale_ptr, stride_k_scale, page, keys, stop, FEATURES)[None, :]
+            scores *= load_factors(k_scale_ptr, stride_k_scale, page, keys, low, stop, FEATURES)[None, :]
         if FEATURES.softcap:
-            scores = tanh(scores) * numbers.softcap_log2
+            scores = tanh(scores) * numbers.softcap
         seen = (keys < stop)[None, :]
         if FEATURES.left:
             seen = seen & (keys[None, :] >= position[:, None] - numbers.window_left)
@@ -188,17 +209,17 @@ def walk(
         m_new = tl.maximum(m_i, tl.max(scores, 1))
         # A row that has seen no key yet subtracts 0, because -inf - (-inf) is NaN.
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(scores - m_finite[:, None])
-        alpha = tl.exp2(m_i - m_finite)
+        p = tl.exp2((scores - m_finite[:, None]) * LOG2E)
+        alpha = tl.exp2((m_i - m_finite) * LOG2E)
         m_i = m_new
         l_i = l_i * alpha + tl.sum(p, 1)
         v = decoded(
-            load_keys(v_ptr, stride_v, page, first, keys, stop, offs_v, VALUE_DIM, BLOCK_V, WIDE, FEATURES),
+            load_keys(v_ptr, stride_v, page, first, keys, low, stop, offs_v, VALUE_DIM, BLOCK_V, WIDE, FEATURES),
             q.dtype, FEATURES,
         )  # fmt: skip
         if FEATURES.v_scale == BY_KEY:
             # Not into p, whose small weights would leave the range of float16.
-            factors = load_factors(v_scale_ptr, stride_v_scale, page, keys, stop, FEATURES)
+            factors = load_factors(v_scale_ptr, stride_v_scale, page, keys, low, stop, FEATURES)
             v = (v.to(tl.float32) * factors[:, None]).to(q.dtype)
         acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     if FEATURES.v_scale == BY_HEAD:
@@ -251,7 +272,7 @@ def finish(
 ):  # fmt: skip
     """Write out and lse of an item from the sum over its keys, the prefix and the sink.
 
-    The result of a prefix itself (ALL_SEQUENCES) stays in float32, its lse in base 2, and the sink waits.
+    The result of a prefix itself (ALL_SEQUENCES) stays in float32, and the sink waits.
     """
     offs_m, offs_v = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
     mask_m = offs_m < used
@@ -262,14 +283,12 @@ def finish(
         m_p = tl.load(statistics, mask=mask_m, other=float("-inf"))
         before = row_offsets(stride_prefix, sequences, heads, rows)[:, None] + offs_v[None, :]
         acc_p = tl.load(prefix_out_ptr + before, mask=mask, other=0.0)
-        m_i, l_i, acc = merged(m_i, l_i, acc, m_p, tl.where(m_p == float("-inf"), 0.0, 1.0), acc_p)
+        m_i, l_i, acc = merged(m_i, l_i, acc, m_p, tl.where(m_p == float("-inf"), 0.0, 1.0), acc_p, NATURAL)
     if FEATURES.sinks and not ALL_SEQUENCES:
-        sink = tl.load(sinks_ptr + heads, mask=mask_m, other=float("-inf")).to(tl.float32) * LOG2E
-        m_i, l_i, acc = merged(m_i, l_i, acc, sink, tl.where(sink == float("-inf"), 0.0, 1.0), acc * 0.0)
+        sink = tl.load(sinks_ptr + heads, mask=mask_m, other=float("-inf")).to(tl.float32)
+        m_i, l_i, acc = merged(m_i, l_i, acc, sink, tl.where(sink == float("-inf"), 0.0, 1.0), acc * 0.0, NATURAL)
     denominator = tl.where(l_i == 0.0, 1.0, l_i)
-    lse = tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(denominator))
-    if not ALL_SEQUENCES:
-        lse = lse * LN2
+    lse = tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(denominator) * LN2)
     tl.store(lse_ptr + row_offsets(stride_lse, sequences, heads, rows), lse, mask=mask_m)
     out = (acc / denominator[:, None]).to(out_ptr.dtype.element_ty)
     offsets = row_offsets(stride_out, sequences, heads, rows)[:, None] + offs_v.to(tl.int64)[None, :] * stride_out.d
