@@ -13,8 +13,10 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 
-from .api import MAX_HEAD_DIM, select_hip
-from .block_index import BlockIndex
+from .api import select_hip
+from .arguments import switch
+from .block_index import KEY_BLOCKS, BlockIndex
+from .select_call import MAX_HEAD_DIM, budget_of, options_of
 from .selection_cache import SelectionCache
 from .sparse_api import block_sparse_attention
 
@@ -90,8 +92,12 @@ def hip_attention(
     q, k, v = autocast(q, k, v)
     sizes = _CONTRACT.check(q=q, k=k, v=v)
     scale = _CONTRACT.number("scale", sizes["D"] ** -0.5 if scale is None else scale, above=0.0)
+    switch("hip_attention", "return_lse", return_lse)
     index: Any = selection
     if selection is None or isinstance(selection, SelectionCache):
+        # What a call takes does not depend on how many keys there are.
+        heads, block_q, sink, window, causal = options_of("hip_attention", heads, block_q, sink, window, causal)
+        budget = budget_of("hip_attention", budget, min(KEY_BLOCKS))
         if covers_all(sizes["Nk"], budget, sink, window, causal):
             return flash_attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
         if dispatch.requested(backend) == "cuda":
@@ -111,6 +117,8 @@ def hip_attention(
                 "BlockIndex or a function of q and k that returns one"
             )
         index = selection(q, k)
+        if not isinstance(index, BlockIndex):
+            raise TypeError(f"hip_attention: selection returned {type(index).__name__}; it must return a BlockIndex")
     return block_sparse_attention(
         q, k, v, index, causal=causal, scale=scale, return_lse=return_lse, backend=backend
     )  # fmt: skip
@@ -135,9 +143,4 @@ def _refuse_cuda(q: Tensor, widths: dict[str, Any]) -> None:
 
 def covers_all(keys: Any, budget: Any, sink: Any, window: Any, causal: Any) -> Any:
     """Whether sink, budget and window have room for all keys of every row."""
-    for name, value in (("budget", budget), ("sink", sink), ("window", window)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"hip_attention: {name} is {type(value).__name__}; it must be an int")
-    if not isinstance(causal, bool):
-        raise TypeError(f"hip_attention: causal is {type(causal).__name__}; it must be a bool")
     return budget + sink + (window if causal else 0) >= keys

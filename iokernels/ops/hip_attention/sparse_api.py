@@ -12,13 +12,15 @@ from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
-from iokernels.runtime.offsets import readable
 from iokernels.runtime.plans import remembered
 
 from . import sparse_reference
-from .block_index import BlockIndex
+from .arguments import switch
+from .block_index import BlockIndex, bounded
+from .select_options import too_long
 from .sparse_op import attend
 from .sparse_options import Options
+from .sparse_values import check_values
 
 _LISTS = {
     "indices": Spec("B Hm Mq S", (torch.int32,)),
@@ -102,17 +104,26 @@ def block_sparse_attention(
     plan = remembered(
         _PLANS,
         _plan,
-        (causal, scale, dispatch.requested(backend), index.block_q, index.q_len, index.kv_len, torch.is_grad_enabled()),
+        (
+            causal,
+            scale,
+            return_lse,
+            dispatch.requested(backend),
+            index.block_q,
+            index.q_len,
+            index.kv_len,
+            torch.is_grad_enabled(),
+        ),
         (q, k, v, index.indices, index.counts, block_table, cache_seqlens),
     )
-    _check_lengths(cache_seqlens, index.kv_len)
     sink, sink_heads = _split(index.sink)
     window, window_heads = _split(index.window)
     options = Options(
-        index.indices, index.counts, sink_heads, window_heads, block_table, cache_seqlens, index.block_q,
+        index.indices, index.counts, sink_heads, window_heads, block_table, cache_seqlens, bounded(index.block_q),
         index.block_k, sink, window, index.kv_len, plan.scale, plan.causal,
     )  # fmt: skip
     if plan.backend == "reference":
+        check_values(q, k, options)
         out, lse = sparse_reference.attend(q, k, v, options)
     else:
         out, lse = attend(q, k, v, plan.backend, options)
@@ -131,7 +142,7 @@ _PLANS: dict[Any, Plan] = {}
 
 
 def _plan(
-    causal: Any, scale: Any, backend: str | None, block_q: Any, q_len: Any, kv_len: Any, grad: bool,
+    causal: Any, scale: Any, return_lse: Any, backend: str | None, block_q: Any, q_len: Any, kv_len: Any, grad: bool,
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_table: Any, cache_seqlens: Any,
 ) -> Plan:  # fmt: skip
     contract = _DENSE if block_table is None else _PAGED
@@ -159,8 +170,8 @@ def _plan(
             f"block_sparse_attention: index has kv_len {kv_len}; block_table has room for "
             f"{sizes['table'] * sizes['page']} keys"
         )
-    if not isinstance(causal, bool):
-        raise TypeError(f"block_sparse_attention: causal is {type(causal).__name__}; it must be a bool")
+    for name, value in (("causal", causal), ("return_lse", return_lse)):
+        switch("block_sparse_attention", name, value)
     scale = contract.number("scale", sizes["D"] ** -0.5 if scale is None else scale)
     inference = None
     if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -174,7 +185,9 @@ def _plan(
         backend,
         q.device.type,
         {
-            "triton": lambda: inference or partial(devices.kernel_refusal, q, widths, MAX_HEAD_DIM)(),
+            "triton": lambda: (
+                inference or too_long(kv_len) or partial(devices.kernel_refusal, q, widths, MAX_HEAD_DIM)()
+            ),
             "torch": lambda: inference,
             "reference": lambda: None,
         },
@@ -184,14 +197,4 @@ def _plan(
 
 def _split(value: int | Tensor) -> tuple[Any, Tensor | None]:
     """A number for all heads, and a tensor where heads differ."""
-    return (0, value) if isinstance(value, Tensor) else (value, None)
-
-
-def _check_lengths(cache_seqlens: Tensor | None, kv_len: int) -> None:
-    """Check the values of the lengths, where reading them costs no synchronisation."""
-    if cache_seqlens is not None and readable(cache_seqlens):
-        lengths = cache_seqlens.tolist()
-        _DENSE.require(
-            all(0 <= length <= kv_len for length in lengths),
-            f"cache_seqlens is {lengths}; each must be from 0 to the index's kv_len, {kv_len}",
-        )
+    return (0, value) if isinstance(value, Tensor) else (bounded(value), None)
