@@ -17,11 +17,9 @@ from iokernels.runtime.contracts import Contract, Spec
 
 from . import block_formats
 from .arguments import UNBOUNDED, switch, whole
+from .block_formats import KEY_BLOCKS
 from .sparse_values import check_lists, check_not_negative
 from .transposed_lists import TransposedLists, transposed_lists
-
-KEY_BLOCKS = (8, 16, 32, 64, 128)
-"""Sizes that a block of keys may have."""
 
 _CONTRACT = Contract(
     "BlockIndex",

@@ -40,7 +40,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     for batch in _batches(q, k, v, options):
         queries, keys, values = _operands(flat_q, flat_k, flat_v, batch, dtype)
         scores = _scores(queries, keys, batch, options.scale)
-        highest = scores.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
+        highest = scores.amax(-1, keepdim=True)
+        highest.masked_fill_(highest == float("-inf"), 0.0)  # a row without keys
         weights = torch.exp_(scores.sub_(highest))
         denominator = weights.sum(-1, keepdim=True)
         empty = denominator == 0.0
