@@ -74,6 +74,9 @@ class HiPCache(KVCache):
         return self.k[layer][:, :, :length], self.v[layer][:, :, :length]
 
 
+torch.serialization.add_safe_globals([HiPCache])
+
+
 class HiPAttention(DecodeAttention):
     """:class:`DecodeAttention` whose rows attend to ``budget + sink + window`` keys where there are more.
 

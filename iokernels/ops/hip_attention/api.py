@@ -190,6 +190,8 @@ def _check_room(out: Any, k: Tensor) -> None:
         if any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(f"page_bounds: out.{name} is expanded, of strides {x.stride()}; it is written, so every "
                              "element needs memory of its own")  # fmt: skip
+        if x.is_neg():
+            raise ValueError(f"page_bounds: out.{name} is the negative of other memory; it is written, so give that")
     if kmin is kmax:
         raise ValueError("page_bounds: out.kmin is out.kmax; both are written, so each needs memory of its own")
 

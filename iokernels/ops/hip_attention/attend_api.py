@@ -91,6 +91,7 @@ def hip_attention(
     """
     q, k, v = autocast(q, k, v)
     sizes = _CONTRACT.check(q=q, k=k, v=v)
+    _CONTRACT.require(sizes["D"] > 0, "the heads of q are 0 wide; they must be at least 1")
     scale = _CONTRACT.number("scale", sizes["D"] ** -0.5 if scale is None else scale, above=0.0)
     switch("hip_attention", "return_lse", return_lse)
     index: Any = selection

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .api import PageBounds
 from .arguments import whole
 from .block_index import BlockIndex
 from .select_call import (
@@ -21,7 +23,7 @@ from .select_call import (
     select_hip_contract,
     stages_of,
 )
-from .select_options import STAGES, HipStage, Stage
+from .select_options import STAGES, HipStage, Region, Stage
 
 
 class SelectionCache:
@@ -122,3 +124,7 @@ class SelectionCache:
         if due[0]:
             self._first_len = k.shape[2]
         self._lists, self._step = lists, self._step + 1
+
+
+# What this room returns and keeps can be saved, and loaded by a plain torch.load.
+torch.serialization.add_safe_globals([BlockIndex, HipStage, PageBounds, Region, SelectionCache, Stage])
