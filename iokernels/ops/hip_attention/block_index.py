@@ -109,7 +109,7 @@ class BlockIndex:
         return self
 
     def _check_values(self) -> None:
-        check_lists(_CONTRACT, self.indices.cpu(), self.counts.cpu(), self.key_blocks, ascending=True)
+        check_lists(_CONTRACT, self.indices.cpu(), self.counts.cpu(), self.key_blocks, strict=True)
         for name, value in (("sink", self.sink), ("window", self.window)):
             if isinstance(value, Tensor):
                 check_not_negative(_CONTRACT, name, value)

@@ -40,11 +40,12 @@ def check_not_negative(contract: Contract, name: str, values: Tensor) -> None:
     _refuse(contract, name, values, values < 0, "has negative values; it must be at least 0")
 
 
-def check_lists(contract: Contract, indices: Tensor, counts: Tensor, blocks: int, *, ascending: bool = False) -> None:
+def check_lists(contract: Contract, indices: Tensor, counts: Tensor, blocks: int, *, strict: bool = False) -> None:
     """Check the entries ``indices [B, Hm, Mq, S]`` that ``counts [B, Hm, Mq]`` says are valid, of ``blocks`` blocks.
 
     Args:
-        ascending: each must also be higher than the one before it; otherwise they may come in any order, but once.
+        strict: each must exist and be higher than the one before it. Otherwise numbers that no block has stand for
+            nothing, and blocks may come in any order, but once.
     """
     capacity = indices.shape[3]
     if counts.numel() == 0:
@@ -55,18 +56,18 @@ def check_lists(contract: Contract, indices: Tensor, counts: Tensor, blocks: int
     )  # fmt: skip
     ids = indices[..., : max(int(counts.max()), 0)]
     listed = torch.arange(ids.shape[3], device=ids.device) < counts[..., None]
-    _refuse(
-        contract, "indices", ids, ((ids < 0) | (ids >= blocks)).logical_and_(listed),
-        f"lists blocks outside 0 to {blocks - 1}, the key blocks that there are",
-    )  # fmt: skip
     falls = (ids[..., 1:] <= ids[..., :-1]).logical_and_(listed[..., 1:])
-    if ascending:
+    if strict:
+        _refuse(
+            contract, "indices", ids, ((ids < 0) | (ids >= blocks)).logical_and_(listed),
+            f"lists blocks outside 0 to {blocks - 1}, the key blocks that there are",
+        )  # fmt: skip
         _refuse(contract, "indices", ids[..., 1:], falls, "has a list that does not ascend, or names a block twice", 1)
     elif falls.any():
-        order = torch.where(listed, ids, torch.iinfo(torch.int32).max).sort(dim=-1, stable=True)
-        twice = torch.zeros_like(listed)
-        again = (order.values[..., 1:] == order.values[..., :-1]) & listed[..., 1:]
-        twice.scatter_(-1, order.indices[..., 1:], again)
+        exists = listed & (ids >= 0) & (ids < blocks)
+        order = torch.where(exists, ids, blocks).sort(dim=-1, stable=True)
+        again = (order.values[..., 1:] == order.values[..., :-1]) & (order.values[..., 1:] < blocks)
+        twice = torch.zeros_like(listed).scatter_(-1, order.indices[..., 1:], again)
         _refuse(contract, "indices", ids, twice, "has a list that names a block twice")
 
 
@@ -91,7 +92,7 @@ def _attended(q_len: int, page: int, needed: int, batch: int, options: Options) 
     edges = torch.zeros(batch, needed + 1, dtype=torch.int64)
 
     def add(first: Tensor, stop: Tensor) -> None:
-        exists = first < stop
+        exists = (first >= 0) & (first < stop)
         for key, sign in ((first // page, 1), ((stop - 1) // page + 1, -1)):
             at = torch.where(exists, key, needed).reshape(batch, -1)
             edges.scatter_add_(1, at, torch.full_like(at, sign))
