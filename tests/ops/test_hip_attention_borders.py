@@ -1,5 +1,5 @@
-"""The selectors and hip_attention at their borders: no rows and no keys, scores that are negative or no numbers, layouts,
-what is saved and kept."""
+"""The selectors and hip_attention at their borders: no rows and no keys, the edges of what may be selected, scores that
+are negative or no numbers, layouts, what is saved and kept."""
 
 from __future__ import annotations
 
@@ -100,9 +100,8 @@ def test_a_score_that_is_no_number_selects_nothing_and_hides_nothing(name: str, 
         oracle = "torch" if name == "global" else "reference"
         same_lists(index, select(name, q, changed, oracle, heads=heads))
         if value != value:
-            assert all(
-                40 // index.block_k not in named(index, h, b) for h in range(plain.counts.shape[1]) for b in (0, 1)
-            )
+            lists = [named(index, head, block) for head in range(plain.counts.shape[1]) for block in (0, 1)]
+            assert all(40 // index.block_k not in blocks for blocks in lists)
         hidden = q.clone()
         hidden[:, :, 3] = value  # one row of the first block, or a mean with its neighbours
         same_lists(select(name, hidden, k, backend, heads=heads), select(name, hidden, k, oracle, heads=heads))
@@ -156,6 +155,17 @@ def test_the_kernel_orders_negative_scores_as_the_sort_does(room: int) -> None:
         found, found_counts = Launch(q, k, region, 1, 100).best(scores, None, 1, room)
         assert torch.equal(found_counts, counts)
         assert torch.equal(found[..., : int(counts)], ids[..., : int(counts)])
+
+
+@pytest.mark.parametrize(("name", "backend"), CALLS)
+def test_room_for_everything_lists_all_between_sink_and_window(name: str, backend: str) -> None:
+    """Wherever the edges lie in a block: one key of it is enough."""
+    for sink, keys in ((0, 40), (7, 41), (8, 42), (15, 48), (16, 49), (17, 56), (31, 57)):
+        q, k = tensors(1, keys)
+        index = select(name, q, k, backend, sink=sink, window=8, budget=64)
+        last = keys - 1 - 8
+        expected = list(range(sink // index.block_k, last // index.block_k + 1)) if sink <= last else []
+        assert [named(index, head) for head in (0, 1)] == [expected] * 2, (sink, keys)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
