@@ -40,9 +40,10 @@ def test_a_step_of_no_positions_changes_nothing() -> None:
     assert torch.equal(*results)
 
 
-def test_a_generator_of_refreshes_serves_every_layer() -> None:
+def test_every_layer_has_lists_of_its_own() -> None:
     cache = HiPCache(1, 16, 2, 8, layers=2, refresh=[4, 2, 1])
     assert [selection.refresh for selection in cache.selections if selection is not None] == [(4, 2, 1)] * 2
+    assert cache.selections[0] is not cache.selections[1]
 
 
 def test_a_sparse_cache_loads_by_default() -> None:

@@ -69,6 +69,19 @@ def test_heads_that_share_one_list_share_its_sink_and_window(backend: str, causa
     agree(backend, *qkv(), index=one, twin=replace(shared, sink=5, window=7), causal=causal)
 
 
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_diagonal_and_the_window_begin_anywhere_in_a_step(backend: str, window: int) -> None:
+    """Of sixteen keys, for rows that lie at any distance from them: one key too many or too few shows."""
+    for keys in range(33, 49):
+        q, k = torch.randn(1, 1, 16, 8), torch.randn(1, 1, keys, 8)
+        everything = ints([[list(range(-(-keys // 8)))]])
+        index = BlockIndex(
+            everything, ints([[everything.numel()]]), 16, 8, sink=5, window=window, q_len=16, kv_len=keys
+        )
+        agree(backend, q, k, k, index=index)
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values, every second element of memory whose others must not be read."""
     room = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), NAN if x.is_floating_point() else 2**30)
