@@ -88,7 +88,8 @@ def select_hip(
 
     Returns:
         A :class:`BlockIndex` of ``budget / block`` entries a list, or of all there are. Equal scores: the lower block
-        comes first, on every backend. Queries enter as means of neighbouring rows, rounded to their dtype.
+        comes first, on every backend. Queries enter as means of neighbouring rows, rounded to their dtype. A score that
+        is not a number selects nothing, and takes nobody's place.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -154,7 +155,11 @@ def page_bounds(
         backend: ``"triton"``, ``"torch"`` or None.
 
     Returns:
-        :class:`PageBounds`, ``out`` where it was given, in the dtype of k.
+        :class:`PageBounds`, ``out`` where it was given, in the dtype of k. A column of a page that holds a NaN has NaN
+        for its bounds.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or an ``out`` of which elements share memory.
     """
     sizes = _PAGES.check(k=k)
     page = one_of("page_bounds", "page", page, KEY_BLOCKS)
@@ -213,8 +218,8 @@ def select_quest(
     """The pages whose keys could have the highest logits (Quest, Tang et al., 2024, arXiv:2406.10774).
 
     A page scores ``sum_d max(q_d kmin_d, q_d kmax_d)``, an upper bound of ``q . k`` for each of its keys. So it has a
-    guarantee: a key whose logit, for any row of the block, exceeds the score of the last page that is listed is in the
-    list. It reads ``2 / page`` of the keys.
+    guarantee: a finite key whose logit, for any row of the block, exceeds the score of the last page that is listed is
+    in the list. It reads ``2 / page`` of the keys.
 
     Args:
         q, k, sink, window, causal, heads, block_q: as in :func:`select_hip`. Rows enter one by one, without averaging,

@@ -53,8 +53,8 @@ class BlockIndex:
 
     Raises:
         TypeError: a field of a wrong type or dtype.
-        ValueError: shapes or sizes that do not fit. The values of ``indices`` and ``counts`` are not read; for that
-            see :meth:`validate`.
+        ValueError: shapes or sizes that do not fit. The values of tensors are not read; for that see :meth:`validate`.
+            A call on a CPU reads them and refuses what has no right answer.
     """
 
     indices: Tensor
@@ -79,6 +79,9 @@ class BlockIndex:
         Args:
             deep: also check that counts are within -1 and S, that listed blocks exist, ascend and are unique, and
                 that sinks and windows are not negative. Reads the device (it waits for it).
+
+        Raises:
+            TypeError, ValueError: as the class; of values, the message names the first wrong entry.
         """
         sizes = _CONTRACT.check(
             indices=self.indices,

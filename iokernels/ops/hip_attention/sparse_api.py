@@ -78,7 +78,7 @@ def block_sparse_attention(
         scale: factor of ``q @ k^T``; ``D ** -0.5`` if None.
         return_lse: also return the log-sum-exp.
         block_table: int32 ``[B, most pages]``, for paged caches: entry i of a sequence is the page of its keys
-            ``i * page`` to ``(i + 1) * page``. Entries that its length does not reach are never read.
+            ``i * page`` to ``(i + 1) * page``. Entries of pages that no row attends to are never read.
         cache_seqlens: int32 ``[B]``: how many of the ``kv_len`` keys each sequence has, where they differ: positions
             align with its own length, and nothing past it is read. On a GPU the host never reads it, and lengths out
             of range are clamped. None: all have ``kv_len``.
@@ -91,7 +91,9 @@ def block_sparse_attention(
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
-        ValueError: shapes, devices or numbers that do not fit; the message names the argument.
+        ValueError: shapes, devices or numbers that do not fit; the message names the argument. On a CPU also values
+            of tensors that name what is not there: counts past the lists, a block named twice, lengths past
+            ``kv_len``, and pages that some row attends to; the message names the entry.
         UnsupportedError: the named backend cannot run this call, or a gradient is asked of one other than
             ``reference`` with a ``block_table`` or ``cache_seqlens``, which are for inference.
 
