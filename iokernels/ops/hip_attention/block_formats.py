@@ -112,11 +112,12 @@ def from_flex(block_mask: Any, *, sink: int | Tensor = 0, window: int | Tensor =
 
     if not isinstance(block_mask, BlockMask):
         raise TypeError(f"BlockIndex.from_flex: block_mask is {type(block_mask).__name__}; it must be a BlockMask")
-    block_q, block_k = block_mask.BLOCK_SIZE
-    q_len, kv_len = block_mask.seq_lengths
-    mask = _table(block_mask.kv_num_blocks, block_mask.kv_indices)
-    if block_mask.full_kv_num_blocks is not None:
-        mask = mask | _table(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    given: Any = block_mask  # whose lists are there, though its class says that they may not be
+    block_q, block_k = given.BLOCK_SIZE
+    q_len, kv_len = given.seq_lengths
+    mask = _table(given.kv_num_blocks, given.kv_indices)
+    if given.full_kv_num_blocks is not None:
+        mask = mask | _table(given.full_kv_num_blocks, given.full_kv_indices)
     # Their lists have a block for every 128 rows that a mask was made for; ours end with the sequence.
     rows, columns = -(-q_len // block_q), -(-kv_len // block_k)
     return from_mask(

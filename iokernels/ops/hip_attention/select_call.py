@@ -12,10 +12,8 @@ from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 
-from . import reference
 from .arguments import UNBOUNDED, keys, one_of, switch
 from .block_index import KEY_BLOCKS, BlockIndex
-from .op import stage_op
 from .select_options import (
     HEADS,
     QUERY_BLOCKS,
@@ -23,7 +21,6 @@ from .select_options import (
     HipStage,
     Region,
     Stage,
-    candidates,
     list_heads,
     query_blocks,
     too_long,
@@ -155,14 +152,3 @@ def stages_of(where: str, stages: Any) -> tuple[HipStage, ...]:
         named = zip(HipStage._fields, stage, strict=False)
         given.append(HipStage(*(keys(where, f"{name} of stages[{number}]", value) for name, value in named)))
     return tuple(given)
-
-
-def hip_stage(
-    q: Tensor, k: Tensor, ids: Tensor | None, counts: Tensor | None, stage: Stage, region: Region, backend: str
-) -> tuple[Tensor, Tensor]:
-    """One stage, of as many slots as there can be candidates."""
-    most = candidates(q.shape[2], k.shape[2], ids, stage, region)
-    stage = stage._replace(slots=min(stage.slots, most))
-    if backend == "reference":
-        return reference.stage(q.detach(), k.detach(), ids, counts, region, stage)
-    return stage_op(q.detach(), k.detach(), ids, counts, backend, *region, *stage)

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .api import PageBounds
+from .api import PageBounds, hip_stage
 from .arguments import whole
 from .block_index import BlockIndex
 from .select_call import (
     backend_of,
     hip_plan,
-    hip_stage,
     index_of,
     nothing_in,
     nothing_of,

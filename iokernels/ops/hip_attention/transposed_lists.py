@@ -49,13 +49,14 @@ def transposed_lists(
         repeated = torch.zeros_like(valid)
         repeated[..., 1:] = tile[..., 1:] == tile[..., :-1]
         tile, listed = torch.where(repeated, tiles, tile), bits
-    tile = tile.reshape(batch, lists, entries)
+    # Contiguous, whatever the lists' strides are: so is what sorting them returns, and kernels take it for that.
+    tile = tile.reshape(batch, lists, entries).contiguous()
     by_tile, order = torch.sort(tile, dim=-1, stable=True)
     bounds = torch.arange(tiles + 1, device=indices.device, dtype=torch.int32)
     starts = torch.searchsorted(by_tile, bounds.expand(batch, lists, -1).contiguous(), out_int32=True)
     of_rows = order.div(max(room, 1), rounding_mode="floor").to(torch.int32)
-    listed = listed.reshape(batch, lists, entries).gather(-1, order)
+    listed = listed.reshape(batch, lists, entries).gather(-1, order).contiguous()
 
-    is_dense = (counts < 0).reshape(batch, lists, joined * query_blocks)
+    is_dense = (counts < 0).reshape(batch, lists, joined * query_blocks).contiguous()
     dense = torch.sort((~is_dense).to(torch.uint8), dim=-1, stable=True).indices.to(torch.int32)
     return TransposedLists(starts, of_rows, listed, dense, is_dense.sum(-1, dtype=torch.int32))
