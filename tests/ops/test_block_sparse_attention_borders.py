@@ -88,8 +88,8 @@ def test_the_diagonal_and_the_window_begin_anywhere_in_a_step(backend: str, wind
 def test_a_list_for_each_query_head_ends_its_sink_and_window_anywhere() -> None:
     """Also with the first key of a tile of sixteen, and in any head of a group."""
     for sink, window in ((ints(0, 1, 17, 33), ints(0, 1, 17, 0)), (ints(17, 0, 0, 1), ints(3, 16, 0, 33))):
-        none = torch.zeros(1, 4, 2, dtype=torch.int32)
-        index = BlockIndex(none[..., None], none, 16, 8, sink=sink, window=window, q_len=20, kv_len=40)
+        entries, counts = torch.arange(5, dtype=torch.int32).expand(1, 4, 2, 5), ints([[5, 3], [0, 5], [5, 5], [3, 0]])
+        index = BlockIndex(entries, counts, 16, 8, sink=sink, window=window, q_len=20, kv_len=40)
         for causal in (True, False):
             agree("triton", *qkv(), index=index, causal=causal)
 
