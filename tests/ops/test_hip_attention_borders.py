@@ -169,6 +169,18 @@ def test_room_for_everything_lists_all_between_sink_and_window(name: str, backen
         assert [named(index, head) for head in (0, 1)] == [expected] * 2, (sink, keys)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton", CUDA])
+def test_a_key_that_only_a_row_before_it_wants_is_not_chosen(backend: str) -> None:
+    """The first row of a block wants one key alone, which stands behind what it may select; the others want none."""
+    q, k = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 150, 16)
+    q[0, 0, 0, 0], k[0, 0, 127, 0] = 1.0, 100.0
+    if backend == "cuda":
+        q, k = q.half(), k.half()
+    for window, expected in ((8, 0), (7, 15)):  # the last key for the first row is 126, then 127
+        index = select_hip(q, k, stages=((8, 1),), budget=8, sink=0, window=window, block_q=16, backend=backend)
+        assert named(index) == [expected]
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "last stride of two": lambda x: torch.stack((x, x * NAN), -1).flatten(-2)[..., ::2],
     "last dimension first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
