@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iokernels.ops.hip_attention.arguments import switch
+from iokernels.ops.hip_attention.arguments import keys, switch
 from iokernels.ops.hip_attention.attend_api import hip_attention
-from iokernels.ops.hip_attention.block_index import KEY_BLOCKS
-from iokernels.ops.hip_attention.select_call import budget_of, options_of
+from iokernels.ops.hip_attention.select_call import options_of
 from iokernels.ops.hip_attention.selection_cache import SelectionCache
 from iokernels.runtime.contracts import Contract
 from iokernels.runtime.errors import UnsupportedError
@@ -131,7 +130,7 @@ class HiPAttention(DecodeAttention):
         self.heads, self.block_q, self.sink, self.recent, _ = options_of(
             "HiPAttention", heads, block_q, sink, window, True
         )
-        self.budget = budget_of("HiPAttention", budget, min(KEY_BLOCKS))
+        self.budget = keys("HiPAttention", "budget", budget, least=1)
         if scale is not None:  # of training too: the search wants the highest scores, not the lowest
             self.scale = _CONTRACT.number("scale", scale, above=0.0)
         self.sparse_training = switch("HiPAttention", "sparse_training", sparse_training)

@@ -291,9 +291,11 @@ def test_results_can_be_written_to(backend: str, heads_last: bool) -> None:
 def test_what_is_accepted_does_not_depend_on_the_length() -> None:
     q, k = tensors()
     for keys in (k, k[:, :, :20]):
-        for changes in ({"budget": -1}, {"budget": 4}, {"sink": -1}, {"window": -1}, {"heads": "x"}, {"block_q": 5}):
+        for changes in ({"budget": -1}, {"sink": -1}, {"window": -1}, {"heads": "x"}, {"block_q": 5}):
             (name,) = changes
             with pytest.raises(ValueError, match=f"hip_attention: {name} is "):
                 hip_attention(q[:, :, :20], keys, keys, **{**SMALL, **changes})
-    much = hip_attention(q, k, k, **{**SMALL, "window": 10**400})
+    with pytest.raises(ValueError, match="budget is 4; it must be at least a block, 8"):
+        hip_attention(q, k, k, **{**SMALL, "budget": 4})
+    much = hip_attention(q, k, k, **{**SMALL, "budget": 0, "window": 10**400})
     assert torch.equal(much, flash_attention(q, k, k, causal=True))

@@ -14,9 +14,10 @@ from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 
 from .api import select_hip
+from .arguments import keys as whole_keys
 from .arguments import switch
-from .block_index import KEY_BLOCKS, BlockIndex
-from .select_call import MAX_HEAD_DIM, budget_of, options_of
+from .block_index import BlockIndex
+from .select_call import MAX_HEAD_DIM, options_of
 from .selection_cache import SelectionCache
 from .sparse_api import block_sparse_attention
 
@@ -61,7 +62,8 @@ def hip_attention(
             step of decoding: row i stands at position ``i + N - Nq``.
         k: ``[B, Hkv, N, D]``, dtype and device of q. Hkv divides Hq.
         v: ``[B, Hkv, N, Dv]``, dtype and device of q.
-        budget: keys that are selected for each block of queries, beside sink and window.
+        budget: keys that are selected for each block of queries, beside sink and window: at least a block of 8, unless
+            sink and window have room for all.
         sink: first keys that every row attends to.
         window: latest keys, its own included, that every row attends to.
         causal: row i sees the keys up to its position.
@@ -96,9 +98,9 @@ def hip_attention(
     switch("hip_attention", "return_lse", return_lse)
     index: Any = selection
     if selection is None or isinstance(selection, SelectionCache):
-        # What a call takes does not depend on how many keys there are.
+        # Checked also where nothing is selected, so that a call does not become wrong when its keys become more.
         heads, block_q, sink, window, causal = options_of("hip_attention", heads, block_q, sink, window, causal)
-        budget = budget_of("hip_attention", budget, min(KEY_BLOCKS))
+        budget = whole_keys("hip_attention", "budget", budget)
         if covers_all(sizes["Nk"], budget, sink, window, causal):
             return flash_attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
         if dispatch.requested(backend) == "cuda":
