@@ -16,7 +16,7 @@ from iokernels.bench.cases.hip_attention_kernels import COMPILATION, attention_c
 from iokernels.bench.cases.hip_attention_shapes import SELECT, VOCABULARY, chunk_searches, drawn, smaller
 from iokernels.bench.shape import Shape
 from iokernels.ops.hip_attention import hip_attention
-from iokernels.ops.hip_attention.api import MAX_HEAD_DIM
+from iokernels.ops.hip_attention.select_call import MAX_HEAD_DIM
 from iokernels.ops.hip_attention.select_options import STAGES
 from iokernels.ops.hip_attention.sparse_tuning import FWD, Config
 from iokernels.ops.hip_attention.tuning import BEST, STAGE, SelectConfig

@@ -12,7 +12,7 @@ from iokernels import autotune
 from iokernels.bench.case import Compilation, Pass
 from iokernels.bench.cases.hip_attention_shapes import SELECT, VOCABULARY
 from iokernels.bench.shape import Shape
-from iokernels.ops.hip_attention.api import hip_plan
+from iokernels.ops.hip_attention.select_call import hip_plan
 from iokernels.ops.hip_attention.select_options import (
     HEADS,
     STAGES,

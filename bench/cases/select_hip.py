@@ -23,7 +23,7 @@ from iokernels.bench.cases.select_hip_cuda import accounts_of
 from iokernels.bench.cases.select_hip_tuning import TUNING
 from iokernels.bench.shape import Shape
 from iokernels.ops.hip_attention import select_hip, select_quest
-from iokernels.ops.hip_attention.api import MAX_HEAD_DIM
+from iokernels.ops.hip_attention.select_call import MAX_HEAD_DIM
 from iokernels.ops.hip_attention.tuning import BEST, BOUNDS, PAGES, STAGE, SelectConfig
 
 

@@ -12,7 +12,7 @@ from iokernels.bench.cases.hip_attention_kernels import launch_select
 from iokernels.bench.cases.hip_attention_kernels import problem as triton_problem
 from iokernels.bench.shape import Shape
 from iokernels.ops.hip_attention import tuning_cuda
-from iokernels.ops.hip_attention.api import MAX_HEAD_DIM
+from iokernels.ops.hip_attention.select_call import MAX_HEAD_DIM
 from iokernels.ops.hip_attention.tuning import BEST, BOUNDS, KERNELS, PAGES, STAGE
 from iokernels.ops.hip_attention.tuning_space import TUNABLES
 from iokernels.runtime.device import DeviceSpec, assume

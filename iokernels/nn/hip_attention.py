@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iokernels.ops.hip_attention.arguments import keys, switch
 from iokernels.ops.hip_attention.attend_api import hip_attention
+from iokernels.ops.hip_attention.select_call import options_of
 from iokernels.ops.hip_attention.selection_cache import SelectionCache
 from iokernels.runtime.contracts import Contract
 from iokernels.runtime.errors import UnsupportedError
@@ -71,6 +73,9 @@ class HiPCache(KVCache):
         return self.k[layer][:, :, :length], self.v[layer][:, :, :length]
 
 
+torch.serialization.add_safe_globals([HiPCache])
+
+
 class HiPAttention(DecodeAttention):
     """:class:`DecodeAttention` whose rows attend to ``budget + sink + window`` keys where there are more.
 
@@ -122,12 +127,13 @@ class HiPAttention(DecodeAttention):
             embed_dim, num_heads, bias, num_kv_heads=num_kv_heads, rotary=rotary, max_positions=max_positions,
             rotary_base=rotary_base, interleaved=interleaved, scale=scale, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
-        _CONTRACT.require(
-            budget > 0 and sink >= 0 and window >= 0,
-            f"budget is {budget}, sink {sink} and window {window}; budget must be positive, the others at least 0",
+        self.heads, self.block_q, self.sink, self.recent, _ = options_of(
+            "HiPAttention", heads, block_q, sink, window, True
         )
-        self.budget, self.sink, self.recent = budget, sink, window
-        self.heads, self.block_q, self.sparse_training = heads, block_q, sparse_training
+        self.budget = keys("HiPAttention", "budget", budget, least=1)
+        if scale is not None:  # of training too: the search wants the highest scores, not the lowest
+            self.scale = _CONTRACT.number("scale", scale, above=0.0)
+        self.sparse_training = switch("HiPAttention", "sparse_training", sparse_training)
 
     def extra_repr(self) -> str:
         """The options that shape the result."""

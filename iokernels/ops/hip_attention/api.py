@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
-from iokernels.runtime.contracts import FLOATS, Contract, Spec, untraced_value
+from iokernels.runtime.contracts import FLOATS, Contract, Spec
 
 from . import reference
+from .arguments import one_of, pair_of_tensors, whole
 from .block_index import KEY_BLOCKS, BlockIndex
 from .op import bounds_op, exact_op, global_op, pages_op, stage_op
-from .select_options import (
-    HEADS,
-    STAGES,
-    HipStage,
-    Region,
-    Stage,
-    candidates,
-    most_chunks,
+from .select_call import (
+    backend_of,
+    budget_of,
+    hip_plan,
+    index_of,
+    nothing_in,
+    nothing_of,
+    region_of,
+    select_hip_contract,
 )
-
-MAX_HEAD_DIM = 256
-"""Widest head that the kernels hold on chip, in Triton and in CUDA C++."""
+from .select_options import STAGES, HipStage, Region, Stage, candidates, most_chunks
 
 SEARCHES = ("stages", "global")
 
@@ -36,7 +34,7 @@ def _contract(operator: str, **more: Spec) -> Contract:
 
 
 _BOUNDS = Spec("B Hkv pages D", same_dtype_as="q", optional=True)
-select_hip_contract, _EXACT = _contract("select_hip"), _contract("select_exact")
+_EXACT = _contract("select_exact")
 _QUEST = _contract("select_quest", kmin=_BOUNDS, kmax=_BOUNDS)
 _PAGES = Contract("page_bounds", k=Spec("B Hkv Nk D", FLOATS))
 
@@ -89,7 +87,8 @@ def select_hip(
 
     Returns:
         A :class:`BlockIndex` of ``budget / block`` entries a list, or of all there are. Equal scores: the lower block
-        comes first, on every backend. Queries enter as means of neighbouring rows, rounded to their dtype.
+        comes first, on every backend. Queries enter as means of neighbouring rows, rounded to their dtype. A score that
+        is not a number selects nothing, and takes nobody's place.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -104,53 +103,34 @@ def select_hip(
     if search == "global":
         if dispatch.requested(backend) not in (None, "torch"):
             select_hip_contract.require(False, f"backend is {backend!r}; search='global' has 'torch' only")
-        block_k = 8 if block_k is None else block_k
-        _block("select_hip", "block_k", block_k)
+        block_k = one_of("select_hip", "block_k", 8 if block_k is None else block_k, KEY_BLOCKS)
+        branch = whole("select_hip", "branch", branch)
         select_hip_contract.require(
             branch >= 1 and block_k % branch == 0,
             f"branch is {branch}; it must divide block_k, {block_k}",
         )
-        slots = _slots(select_hip_contract, budget, block_k, most_chunks(q.shape[2], k.shape[2], block_k, region))
-        ids, counts = global_op(q.detach(), k.detach(), branch, max(budget // branch, 1), block_k, slots, *region)
+        budget = budget_of("select_hip", budget, block_k)
+        if nothing_in(q, k):
+            return nothing_of(q, k, region, block_k)
+        slots = min(budget // block_k, most_chunks(q.shape[2], k.shape[2], block_k, region))
+        # More branches than units would each be empty, or one of these.
+        branches = min(budget // branch, (k.shape[2] + branch - 1) // branch)
+        ids, counts = global_op(q.detach(), k.detach(), branch, branches, block_k, slots, *region)
         return index_of(q, k, ids, counts, region, block_k)
     select_hip_contract.require(
         block_k is None, "block_k goes with search='global'; the last of stages says it otherwise"
     )
+    whole("select_hip", "branch", branch, least=1)
     plan = hip_plan(stages, budget, region)
-    chosen = backend_of("select_hip", backend, q)
+    chosen = backend_of("select_hip", backend, q, k)
+    if nothing_in(q, k):
+        return nothing_of(q, k, region, plan[-1].chunk)
     lists: tuple[Tensor | None, Tensor | None] = (None, None)
     for stage in plan:
         lists = hip_stage(q, k, *lists, stage, region, chosen)
     assert lists[0] is not None
     assert lists[1] is not None
     return index_of(q, k, *lists, region, plan[-1].chunk)
-
-
-def hip_plan(stages: Sequence[HipStage | tuple[int, ...]], budget: int, region: Region) -> tuple[Stage, ...]:
-    """The stages of a search; ``slots`` is what each would keep of a long enough sequence."""
-    given = [HipStage(*stage) for stage in stages]
-    select_hip_contract.require(len(given) > 0, "stages is empty; there must be at least one")
-    for above, stage in zip([None, *given], given):  # noqa: B905, the last has none below
-        ok = stage.chunk >= 2 and stage.chunk & (stage.chunk - 1) == 0
-        select_hip_contract.require(ok, f"stages has chunks of {stage.chunk}; they must be powers of two, at least 2")
-        select_hip_contract.require(
-            above is None or above.chunk > stage.chunk,
-            f"stages has chunks of {stage.chunk} after {above.chunk if above else 0}; they must become smaller",
-        )
-        select_hip_contract.require(
-            stage.stride_q in (1, 2, 4, 8, 16),
-            f"stages has stride_q {stage.stride_q}; it must be 1, 2, 4, 8 or 16, so that blocks of queries are whole",
-        )
-    last = given[-1].chunk
-    _block("select_hip", "the last chunk of stages", last)
-    _slots(select_hip_contract, budget, last, budget)
-    plan, parent = [], 0
-    for position, stage in enumerate(given):
-        # A stage whose chunks hold all of a short sequence must not lose any: the first and last may be in part.
-        keep = budget if position == len(given) - 1 else max(stage.keep, budget) + 2 * stage.chunk
-        plan.append(Stage(stage.chunk, stage.stride_q, keep // stage.chunk, parent))
-        parent = stage.chunk
-    return tuple(plan)
 
 
 def hip_stage(
@@ -185,18 +165,26 @@ def page_bounds(
         backend: ``"triton"``, ``"torch"`` or None.
 
     Returns:
-        :class:`PageBounds`, ``out`` where it was given, in the dtype of k.
+        :class:`PageBounds`, ``out`` where it was given, in the dtype of k. A column of a page that holds a NaN has NaN
+        for its bounds.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or an ``out`` of which elements share memory.
     """
     sizes = _PAGES.check(k=k)
-    _block("page_bounds", "page", page)
+    page = one_of("page_bounds", "page", page, KEY_BLOCKS)
+    first = whole("page_bounds", "first", first)
+    chosen = backend_of("page_bounds", backend, k, k)
     pages = (sizes["Nk"] + page - 1) // page
     if first != 0 and out is None:
         raise ValueError(f"page_bounds: first is {first} without out; bounds that do not exist cannot be kept")
-    if not 0 <= first <= sizes["Nk"]:
+    if first > sizes["Nk"]:
         raise ValueError(f"page_bounds: first is {first}; it must be 0 to the number of keys")
     if out is None:
         shape = (*k.shape[:2], pages, k.shape[3])
         out = PageBounds(k.new_empty(shape), k.new_empty(shape))
+    else:
+        _check_room(out, k)
     for name, x in zip(("kmin", "kmax"), out, strict=True):
         if x.dtype != k.dtype or x.device != k.device or (*x.shape[:2], x.shape[3]) != (*k.shape[:2], k.shape[3]):
             raise ValueError(
@@ -205,8 +193,22 @@ def page_bounds(
             )
         if x.shape[2] < pages:
             raise ValueError(f"page_bounds: out.{name} has {x.shape[2]} pages; {sizes['Nk']} keys have {pages}")
-    bounds_op(k.detach(), out.kmin, out.kmax, backend_of("page_bounds", backend, k), page, first // page)
+    if k.shape[0] * k.shape[1] * k.shape[2] * k.shape[3] > 0:
+        bounds_op(k.detach(), *out, chosen, page, first // page)
     return out
+
+
+def _check_room(out: Any, k: Tensor) -> None:
+    """Raise where bounds cannot be written without losing others."""
+    kmin, kmax = pair_of_tensors("page_bounds", "out", out)
+    for name, x in (("kmin", kmin), ("kmax", kmax)):
+        if any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(f"page_bounds: out.{name} is expanded, of strides {x.stride()}; it is written, so every "
+                             "element needs memory of its own")  # fmt: skip
+        if x.is_neg():
+            raise ValueError(f"page_bounds: out.{name} is the negative of other memory; it is written, so give that")
+    if kmin is kmax:
+        raise ValueError("page_bounds: out.kmin is out.kmax; both are written, so each needs memory of its own")
 
 
 def select_quest(
@@ -226,8 +228,8 @@ def select_quest(
     """The pages whose keys could have the highest logits (Quest, Tang et al., 2024, arXiv:2406.10774).
 
     A page scores ``sum_d max(q_d kmin_d, q_d kmax_d)``, an upper bound of ``q . k`` for each of its keys. So it has a
-    guarantee: a key whose logit, for any row of the block, exceeds the score of the last page that is listed is in the
-    list. It reads ``2 / page`` of the keys.
+    guarantee: a finite key whose logit, for any row of the block, exceeds the score of the last page that is listed is
+    in the list. It reads ``2 / page`` of the keys.
 
     Args:
         q, k, sink, window, causal, heads, block_q: as in :func:`select_hip`. Rows enter one by one, without averaging,
@@ -244,16 +246,21 @@ def select_quest(
         As :func:`select_hip`.
     """
     region = region_of(_QUEST, q, k, heads, block_q, sink, window, causal)
-    _block("select_quest", "page", page)
+    page = one_of("select_quest", "page", page, KEY_BLOCKS)
+    budget = budget_of("select_quest", budget, page)
+    chosen = backend_of("select_quest", backend, q, k)
+    if bounds is not None:
+        bounds = PageBounds(*pair_of_tensors("select_quest", "bounds", bounds))
+        _QUEST.check(q=q, k=k, kmin=bounds.kmin, kmax=bounds.kmax)
+    if nothing_in(q, k):
+        return nothing_of(q, k, region, page)
     pages = most_chunks(q.shape[2], k.shape[2], page, region)
-    slots = _slots(_QUEST, budget, page, pages)
-    chosen = backend_of("select_quest", backend, q)
+    slots = min(budget // page, pages)
     if chosen == "reference":
         return index_of(q, k, *reference.pages(q.detach(), k.detach(), region, page, slots), region, page)
     if bounds is None:
         bounds = page_bounds(k, page=page, backend=chosen)
     kmin, kmax = bounds
-    _QUEST.check(q=q, k=k, kmin=kmin, kmax=kmax)
     if kmin.shape[2] < pages:
         raise ValueError(f"select_quest: bounds has {kmin.shape[2]} pages; the keys to select from have {pages}")
     ids, counts = pages_op(q.detach(), kmin, kmax, chosen, k.shape[2], page, slots, *region)
@@ -284,81 +291,15 @@ def select_exact(
         backend: ``"torch"``, ``"reference"`` or None.
     """
     region = region_of(_EXACT, q, k, heads, block_q, sink, window, causal)
-    _block("select_exact", "block_k", block_k)
-    slots = _slots(_EXACT, budget, block_k, most_chunks(q.shape[2], k.shape[2], block_k, region))
+    block_k = one_of("select_exact", "block_k", block_k, KEY_BLOCKS)
+    budget = budget_of("select_exact", budget, block_k)
     refusals = {"torch": lambda: None, "reference": lambda: None}
     requested = dispatch.requested(backend)
     chosen = dispatch.choose("select_exact", requested, "cpu", refusals)
+    if nothing_in(q, k):
+        return nothing_of(q, k, region, block_k)
+    slots = min(budget // block_k, most_chunks(q.shape[2], k.shape[2], block_k, region))
     if chosen == "reference":
         return index_of(q, k, *reference.exact(q.detach(), k.detach(), region, block_k, slots), region, block_k)
     ids, counts = exact_op(q.detach(), k.detach(), block_k, slots, *region)
     return index_of(q, k, ids, counts, region, block_k)
-
-
-def region_of(
-    contract: Contract, q: Tensor, k: Tensor, heads: Any, block_q: Any, sink: Any, window: Any, causal: Any
-) -> Region:
-    """Check the arguments that all selectors have."""
-    sizes = contract.check(q=q, k=k)
-    contract.require(
-        sizes["Hkv"] > 0 and sizes["Hq"] % sizes["Hkv"] == 0,
-        f"q has {sizes['Hq']} heads and k has {sizes['Hkv']}; the heads of k must divide those of q",
-    )
-    contract.require(sizes["D"] > 0, "the heads are 0 wide; they must be at least 1")
-    contract.require(sizes["Nk"] > 0, "k has no keys; there must be at least 1")
-    if heads not in HEADS:
-        raise ValueError(f"{contract.operator}: heads is {heads!r}; it must be one of {', '.join(HEADS)}")
-    if not isinstance(causal, bool):
-        raise TypeError(f"{contract.operator}: causal is {type(causal).__name__}; it must be a bool")
-    for name, value in (("sink", sink), ("window", window)):
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            raise TypeError(f"{contract.operator}: {name} is {type(value).__name__}; it must be an int")
-        if value < 0:
-            raise ValueError(f"{contract.operator}: {name} is {value}; it must be at least 0")
-    if block_q not in (16, 32, 64, 128):
-        raise ValueError(f"{contract.operator}: block_q is {block_q!r}; it must be 16, 32, 64 or 128")
-    return Region(heads, block_q, sink, window, causal)
-
-
-def _block(operator: str, name: str, value: Any) -> None:
-    if value not in KEY_BLOCKS:
-        raise ValueError(f"{operator}: {name} is {value!r}; it must be one of {', '.join(map(str, KEY_BLOCKS))}")
-
-
-def _slots(contract: Contract, budget: Any, block: int, most: Any) -> Any:
-    if not isinstance(budget, int) or isinstance(budget, bool):
-        raise TypeError(f"{contract.operator}: budget is {type(budget).__name__}; it must be an int")
-    contract.require(budget >= block, f"budget is {budget}; it must be at least a block, {block}")
-    return min(budget // block, most)
-
-
-def backend_of(operator: str, backend: str | None, q: Tensor) -> str:
-    """The backend that a selector runs on."""
-    requested = dispatch.requested(backend)
-    refusals = {
-        "triton": lambda: devices.kernel_refusal(q, {"D": q.shape[3]}, MAX_HEAD_DIM),
-        "cuda": lambda: cuda_refusal(q),
-        "torch": lambda: None,
-        "reference": lambda: None,
-    }
-    if operator != "select_hip":
-        del refusals["cuda"]
-    if operator == "page_bounds":
-        del refusals["reference"]
-    return dispatch.choose(operator, requested, q.device.type, refusals)
-
-
-def cuda_refusal(q: Tensor) -> str | None:
-    """Why the CUDA kernel of the hierarchical search cannot take ``q``, as the end of a sentence."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernel takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[3] > MAX_HEAD_DIM:
-        return f"D is {q.shape[3]}, and its kernel holds heads up to {MAX_HEAD_DIM} wide"
-    return devices.cuda_refusal(q.device)
-
-
-def index_of(q: Tensor, k: Tensor, ids: Tensor, counts: Tensor, region: Region, block_k: int) -> BlockIndex:
-    """The lists as an index, with the always-on keys that they were made for."""
-    return BlockIndex(
-        ids, counts, region.block_q, block_k, region.sink, region.window, *map(untraced_value, (q.shape[2], k.shape[2]))
-    )  # fmt: skip

@@ -13,8 +13,11 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 
-from .api import MAX_HEAD_DIM, select_hip
+from .api import select_hip
+from .arguments import keys as whole_keys
+from .arguments import switch
 from .block_index import BlockIndex
+from .select_call import MAX_HEAD_DIM, options_of
 from .selection_cache import SelectionCache
 from .sparse_api import block_sparse_attention
 
@@ -59,7 +62,8 @@ def hip_attention(
             step of decoding: row i stands at position ``i + N - Nq``.
         k: ``[B, Hkv, N, D]``, dtype and device of q. Hkv divides Hq.
         v: ``[B, Hkv, N, Dv]``, dtype and device of q.
-        budget: keys that are selected for each block of queries, beside sink and window.
+        budget: keys that are selected for each block of queries, beside sink and window: at least a block of 8, unless
+            sink and window have room for all.
         sink: first keys that every row attends to.
         window: latest keys, its own included, that every row attends to.
         causal: row i sees the keys up to its position.
@@ -89,9 +93,14 @@ def hip_attention(
     """
     q, k, v = autocast(q, k, v)
     sizes = _CONTRACT.check(q=q, k=k, v=v)
+    _CONTRACT.require(sizes["D"] > 0, "the heads of q are 0 wide; they must be at least 1")
     scale = _CONTRACT.number("scale", sizes["D"] ** -0.5 if scale is None else scale, above=0.0)
+    switch("hip_attention", "return_lse", return_lse)
     index: Any = selection
     if selection is None or isinstance(selection, SelectionCache):
+        # Checked also where nothing is selected, so that a call does not become wrong when its keys become more.
+        heads, block_q, sink, window, causal = options_of("hip_attention", heads, block_q, sink, window, causal)
+        budget = whole_keys("hip_attention", "budget", budget)
         if covers_all(sizes["Nk"], budget, sink, window, causal):
             return flash_attention(q, k, v, causal=causal, scale=scale, return_lse=return_lse, backend=backend)
         if dispatch.requested(backend) == "cuda":
@@ -111,6 +120,8 @@ def hip_attention(
                 "BlockIndex or a function of q and k that returns one"
             )
         index = selection(q, k)
+        if not isinstance(index, BlockIndex):
+            raise TypeError(f"hip_attention: selection returned {type(index).__name__}; it must return a BlockIndex")
     return block_sparse_attention(
         q, k, v, index, causal=causal, scale=scale, return_lse=return_lse, backend=backend
     )  # fmt: skip
@@ -135,9 +146,4 @@ def _refuse_cuda(q: Tensor, widths: dict[str, Any]) -> None:
 
 def covers_all(keys: Any, budget: Any, sink: Any, window: Any, causal: Any) -> Any:
     """Whether sink, budget and window have room for all keys of every row."""
-    for name, value in (("budget", budget), ("sink", sink), ("window", window)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"hip_attention: {name} is {type(value).__name__}; it must be an int")
-    if not isinstance(causal, bool):
-        raise TypeError(f"hip_attention: causal is {type(causal).__name__}; it must be a bool")
     return budget + sink + (window if causal else 0) >= keys

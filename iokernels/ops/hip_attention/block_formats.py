@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from iokernels.runtime.contracts import short
+
+from .arguments import UNBOUNDED, keys, one_of, switch, whole
+
 if TYPE_CHECKING:
     from .block_index import BlockIndex
+
+KEY_BLOCKS = (8, 16, 32, 64, 128)
+"""Sizes that a block of keys may have."""
 
 
 def from_mask(
@@ -31,18 +38,16 @@ def from_mask(
 
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 4:
         raise TypeError("BlockIndex.from_mask: mask must be a bool tensor of 4 dimensions")
-    if block_q < 1 or block_k < 1:
-        raise ValueError(
-            f"BlockIndex.from_mask: block_q and block_k are {block_q} and {block_k}; they must be positive"
-        )
+    block_q, block_k, q_len, kv_len = _sizes("BlockIndex.from_mask", block_q, block_k, q_len, kv_len)
     if (q_len is None) != (kv_len is None):
         raise ValueError("BlockIndex.from_mask: q_len and kv_len go together; give both for a mask of blocks")
     if q_len is None or kv_len is None:
         q_len, kv_len = mask.shape[2:]
         rows, columns = max(-(-q_len // block_q), 1), -(-kv_len // block_k)
-        padded = mask.new_zeros((*mask.shape[:2], rows * block_q, columns * block_k))
+        each = min(block_q, max(q_len, 1))
+        padded = mask.new_zeros((*mask.shape[:2], rows * each, columns * block_k))
         padded[:, :, :q_len, :kv_len] = mask
-        mask = padded.view(*mask.shape[:2], rows, block_q, columns, block_k).any(-1).any(3)
+        mask = padded.view(*mask.shape[:2], rows, each, columns, block_k).any(-1).any(3)
     elif mask.shape[3] != -(-kv_len // block_k):
         raise ValueError(
             f"BlockIndex.from_mask: mask has {mask.shape[3]} key blocks; {kv_len} keys in blocks of {block_k} are "
@@ -71,6 +76,13 @@ def from_bsr(
     """
     from .block_index import BlockIndex
 
+    where = "BlockIndex.from_bsr"
+    for name, x in (("crow_indices", crow_indices), ("col_indices", col_indices)):
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+            kind = short(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{where}: {name} is {kind}; it must be a tensor of int32 or int64")
+    q_len, kv_len = whole(where, "q_len", q_len), whole(where, "kv_len", kv_len)
+    block_q, block_k, q_len, kv_len = _sizes(where, block_q, block_k, q_len, kv_len)
     if not 1 <= crow_indices.dim() == col_indices.dim() <= 3:
         raise ValueError(
             f"BlockIndex.from_bsr: crow_indices and col_indices have {crow_indices.dim()} and {col_indices.dim()} "
@@ -96,11 +108,16 @@ def from_flex(block_mask: Any, *, sink: int | Tensor = 0, window: int | Tensor =
     ``mask_mod`` is not part of it: of a partial block all keys are seen, but for what ``causal`` of the operator
     hides. Blocks must have a size that :class:`BlockIndex` takes.
     """
-    block_q, block_k = block_mask.BLOCK_SIZE
-    q_len, kv_len = block_mask.seq_lengths
-    mask = _table(block_mask.kv_num_blocks, block_mask.kv_indices)
-    if block_mask.full_kv_num_blocks is not None:
-        mask = mask | _table(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if not isinstance(block_mask, BlockMask):
+        raise TypeError(f"BlockIndex.from_flex: block_mask is {type(block_mask).__name__}; it must be a BlockMask")
+    given: Any = block_mask  # whose lists are there, though its class says that they may not be
+    block_q, block_k = given.BLOCK_SIZE
+    q_len, kv_len = given.seq_lengths
+    mask = _table(given.kv_num_blocks, given.kv_indices)
+    if given.full_kv_num_blocks is not None:
+        mask = mask | _table(given.full_kv_num_blocks, given.full_kv_indices)
     # Their lists have a block for every 128 rows that a mask was made for; ours end with the sequence.
     rows, columns = -(-q_len // block_q), -(-kv_len // block_k)
     return from_mask(
@@ -125,14 +142,17 @@ def to_flex(index: BlockIndex, heads: int, *, causal: bool, block: int = 128) ->
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    where = "BlockIndex.to_flex"
+    heads, block = keys(where, "heads", heads), one_of(where, "block", block, KEY_BLOCKS)
+    switch(where, "causal", causal)
     _, lists, query_blocks, _ = index.indices.shape
-    if heads < 1 or heads % lists:
-        raise ValueError(f"BlockIndex.to_flex: heads is {heads}; it must be a multiple of the {lists} lists")
+    if not 1 <= heads <= 2**16 or heads % lists:
+        raise ValueError(f"{where}: heads is {heads}; it must be a multiple of the {lists} lists, at most {2**16}")
     table = _table(index.counts.clamp(min=0), index.indices, index.key_blocks) | (index.counts < 0)[..., None]
     device, of_list = index.device, heads // lists
     shift = index.kv_len - index.q_len
     sinks, windows = (
-        x.to(device) if isinstance(x, Tensor) else torch.full((lists,), x, dtype=torch.int32, device=device)
+        x.to(device) if isinstance(x, Tensor) else torch.full((lists,), min(x, UNBOUNDED), device=device)
         for x in (index.sink, index.window)
     )  # fmt: skip
     rows_of = min(index.block_q, max(index.q_len, 1))
@@ -154,6 +174,12 @@ def to_flex(index: BlockIndex, heads: int, *, causal: bool, block: int = 128) ->
     return BlockMask.from_kv_blocks(
         coarse.counts, coarse.indices, BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(index.q_len, index.kv_len)
     )
+
+
+def _sizes(where: str, block_q: Any, block_k: Any, q_len: Any, kv_len: Any) -> tuple[int, int, Any, Any]:
+    """Check the sizes of blocks and, where they are given, of the index."""
+    q_len, kv_len = (None if x is None else keys(where, name, x) for name, x in (("q_len", q_len), ("kv_len", kv_len)))
+    return keys(where, "block_q", block_q, least=1), one_of(where, "block_k", block_k, KEY_BLOCKS), q_len, kv_len
 
 
 def _table(counts: Tensor, indices: Tensor, blocks: int | None = None) -> Tensor:

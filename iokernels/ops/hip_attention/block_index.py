@@ -16,10 +16,10 @@ from torch import Tensor
 from iokernels.runtime.contracts import Contract, Spec
 
 from . import block_formats
+from .arguments import UNBOUNDED, switch, whole
+from .block_formats import KEY_BLOCKS
+from .sparse_values import check_lists, check_not_negative
 from .transposed_lists import TransposedLists, transposed_lists
-
-KEY_BLOCKS = (8, 16, 32, 64, 128)
-"""Sizes that a block of keys may have."""
 
 _CONTRACT = Contract(
     "BlockIndex",
@@ -53,8 +53,8 @@ class BlockIndex:
 
     Raises:
         TypeError: a field of a wrong type or dtype.
-        ValueError: shapes or sizes that do not fit. The values of ``indices`` and ``counts`` are not read; for that
-            see :meth:`validate`.
+        ValueError: shapes or sizes that do not fit. The values of tensors are not read; for that see :meth:`validate`.
+            A call on a CPU reads them and refuses what has no right answer.
     """
 
     indices: Tensor
@@ -67,6 +67,10 @@ class BlockIndex:
     kv_len: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("block_q", "block_k", "q_len", "kv_len", "sink", "window"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, torch.SymInt, Tensor)) and hasattr(type(value), "__index__"):
+                object.__setattr__(self, name, whole("BlockIndex", name, value))  # NumPy's integers
         self.validate()
 
     def validate(self, deep: bool = False) -> BlockIndex:
@@ -75,6 +79,9 @@ class BlockIndex:
         Args:
             deep: also check that counts are within -1 and S, that listed blocks exist, ascend and are unique, and
                 that sinks and windows are not negative. Reads the device (it waits for it).
+
+        Raises:
+            TypeError, ValueError: as the class; of values, the message names the first wrong entry.
         """
         sizes = _CONTRACT.check(
             indices=self.indices,
@@ -100,29 +107,15 @@ class BlockIndex:
                 f"BlockIndex: indices lists {sizes['Mq']} blocks of queries; "
                 f"{self.q_len} rows in blocks of {self.block_q} are {blocks}"
             )
-        if deep:
+        if switch("BlockIndex.validate", "deep", deep):
             self._check_values()
         return self
 
     def _check_values(self) -> None:
-        capacity, blocks = self.indices.shape[3], self.key_blocks
-        counts, ids = self.counts.cpu(), self.indices.cpu()
-        _CONTRACT.require(
-            bool(((counts >= -1) & (counts <= capacity)).all()),
-            f"counts has values outside -1 to {capacity}, the length of the lists",
-        )
-        listed = torch.arange(capacity) < counts[..., None]
-        _CONTRACT.require(
-            bool(((ids >= 0) & (ids < blocks) | ~listed).all()),
-            f"indices lists blocks outside 0 to {blocks - 1}, the key blocks that there are",
-        )
-        _CONTRACT.require(
-            bool(((ids[..., 1:] > ids[..., :-1]) | ~listed[..., 1:]).all()),
-            "indices has a list that does not ascend, or names a block twice",
-        )
+        check_lists(_CONTRACT, self.indices.cpu(), self.counts.cpu(), self.key_blocks, strict=True)
         for name, value in (("sink", self.sink), ("window", self.window)):
             if isinstance(value, Tensor):
-                _CONTRACT.require(bool((value >= 0).all()), f"{name} has negative values; it must be at least 0")
+                check_not_negative(_CONTRACT, name, value)
 
     @property
     def key_blocks(self) -> int:
@@ -136,6 +129,8 @@ class BlockIndex:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> BlockIndex:
         """The same index on another device."""
+        if not isinstance(device, (torch.device, str)):
+            raise TypeError(f"BlockIndex.to: device is {type(device).__name__}; it must be a torch.device or a str")
 
         def moved(x: Any) -> Any:
             return x.to(device, non_blocking=non_blocking) if isinstance(x, Tensor) else x
@@ -150,6 +145,7 @@ class BlockIndex:
 
     def to_mask(self, *, causal: bool = False) -> Tensor:
         """bool ``[B, Hm, q_len, kv_len]``: True where a row sees a key, with ``causal`` only up to its position."""
+        switch("BlockIndex.to_mask", "causal", causal)
         return key_mask(
             self.indices, self.counts, self.block_q, self.block_k, self.sink, self.window, self.q_len, self.kv_len,
             causal,
@@ -189,6 +185,11 @@ def _check_int(name: str, value: Any) -> None:
         raise ValueError(f"BlockIndex: {name} is {value}; it must be at least 0")
 
 
+def bounded(value: Any) -> Any:
+    """A number of an index as one that fits an operator: all that are more than there can be are alike."""
+    return value if isinstance(value, Tensor) or value <= UNBOUNDED else UNBOUNDED
+
+
 def key_mask(
     indices: Tensor, counts: Tensor, block_q: int, block_k: int, sink: int | Tensor, window: int | Tensor, q_len: int,
     kv_len: int, causal: bool, cache_seqlens: Tensor | None = None,
@@ -211,7 +212,7 @@ def key_mask(
     lengths = torch.full((1,), kv_len, device=device) if cache_seqlens is None else cache_seqlens
     lengths = lengths.clamp(0, kv_len).long().view(-1, 1, 1, 1)
     position = torch.arange(q_len, device=device)[:, None] + (lengths - q_len)  # [B|1, 1, q_len, 1]
-    sink, window = (x.view(1, -1, 1, 1) if isinstance(x, Tensor) else x for x in (sink, window))
+    sink, window = (x.view(1, -1, 1, 1) if isinstance(x, Tensor) else bounded(x) for x in (sink, window))
     mask = mask | (keys < sink) | ((keys <= position) & (keys > position - window))
     mask = mask & (keys < lengths)
     return mask & (keys <= position) if causal else mask

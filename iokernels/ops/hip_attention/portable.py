@@ -7,12 +7,14 @@ The local search (:func:`stage`) keeps for every chunk an interval that contains
 at the centre key of both halves, and goes on with the better half: log2(chunk) steps of two keys each. All keys of a
 step are gathered at once, and one batched product scores them for all rows.
 
-Equal scores: the lower chunk comes first (a stable sort), as in every backend.
+Equal scores: the lower chunk comes first (a stable sort), as in every backend. A score that is not a number, of one key
+and one row, counts as -inf does: it is no reason to select, and hides no other score.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -79,7 +81,7 @@ def pages(
     rows = q.shape[0] * heads * count * row_count(q, kmin, region, 1)
     for slab in slabs(q, kmin, region, 1, rows, kv_len):
         bounds = slab.rows.clamp(min=0) @ high + slab.rows.clamp(max=0) @ low
-        bounds = bounds.masked_fill(chunk * page > slab.limits[..., None], float("-inf")).amax(3)
+        bounds = highest(bounds, chunk * page > slab.limits[..., None])
         alive = (chunk * page < slab.ends[:, None]) & ((chunk + 1) * page > region.sink)
         choose(bounds, alive, chunk, region, out_ids[:, :, slab.blocks], out_counts[:, :, slab.blocks])
     return out_ids, out_counts
@@ -98,7 +100,7 @@ def exact(q: Tensor, k: Tensor, region: Region, block_k: int, slots: int) -> tup
     for slab in slabs(q, k, region, 1, rows):
         logits = slab.rows @ keys
         hidden = (number > slab.limits[..., None]) | (number < region.sink)
-        best = logits.masked_fill_(hidden, float("-inf")).amax(3).unflatten(-1, (count, block_k)).amax(-1)
+        best = highest(logits, hidden).unflatten(-1, (count, block_k)).amax(-1)
         choose(best, best > float("-inf"), chunk, region, out_ids[:, :, slab.blocks], out_counts[:, :, slab.blocks])
     return out_ids, out_counts
 
@@ -199,8 +201,8 @@ def _search(slab: Slab, keys: Keys, left: Tensor, right: Tensor, chunk: int) -> 
         centre = (left + right) // 2
         halves = torch.cat([(left + centre) // 2, (centre + right) // 2], dim=-1)
         logits = slab.rows @ keys.gather(halves)
-        logits.masked_fill_(halves[..., None, :] > slab.limits[..., None], float("-inf"))
-        first, second = logits.amax(3).chunk(2, dim=-1)
+        hidden = halves[..., None, :] > slab.limits[..., None]
+        first, second = highest(logits, hidden).chunk(2, dim=-1)
         higher = torch.maximum(first, second)
         best = higher if best is None else torch.maximum(best, higher)
         # Where one key is left, both halves are that key, and the second one is the interval again.
@@ -208,6 +210,12 @@ def _search(slab: Slab, keys: Keys, left: Tensor, right: Tensor, chunk: int) -> 
         left, right = torch.where(lower, left, centre), torch.where(lower, centre, right)
     assert best is not None
     return best
+
+
+def highest(scores: Tensor, hidden: Tensor) -> Tensor:
+    """The highest of ``scores [B, H, blocks, R, C]`` over the rows, of those that are not hidden and are numbers. The
+    scores are overwritten."""
+    return scores.masked_fill_(hidden, float("-inf")).nan_to_num_(nan=-inf, posinf=inf, neginf=-inf).amax(3)
 
 
 def choose(scores: Tensor, alive: Tensor, chunk: Tensor, region: Region, ids: Tensor, counts: Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .portable import Keys, Slab, choose, row_count, slabs
+from .portable import Keys, Slab, choose, highest, row_count, slabs
 from .select_options import Region, empty_lists, most_chunks, searched_heads
 
 STRIDE_Q = 2
@@ -68,7 +68,7 @@ def _score(slab: Slab, keys: Keys, region: Region, branch: int, first: Tensor, l
     for key in range(branch):
         number = centre * branch + key
         hidden = (number[..., None, :] > slab.limits[..., None]) | (number < region.sink)[..., None, :]
-        logits = (slab.rows @ keys.gather(number)).masked_fill(hidden, float("-inf")).amax(3)
+        logits = highest(slab.rows @ keys.gather(number), hidden)
         best = logits if best is None else torch.maximum(best, logits)
     assert best is not None
     return best.masked_fill(first >= last, float("-inf"))

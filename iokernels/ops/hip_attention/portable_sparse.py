@@ -34,22 +34,25 @@ class Batch(NamedTuple):
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Returns (out, lse). See :class:`Options` for the arguments."""
     dtype = lse_dtype(q.dtype)
-    out = q.new_zeros((q.shape[0] * q.shape[1] * q.shape[2], v.shape[3]))
-    lse = q.new_full((out.shape[0],), float("-inf"), dtype=dtype)
+    # What is returned is no view: autograd forbids to write to a view that a function returns.
+    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
+    flat_out, flat_lse = out.view(lse.numel(), v.shape[3]), lse.view(lse.numel())
     flat_q, flat_k, flat_v = (x.reshape(-1, x.shape[3]) for x in (q, k, v))
     for batch in _batches(q, k, v, options):
         queries, keys, values = _operands(flat_q, flat_k, flat_v, batch, dtype)
         scores = _scores(queries, keys, batch, options.scale)
-        highest = scores.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)
+        highest = scores.amax(-1, keepdim=True)
+        highest.masked_fill_(highest == float("-inf"), 0.0)  # a row without keys
         weights = torch.exp_(scores.sub_(highest))
         denominator = weights.sum(-1, keepdim=True)
         empty = denominator == 0.0
         denominator.masked_fill_(empty, 1.0)
         result = torch.bmm(weights, values).div_(denominator)
         statistics = (highest + torch.log(denominator)).masked_fill_(empty, float("-inf")).squeeze(-1)
-        out.index_copy_(0, batch.rows[batch.exists], result[batch.exists].to(out.dtype))
-        lse.index_copy_(0, batch.rows[batch.exists], statistics[batch.exists])
-    return _in_order_of(q, out), lse.view(q.shape[:3])
+        flat_out.index_copy_(0, batch.rows[batch.exists], result[batch.exists].to(out.dtype))
+        flat_lse.index_copy_(0, batch.rows[batch.exists], statistics[batch.exists])
+    return _in_order_of(q, out), lse
 
 
 def backward(
@@ -63,8 +66,8 @@ def backward(
         delta = delta - dlse
     flat_q, flat_k, flat_v, flat_dout = (x.reshape(-1, x.shape[3]) for x in (q, k, v, dout))
     flat_delta, flat_lse = delta.reshape(-1, 1), lse.reshape(-1, 1)
-    dq = torch.zeros_like(flat_q)
-    dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (flat_k, flat_v))
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=x.dtype if x is q else dtype) for x in (q, k, v))
+    flat_dq, flat_dk, flat_dv = (x.view(x.shape[0] * x.shape[1] * x.shape[2], x.shape[3]) for x in (dq, dk, dv))
     for batch in _batches(q, k, v, options):
         queries, keys, values = _operands(flat_q, flat_k, flat_v, batch, dtype)
         gradient = flat_dout[batch.rows].to(dtype)
@@ -72,20 +75,17 @@ def backward(
         statistics = statistics.masked_fill(statistics == float("-inf"), float("inf"))
         weights = torch.exp_(_scores(queries, keys, batch, options.scale).sub_(statistics))
         weights.masked_fill_(~batch.exists[..., None], 0.0)
-        _add(dv, batch.keys, torch.bmm(weights.mT, gradient))
+        _add(flat_dv, batch.keys, torch.bmm(weights.mT, gradient))
         dscores = torch.bmm(gradient, values.mT).sub_(flat_delta[batch.rows]).mul_(weights).mul_(options.scale)
-        dq.index_copy_(0, batch.rows[batch.exists], torch.bmm(dscores, keys)[batch.exists].to(dq.dtype))
-        _add(dk, batch.keys, torch.bmm(dscores.mT, queries))
+        flat_dq.index_copy_(0, batch.rows[batch.exists], torch.bmm(dscores, keys)[batch.exists].to(dq.dtype))
+        _add(flat_dk, batch.keys, torch.bmm(dscores.mT, queries))
     found = (_in_order_of(x, grad.to(x.dtype)) for x, grad in ((q, dq), (k, dk), (v, dv)))
     return Gradients(*(grad if need else None for grad, need in zip(found, needs, strict=True)))
 
 
-def _in_order_of(x: Tensor, flat: Tensor) -> Tensor:
-    """Rows ``[B * H * N, width]`` as a tensor [B, H, N, width] in the memory order of x."""
-    found = flat.view(*x.shape[:3], flat.shape[1])
-    if x.stride(1) < x.stride(2):
-        return empty_in_order_of(x, flat.shape[1]).copy_(found)
-    return found
+def _in_order_of(x: Tensor, found: Tensor) -> Tensor:
+    """The contiguous ``[B, H, N, width]`` in the memory order of x."""
+    return empty_in_order_of(x, found.shape[3]).copy_(found) if x.stride(1) < x.stride(2) else found
 
 
 def _operands(

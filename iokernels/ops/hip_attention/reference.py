@@ -1,6 +1,7 @@
 """The oracle of the selectors: their definitions in Python loops, one block of rows, head and chunk after the other.
 
-Works in the dtype of its inputs (float64 to judge others), on any device. Equal scores: the lower chunk comes first.
+Works in the dtype of its inputs (float64 to judge others), on any device. Equal scores: the lower chunk comes first. A
+score that is not a number, of one key and one row, counts as -inf, which is never selected.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def stage(
         while True:
             centre = (left + right) // 2
             halves = ((left + centre) // 2, (centre + right) // 2)
-            first, second = ((rows @ keys[key]).masked_fill(limits < key, float("-inf")).max().item() for key in halves)
+            first, second = (_scores(rows @ keys[key], limits < key).max().item() for key in halves)
             best = max(best, first, second)
             if right - left <= 2:
                 return best
@@ -64,9 +65,9 @@ def pages(q: Tensor, k: Tensor, region: Region, page: int, slots: int) -> tuple[
         for number, keys in enumerate(_keys(q, k, region, batch, head).split(page)):
             first = number * page
             if first < end and first + page > region.sink:
-                low, high = keys.amin(0), keys.amax(0)
-                bounds = torch.maximum(rows * low, rows * high).sum(-1)
-                found[number] = bounds.masked_fill(limits < first, float("-inf")).max().item()
+                # max(q low, q high) in each column; of an infinite key and no query there it is no number.
+                bounds = rows.clamp(min=0.0) @ keys.amax(0) + rows.clamp(max=0.0) @ keys.amin(0)
+                found[number] = _scores(bounds, limits < first).max().item()
         return found
 
     return _lists(q, k, region, slots, scored)
@@ -79,11 +80,15 @@ def exact(q: Tensor, k: Tensor, region: Region, block_k: int, slots: int) -> tup
         rows, limits = pooled(q, k, region, 1, batch, head, block)
         keys = _keys(q, k, region, batch, head)
         numbers = torch.arange(keys.shape[0], device=q.device)
-        logits = (rows @ keys.T).masked_fill((numbers > limits[:, None]) | (numbers < region.sink), float("-inf"))
-        best = [part.max().item() for part in logits.split(block_k, dim=1)]
-        return {number: value for number, value in enumerate(best) if value > float("-inf")}
+        logits = _scores(rows @ keys.T, (numbers > limits[:, None]) | (numbers < region.sink))
+        return {number: part.max().item() for number, part in enumerate(logits.split(block_k, dim=1))}
 
     return _lists(q, k, region, slots, scored)
+
+
+def _scores(scores: Tensor, hidden: Tensor) -> Tensor:
+    """``scores`` as far as they are reasons to select: -inf where hidden, and where not a number."""
+    return scores.masked_fill(hidden | scores.isnan(), float("-inf"))
 
 
 def pooled(
@@ -132,6 +137,7 @@ def _lists(
                 for member in sharing:
                     for chunk, value in scored(batch, member, block).items():
                         best[chunk] = max(best.get(chunk, float("-inf")), value)
+                best = {chunk: value for chunk, value in best.items() if value > float("-inf")}
                 chosen = sorted(sorted(best, key=lambda chunk: (-best[chunk], chunk))[:slots])
                 counts[batch, head, block] = len(chosen)
                 ids[batch, head, block, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)

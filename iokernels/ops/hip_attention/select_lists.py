@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .block_index import BlockIndex
+from iokernels.runtime.contracts import Contract, Spec
+
+from .arguments import keys, one_of, whole
+from .block_index import KEY_BLOCKS, BlockIndex
 from .select_options import query_blocks
 
 
@@ -22,16 +25,27 @@ def select_window(
     q: Tensor, k: Tensor, *, sink: int = 256, window: int = 1024, block_q: int = 64, block_k: int = 8
 ) -> BlockIndex:
     """The first ``sink`` and the latest ``window`` keys alone: empty lists, one for all heads of a sequence."""
-    return _listless(q, k, 0, sink, window, block_q, block_k)
+    return _listless(_WINDOW, q, k, 0, sink, window, block_q, block_k)
 
 
 def select_dense(q: Tensor, k: Tensor, *, block_q: int = 64, block_k: int = 8) -> BlockIndex:
     """All keys, without naming them: counts of -1."""
-    return _listless(q, k, -1, 0, 0, block_q, block_k)
+    return _listless(_DENSE, q, k, -1, 0, 0, block_q, block_k)
 
 
-def _listless(q: Tensor, k: Tensor, count: int, sink: int, window: int, block_q: int, block_k: int) -> BlockIndex:
-    shape = (q.shape[0], 1, query_blocks(q.shape[2], block_q))
+_WINDOW, _DENSE = (
+    Contract(name, q=Spec("B Hq Nq D"), k=Spec("B Hkv Nk D")) for name in ("select_window", "select_dense")
+)
+
+
+def _listless(
+    contract: Contract, q: Tensor, k: Tensor, count: int, sink: Any, window: Any, block_q: Any, block_k: Any
+) -> BlockIndex:
+    where = contract.operator
+    contract.check(q=q, k=k)
+    sink, window = keys(where, "sink", sink), keys(where, "window", window)
+    block_q, block_k = whole(where, "block_q", block_q, least=1), one_of(where, "block_k", block_k, KEY_BLOCKS)
+    shape = (q.shape[0], 1, max(query_blocks(q.shape[2], block_q), 1))
     counts = torch.full(shape, count, dtype=torch.int32, device=q.device)
     ids = torch.zeros((*shape, 1), dtype=torch.int32, device=q.device)
     return BlockIndex(ids, counts, block_q, block_k, sink, window, q.shape[2], k.shape[2])
@@ -54,6 +68,15 @@ def mix_heads(chosen: Tensor, first: BlockIndex, second: BlockIndex) -> BlockInd
     """
     if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.dim() != 1:
         raise TypeError("mix_heads: chosen must be a bool tensor of 1 dimension, one entry a head")
+    for name, index in (("first", first), ("second", second)):
+        if not isinstance(index, BlockIndex):
+            raise TypeError(f"mix_heads: {name} is {type(index).__name__}; it must be a BlockIndex")
+        if index.device != chosen.device:
+            raise ValueError(f"mix_heads: {name} is on {index.device}; it must be on {chosen.device}, as chosen is")
+    batch = {index.indices.shape[0] for index in (first, second)}
+    if len(batch) > 1:
+        raise ValueError(f"mix_heads: second has lists for {second.indices.shape[0]} sequences and first for "
+                         f"{first.indices.shape[0]}; they must be equal")  # fmt: skip
     for name in ("block_q", "block_k", "q_len", "kv_len"):
         ours, theirs = getattr(first, name), getattr(second, name)
         if ours != theirs:
@@ -80,7 +103,9 @@ def mix_heads(chosen: Tensor, first: BlockIndex, second: BlockIndex) -> BlockInd
 
 
 def _per_head(chosen: Tensor, first: Any, second: Any) -> Tensor:
+    most = torch.iinfo(torch.int32).max  # as good as any longer sink or window
     ours, theirs = (
-        x if isinstance(x, Tensor) else torch.full_like(chosen, x, dtype=torch.int32) for x in (first, second)
+        x if isinstance(x, Tensor) else torch.full_like(chosen, min(x, most), dtype=torch.int32)
+        for x in (first, second)
     )
     return torch.where(chosen, ours, theirs)

@@ -16,9 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+MOST_KEYS = 2**29
+"""Most keys that the kernels can number."""
+
 HEADS = ("kv", "all", "query")
 """Who shares a list: the query heads of one key head, searched together; all heads (each key head is searched by
 itself, and a chunk scores what its best head gives it); nobody."""
+
+
+QUERY_BLOCKS = (16, 32, 64, 128)
+"""How many query rows may share a list."""
 
 
 class Region(NamedTuple):
@@ -106,3 +113,8 @@ def empty_lists(q: Tensor, kv_heads: int, slots: Any, region: Region) -> tuple[T
     """Uninitialised ``(ids int32 [B, Hm, Mq, slots], counts int32 [B, Hm, Mq])``."""
     shape = (q.shape[0], list_heads(region.heads, q.shape[1], kv_heads), query_blocks(q.shape[2], region.block_q))
     return q.new_empty((*shape, slots), dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
+
+
+def too_long(kv_len: Any) -> str | None:
+    """Why kernels, which number keys in 32 bits and add windows to the numbers, cannot take so many."""
+    return f"it has {kv_len} keys, and its kernels number up to {MOST_KEYS}" if kv_len > MOST_KEYS else None

@@ -6,11 +6,23 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .api import backend_of, hip_plan, hip_stage, index_of, region_of, select_hip_contract
+from .api import PageBounds, hip_stage
+from .arguments import whole
 from .block_index import BlockIndex
-from .select_options import STAGES, HipStage, Stage
+from .select_call import (
+    backend_of,
+    hip_plan,
+    index_of,
+    nothing_in,
+    nothing_of,
+    region_of,
+    select_hip_contract,
+    stages_of,
+)
+from .select_options import STAGES, HipStage, Region, Stage
 
 
 class SelectionCache:
@@ -36,7 +48,10 @@ class SelectionCache:
     def __init__(
         self, refresh: Sequence[int] = (16, 8, 4), stages: Sequence[HipStage | tuple[int, ...]] = STAGES
     ) -> None:
-        self.refresh, self.stages = tuple(refresh), tuple(stages)
+        if not isinstance(refresh, (tuple, list)):
+            raise TypeError(f"SelectionCache: refresh is {type(refresh).__name__}; it must be a tuple of ints")
+        self.refresh = tuple(whole("SelectionCache", "refresh", every, least=-(2**62)) for every in refresh)
+        self.stages = stages_of("SelectionCache", stages)
         ok = len(self.refresh) == len(self.stages) and all(every >= 1 for every in self.refresh)
         if not ok or any(above % below for above, below in pairwise(self.refresh)):
             raise ValueError(
@@ -50,7 +65,7 @@ class SelectionCache:
         self._step = 0
         self._lists: list[tuple[Tensor, Tensor]] = []
         self._made_for: Any = None
-        self._first_len = 0
+        self._first_len = self._last_len = 0
 
     def __repr__(self) -> str:
         return f"SelectionCache(refresh={self.refresh}, step={self._step})"
@@ -79,29 +94,36 @@ class SelectionCache:
         """
         region = region_of(select_hip_contract, q, k, heads, block_q, sink, window, True)
         select_hip_contract.require(
-            q.shape[2] <= block_q,
-            f"q has {q.shape[2]} rows; a cache of lists serves decoding, of at most block_q, {block_q}",
+            q.shape[2] <= region.block_q,
+            f"q has {q.shape[2]} rows; a cache of lists serves decoding, of at most block_q, {region.block_q}",
         )
         plan = hip_plan(self.stages, budget, region)
         made_for = (plan, region, q.shape[0], q.shape[1], k.shape[1], q.shape[3], q.device)
         if self._lists:
             select_hip_contract.require(
-                made_for == self._made_for and k.shape[2] >= self._first_len,
+                made_for == self._made_for and k.shape[2] >= self._last_len,
                 "the lists were made for other arguments, shapes or longer keys; call reset() between sequences",
             )
-        self._run(q, k, plan, region, backend_of("select_hip", backend, q))
-        self._made_for = made_for
-        aged = region._replace(window=window + k.shape[2] - self._first_len)
+        chosen = backend_of("select_hip", backend, q, k)
+        if nothing_in(q, k):
+            return nothing_of(q, k, region, plan[-1].chunk)
+        self._run(q, k, plan, region, chosen)
+        self._made_for, self._last_len = made_for, k.shape[2]
+        aged = region._replace(window=region.window + k.shape[2] - self._first_len)
         return index_of(q, k, *self._lists[-1], aged, plan[-1].chunk)
 
     def _run(self, q: Tensor, k: Tensor, plan: tuple[Stage, ...], region: Any, backend: str) -> None:
         due = self.due()
-        if due[0]:
-            self._first_len = k.shape[2]
         lists = list(self._lists)
         above: tuple[Tensor | None, Tensor | None] = (None, None)
         for position, (stage, runs) in enumerate(zip(plan, due, strict=True)):
             if runs:
                 lists[position : position + 1] = [hip_stage(q, k, *above, stage, region, backend)]
             above = lists[position]
+        if due[0]:
+            self._first_len = k.shape[2]
         self._lists, self._step = lists, self._step + 1
+
+
+# What this room returns and keeps can be saved, and loaded by a plain torch.load.
+torch.serialization.add_safe_globals([BlockIndex, HipStage, PageBounds, Region, SelectionCache, Stage])

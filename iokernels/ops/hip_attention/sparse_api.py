@@ -12,13 +12,15 @@ from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
-from iokernels.runtime.offsets import readable
 from iokernels.runtime.plans import Plans, remembered
 
 from . import sparse_reference
-from .block_index import BlockIndex
+from .arguments import switch
+from .block_index import BlockIndex, bounded
+from .select_options import too_long
 from .sparse_op import attend
 from .sparse_options import Options
+from .sparse_values import check_values
 
 _LISTS = {
     "indices": Spec("B Hm Mq S", (torch.int32,)),
@@ -76,7 +78,7 @@ def block_sparse_attention(
         scale: factor of ``q @ k^T``; ``D ** -0.5`` if None.
         return_lse: also return the log-sum-exp.
         block_table: int32 ``[B, most pages]``, for paged caches: entry i of a sequence is the page of its keys
-            ``i * page`` to ``(i + 1) * page``. Entries that its length does not reach are never read.
+            ``i * page`` to ``(i + 1) * page``. Entries of pages that no row attends to are never read.
         cache_seqlens: int32 ``[B]``: how many of the ``kv_len`` keys each sequence has, where they differ: positions
             align with its own length, and nothing past it is read. On a GPU the host never reads it, and lengths out
             of range are clamped. None: all have ``kv_len``.
@@ -89,7 +91,9 @@ def block_sparse_attention(
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
-        ValueError: shapes, devices or numbers that do not fit; the message names the argument.
+        ValueError: shapes, devices or numbers that do not fit; the message names the argument. On a CPU also values
+            of tensors that name what is not there: counts past the lists, a block named twice, lengths past
+            ``kv_len``, and pages that some row attends to; the message names the entry.
         UnsupportedError: the named backend cannot run this call, or a gradient is asked of one other than
             ``reference`` with a ``block_table`` or ``cache_seqlens``, which are for inference.
 
@@ -102,17 +106,26 @@ def block_sparse_attention(
     plan = remembered(
         _PLANS,
         _plan,
-        (causal, scale, dispatch.requested(backend), index.block_q, index.q_len, index.kv_len, torch.is_grad_enabled()),
+        (
+            causal,
+            scale,
+            return_lse,
+            dispatch.requested(backend),
+            index.block_q,
+            index.q_len,
+            index.kv_len,
+            torch.is_grad_enabled(),
+        ),
         (q, k, v, index.indices, index.counts, block_table, cache_seqlens),
     )
-    _check_lengths(cache_seqlens, index.kv_len)
     sink, sink_heads = _split(index.sink)
     window, window_heads = _split(index.window)
     options = Options(
-        index.indices, index.counts, sink_heads, window_heads, block_table, cache_seqlens, index.block_q,
+        index.indices, index.counts, sink_heads, window_heads, block_table, cache_seqlens, bounded(index.block_q),
         index.block_k, sink, window, index.kv_len, plan.scale, plan.causal,
     )  # fmt: skip
     if plan.backend == "reference":
+        check_values(q, k, options)
         out, lse = sparse_reference.attend(q, k, v, options)
     else:
         out, lse = attend(q, k, v, plan.backend, options)
@@ -131,7 +144,7 @@ _PLANS: Plans[Plan] = Plans()
 
 
 def _plan(
-    causal: Any, scale: Any, backend: str | None, block_q: Any, q_len: Any, kv_len: Any, grad: bool,
+    causal: Any, scale: Any, return_lse: Any, backend: str | None, block_q: Any, q_len: Any, kv_len: Any, grad: bool,
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_table: Any, cache_seqlens: Any,
 ) -> Plan:  # fmt: skip
     contract = _DENSE if block_table is None else _PAGED
@@ -159,8 +172,8 @@ def _plan(
             f"block_sparse_attention: index has kv_len {kv_len}; block_table has room for "
             f"{sizes['table'] * sizes['page']} keys"
         )
-    if not isinstance(causal, bool):
-        raise TypeError(f"block_sparse_attention: causal is {type(causal).__name__}; it must be a bool")
+    for name, value in (("causal", causal), ("return_lse", return_lse)):
+        switch("block_sparse_attention", name, value)
     scale = contract.number("scale", sizes["D"] ** -0.5 if scale is None else scale)
     inference = None
     if grad and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -174,7 +187,9 @@ def _plan(
         backend,
         q.device.type,
         {
-            "triton": lambda: inference or partial(devices.kernel_refusal, q, widths, MAX_HEAD_DIM)(),
+            "triton": lambda: (
+                inference or too_long(kv_len) or partial(devices.kernel_refusal, q, widths, MAX_HEAD_DIM)()
+            ),
             "torch": lambda: inference,
             "reference": lambda: None,
         },
@@ -184,14 +199,4 @@ def _plan(
 
 def _split(value: int | Tensor) -> tuple[Any, Tensor | None]:
     """A number for all heads, and a tensor where heads differ."""
-    return (0, value) if isinstance(value, Tensor) else (value, None)
-
-
-def _check_lengths(cache_seqlens: Tensor | None, kv_len: int) -> None:
-    """Check the values of the lengths, where reading them costs no synchronisation."""
-    if cache_seqlens is not None and readable(cache_seqlens):
-        lengths = cache_seqlens.tolist()
-        _DENSE.require(
-            all(0 <= length <= kv_len for length in lengths),
-            f"cache_seqlens is {lengths}; each must be from 0 to the index's kv_len, {kv_len}",
-        )
+    return (0, value) if isinstance(value, Tensor) else (bounded(value), None)

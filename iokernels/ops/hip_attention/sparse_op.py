@@ -15,12 +15,15 @@ from iokernels.runtime.once import differentiable_once
 from iokernels.runtime.registration import lazily, register
 
 from .sparse_options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Options, empty_in_order_of, empty_lse
+from .sparse_values import check_values
 
 _backend = lazily(__package__, torch=".portable_sparse", triton=".triton_sparse_launch")
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
-    return _backend(backend).forward(q, k, v, Options(*options))
+    asked = Options(*options)
+    check_values(q, k, asked)
+    return _backend(backend).forward(q, k, v, asked)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:

@@ -39,17 +39,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, T
     empty = denominator == 0.0
     denominator = denominator.masked_fill(empty, 1.0)
     lse = (highest + torch.log(denominator)).masked_fill(empty, float("-inf"))
-    if q.dtype == torch.float32:
-        # exp(s - lse), from which a backward pass recomputes the weights; see flash_attention's reference.
-        weights = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
-    else:
-        weights = weights / denominator[..., None]
+    # Not exp(s - lse): rounding grows with the LSE, and takes the log of the number of keys from one of 1e9.
+    weights = weights / denominator[..., None]
     return einsum(weights, v, "b h i j, b h j d -> b h i d"), lse.to(lse_dtype(q.dtype))
 
 
 def _gathered(pages: Tensor, block_table: Tensor, kv_len: int) -> Tensor:
     """The keys of every sequence, ``[B, Hkv, kv_len, D]``, out of ``[pages, Hkv, page, D]``. Entries of the table that
     name no page are taken to be past a sequence's end."""
+    if pages.shape[0] == 0:  # no entry is read
+        pages = pages.new_zeros((1, *pages.shape[1:]))
     needed = -(-kv_len // max(pages.shape[2], 1))
     table = block_table[:, :needed].long().clamp(0, max(pages.shape[0] - 1, 0))
     rows = pages[table].transpose(1, 2).flatten(2, 3)

@@ -32,7 +32,8 @@ def transposed_lists(
         ratio: how many neighbouring key blocks make one tile of keys, 1 to 32.
         joined: how many neighbouring heads get one list, L; P is Hm / L.
     """
-    batch, heads, _, room = indices.shape
+    batch, heads, query_blocks, room = indices.shape
+    lists, entries = heads // joined, joined * query_blocks * room
     tiles = -(-key_blocks // ratio)
     slots = torch.arange(room, device=indices.device, dtype=torch.int32)
     valid = (slots < counts[..., None]) & (indices >= 0) & (indices < key_blocks)
@@ -48,13 +49,14 @@ def transposed_lists(
         repeated = torch.zeros_like(valid)
         repeated[..., 1:] = tile[..., 1:] == tile[..., :-1]
         tile, listed = torch.where(repeated, tiles, tile), bits
-    tile = tile.reshape(batch, heads // joined, -1)
+    # Contiguous, whatever the lists' strides are: so is what sorting them returns, and kernels take it for that.
+    tile = tile.reshape(batch, lists, entries).contiguous()
     by_tile, order = torch.sort(tile, dim=-1, stable=True)
     bounds = torch.arange(tiles + 1, device=indices.device, dtype=torch.int32)
-    starts = torch.searchsorted(by_tile, bounds.expand(batch, heads // joined, -1).contiguous(), out_int32=True)
-    entries = order.div(max(room, 1), rounding_mode="floor").to(torch.int32)
-    listed = listed.reshape(batch, heads // joined, -1).gather(-1, order)
+    starts = torch.searchsorted(by_tile, bounds.expand(batch, lists, -1).contiguous(), out_int32=True)
+    of_rows = order.div(max(room, 1), rounding_mode="floor").to(torch.int32)
+    listed = listed.reshape(batch, lists, entries).gather(-1, order).contiguous()
 
-    is_dense = (counts < 0).reshape(batch, heads // joined, -1)
+    is_dense = (counts < 0).reshape(batch, lists, joined * query_blocks).contiguous()
     dense = torch.sort((~is_dense).to(torch.uint8), dim=-1, stable=True).indices.to(torch.int32)
-    return TransposedLists(starts, entries, listed, dense, is_dense.sum(-1, dtype=torch.int32))
+    return TransposedLists(starts, of_rows, listed, dense, is_dense.sum(-1, dtype=torch.int32))

@@ -53,8 +53,11 @@ def hip_attention_bounds_kernel(
         number = page * PAGE + row
         inside = number < kv_len
         keys = load_keys(k_head, stride_k, number, inside, HEAD_DIM, BLOCK_D).to(tl.float32)
-        least = tl.where(inside[:, None], tl.minimum(least, keys), least)
-        most = tl.where(inside[:, None], tl.maximum(most, keys), most)
+        # A page with what is not a number has no bounds; the hardware's own maximum would pass over it.
+        lower = tl.minimum(least, keys, propagate_nan=tl.PropagateNan.ALL)
+        higher = tl.maximum(most, keys, propagate_nan=tl.PropagateNan.ALL)
+        least = tl.where(inside[:, None], lower, least)
+        most = tl.where(inside[:, None], higher, most)
     mask = (page < pages)[:, None] & (columns[None, :] < HEAD_DIM)
     offsets = page.to(tl.int64)[:, None]
     low = at_head(kmin_ptr, stride_min, batch, head, 0) + offsets * stride_min.n + columns[None, :] * stride_min.d

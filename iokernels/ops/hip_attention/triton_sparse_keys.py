@@ -33,6 +33,7 @@ class Features(NamedTuple):
     page: int  # keys of a page; 0: the keys are dense
     sink_heads: bool  # sinks differ by head
     window_heads: bool  # windows differ by head
+    one_list: bool  # all heads share one list, and its sink and window
     lengths: bool  # sequences have lengths of their own
     wide: bool  # offsets inside one head need 64 bits
 
@@ -119,10 +120,13 @@ def tile_of(block, seqlens_ptr, numbers, FEATURES: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
-def of_head(ptr, value, pack, PER_HEAD: tl.constexpr):
+def of_head(ptr, value, pack, PER_HEAD: tl.constexpr, ONE_LIST: tl.constexpr):
     """A sink or window: one number for all, or that of a list."""
     if PER_HEAD:
-        return tl.maximum(tl.load(ptr + pack), 0)
+        of_list = pack
+        if ONE_LIST:
+            of_list = pack * 0
+        return tl.maximum(tl.load(ptr + of_list), 0)
     else:
         return value
 
@@ -133,8 +137,8 @@ def walk_of(
 ):
     """The walk of a tile of rows over its keys."""
     count = tl.load(at_head(counts_ptr, stride_counts, tile.batch, tile.pack, tile.query_block))
-    sink = of_head(sink_ptr, numbers.sink, tile.pack, FEATURES.sink_heads)
-    window = of_head(window_ptr, numbers.window, tile.pack, FEATURES.window_heads)
+    sink = of_head(sink_ptr, numbers.sink, tile.pack, FEATURES.sink_heads, FEATURES.one_list)
+    window = of_head(window_ptr, numbers.window, tile.pack, FEATURES.window_heads, FEATURES.one_list)
     stop = tile.length
     if FEATURES.causal:
         stop = tl.maximum(tl.minimum(stop, tile.last + 1), 0)
@@ -160,6 +164,8 @@ def keys_of(step, walk, list_ptr, stride_entry, offs_n, FEATURES: tl.constexpr, 
     entry = tl.load(
         list_ptr + (slot // FEATURES.block_k).to(tl.int64) * stride_entry, mask=slot < walk.loaded, other=0
     )  # fmt: skip
+    # A number that no block has, however large, must not come back as a key's when it is multiplied.
+    entry = tl.minimum(tl.maximum(entry, -1), UNBOUNDED // FEATURES.block_k)
     listed = tl.where(slot < walk.loaded, entry * FEATURES.block_k + slot % FEATURES.block_k, slot)
     after = step - walk.list_steps
     in_list = after < 0

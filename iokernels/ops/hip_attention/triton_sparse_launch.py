@@ -171,6 +171,7 @@ class Launch:
             page=self.page,
             sink_heads=self.sink is not None,
             window_heads=self.window is not None,
+            one_list=self.options.counts.shape[1] == 1,
             lengths=self.options.cache_seqlens is not None,
             wide=any(_reach(x) >= 2**31 for x in tensors),
         )
