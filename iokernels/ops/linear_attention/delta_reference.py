@@ -11,6 +11,7 @@ from einops import einsum, repeat
 from torch import Tensor
 
 from .delta_options import DeltaOptions, state_dtype
+from .options import LEAST_LOG_DECAY
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,8 @@ def _one_length(
     outs = []
     for t in range(length):
         if log_decay is not None:
-            state = state * torch.exp(log_decay[:, :, t].to(accurate))[..., None, None]
+            kept = torch.exp(log_decay[:, :, t].to(accurate).clamp(LEAST_LOG_DECAY, 0.0))
+            state = state * kept[..., None, None]
         remembered = einsum(state, k[:, :, t], "b h k v, b h k -> b h v")
         written = beta[:, :, t, None] * (v[:, :, t] - remembered)
         state = state + einsum(k[:, :, t], written, "b h k, b h v -> b h k v")

@@ -91,6 +91,12 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """In what log decays are summed and their sums subtracted, before anything is rounded: after a strong decay the sum
+    is large, and its float32 rounding would be a relative error of every later weight. MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def sequences(q: Tensor, options: Options) -> Any:
     """How many sequences there are."""
     return q.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1

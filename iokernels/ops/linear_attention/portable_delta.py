@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import portable_delta_chunks as maths
-from .delta_options import DeltaOptions, Gradients, empty_inverses, empty_like_rows, empty_state, state_dtype
+from .delta_options import (
+    DeltaOptions,
+    Gradients,
+    empty_inverses,
+    empty_like_rows,
+    empty_state,
+    log_decay_gradient,
+    state_dtype,
+)
+from .options import LEAST_LOG_DECAY
 
 CHUNK = 64
 """Rows to a chunk: the triangular system costs C a row, and the walk over the state 1/C."""
@@ -53,7 +62,7 @@ class Inputs(NamedTuple):
             k=_cut(self.k.to(dtype), heads, chunk),
             v=_cut(self.v.to(dtype), heads, chunk),
             beta=_cut(self.beta.to(dtype)[..., None], heads, chunk),
-            log_decay=_cut(decay.to(dtype).clamp(max=0.0)[..., None], heads, chunk)[..., 0],
+            log_decay=_cut(decay.to(dtype).clamp(LEAST_LOG_DECAY, 0.0)[..., None], heads, chunk)[..., 0],
         )
 
     def segments(self, chunk: int) -> list[slice]:
@@ -131,6 +140,8 @@ def backward(
                     target = target if target.dim() == 4 else target[..., None]
                     target.copy_(_joined(x, target))
         dinitial[index].copy_(gradient.view_as(dinitial[index]))
+    if decay is not None and ddecay is not None:
+        log_decay_gradient(ddecay, decay)
     return Gradients(dq, dk, dv, dbeta, ddecay, None if options.initial_state is None else dinitial)
 
 
@@ -145,7 +156,7 @@ def step(
     v, beta = v.to(state.dtype), beta.to(state.dtype)
     for t in range(length):
         if log_decay is not None:
-            state.mul_(log_decay[:, :, t].to(state.dtype).clamp(max=0.0).exp()[..., None, None])
+            state.mul_(log_decay[:, :, t].to(state.dtype).clamp(LEAST_LOG_DECAY, 0.0).exp()[..., None, None])
         key = k[:, :, t, None]
         written = beta[:, :, t, None, None] * (v[:, :, t, None] - key @ state)
         state.addcmul_(key.transpose(2, 3), written)

@@ -10,7 +10,7 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from .options import LEAST_LOG_DECAY, Options, empty_state, state_dtype
+from .options import LEAST_LOG_DECAY, Options, empty_state, state_dtype, sums_dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -54,21 +54,22 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     decay = torch.zeros((), dtype=dtype, device=q.device) if options.log_decay is None else options.log_decay.to(dtype)
     decay = decay.clamp(LEAST_LOG_DECAY, 0.0)
     decay = (decay if decay.dim() == 3 else decay.view(1, -1, 1)).expand(*v.shape[:3])
-    b = decay.cumsum(-1)
+    b = decay.cumsum(-1, dtype=sums_dtype(q.device))
     order = torch.arange(length, device=q.device)
-    between = (b[..., :, None] - b[..., None, :]).masked_fill(order[:, None] < order[None, :], float("-inf"))
+    between = (b[..., :, None] - b[..., None, :]).to(dtype)
+    between = between.masked_fill(order[:, None] < order[None, :], float("-inf"))
 
     x = options.scale * einsum(q, k, "b h i d, b h j d -> b h i j")
     weights = (1.0 + x + x * x / 2.0 if options.taylor else x) * torch.exp(between)
     numerator = einsum(weights, v, "b h i j, b h j d -> b h i d")
     total = b[..., -1:] if length else b.new_zeros((*b.shape[:2], 1))
-    kept = feature_rows(k, options.taylor) * torch.exp(total - b)[..., None]
+    kept = feature_rows(k, options.taylor) * torch.exp((total - b).to(dtype))[..., None]
     state = einsum(kept, v, "b h n f, b h n d -> b h f d")
     if options.initial_state is not None:
         initial = options.initial_state.to(dtype)
-        seen = _query_rows(options.scale * q, options.taylor) * torch.exp(b)[..., None]
+        seen = _query_rows(options.scale * q, options.taylor) * torch.exp(b.to(dtype))[..., None]
         numerator = numerator + einsum(seen, initial, "b h n f, b h f d -> b h n d")
-        state = state + torch.exp(total)[..., None] * initial
+        state = state + torch.exp(total.to(dtype))[..., None] * initial
     if options.normalize:
         denominator = numerator[..., -1:]
         zero = denominator == 0.0

@@ -20,6 +20,7 @@ from .delta_options import (
     empty_inverses,
     empty_like_rows,
     empty_state,
+    log_decay_gradient,
 )
 from .delta_tuning_space import TUNABLES
 from .triton_delta_bwd import gated_delta_rule_bwd_walk_kernel
@@ -115,10 +116,9 @@ def backward(
             )  # fmt: skip
     if shared:
         dq, dk = (_over_group(gradient, x) for gradient, x in ((dq, q), (dk, k)))
-    return Gradients(
-        dq, dk, dv, _over_parts(dbeta, beta), None if decay is None or ddecay is None else _over_parts(ddecay, decay),
-        None if initial is None else dinitial,
-    )  # fmt: skip
+    if decay is not None and ddecay is not None:
+        ddecay = log_decay_gradient(_over_parts(ddecay, decay), decay)
+    return Gradients(dq, dk, dv, _over_parts(dbeta, beta), ddecay, None if initial is None else dinitial)
 
 
 def step(
