@@ -17,7 +17,7 @@ from iokernels.runtime.plans import remembered
 
 from . import reference
 from .op import attend, step
-from .options import Options, columns, features, state_dtype
+from .options import Options, columns, features, in_place, state_dtype
 from .tuning_cuda import MAX_WIDTH as MAX_CUDA_WIDTH
 
 _STATES = (torch.float32, torch.float64)
@@ -139,7 +139,7 @@ def linear_attention(
     if plan.backend == "reference":
         out, state = reference.attend(q, k, v, options)
     else:
-        out, state = attend(q, k, v, plan.backend, options)
+        out, state = attend(q, k, v, plan.backend, options, return_state)
     if packed:
         out = out.squeeze(0).transpose(0, 1)
     return (out, state) if return_state else out
@@ -196,7 +196,7 @@ def linear_attention_step(
         out, new = reference.attend(q, k, v, options._replace(initial_state=state))
         state.copy_(new)
         return out
-    return step(q, k, v, state, plan.backend, options)
+    return in_place(lambda held: step(q, k, v, held, plan.backend, options), state)
 
 
 def lightning_attention(

@@ -19,6 +19,7 @@ from . import delta_reference
 from .delta_op import gated_delta_rule as run
 from .delta_op import step_op
 from .delta_options import DeltaOptions, state_dtype
+from .options import in_place, overlaps
 
 STATES = (torch.float32, torch.float64)
 _DENSE = {
@@ -168,12 +169,15 @@ def gated_delta_rule_step(
         (scale, torch.is_grad_enabled(), dispatch.requested(backend)),
         (q, k, v, beta, decay, state),
     )
+    STEP.require(
+        not overlaps(state), "state has elements that share memory, as expand makes them; it is updated in place"
+    )
     _check_decay("gated_delta_rule_step", log_decay)
     if plan.backend == "reference":
         out, after = delta_reference.gated_delta_rule(q, k, v, beta, DeltaOptions(decay, state, None, plan.scale))
         state.copy_(after)
         return out
-    return step_op(q, k, v, beta, state, decay, plan.scale, plan.backend)
+    return in_place(lambda held: step_op(q, k, v, beta, held, decay, plan.scale, plan.backend), state)
 
 
 class Plan(NamedTuple):

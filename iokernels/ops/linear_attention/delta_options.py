@@ -83,15 +83,6 @@ def log_decay_gradient(gradient: Tensor, log_decay: Tensor) -> Tensor:
     return gradient.masked_fill_((log_decay > 0) | (log_decay < LEAST_LOG_DECAY), 0.0)
 
 
-def empty_like_rows(x: Tensor, width: Any) -> Tensor:
-    """An uninitialised tensor [B, H, N, width] of x's dtype and device, heads inside the sequence where x has them so:
-    a [B, N, H, D] model gets its layout back without a copy."""
-    batch, heads, length, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((batch, length, heads, width)).transpose(1, 2)
-    return x.new_empty((batch, heads, length, width))
-
-
 def empty_state(q: Tensor, v: Tensor, options: DeltaOptions) -> Tensor:
     """An uninitialised state [S, H, K, V]."""
     return q.new_empty((options.sequences(v), v.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))

@@ -56,5 +56,6 @@ def _one_length(
         written = beta[:, :, t, None] * (v[:, :, t] - remembered)
         state = state + einsum(k[:, :, t], written, "b h k, b h v -> b h k v")
         outs.append(scale * einsum(state, q[:, :, t], "b h k v, b h k -> b h v"))
-    out = torch.stack(outs, dim=2) if outs else v
-    return out.to(dtype), state
+    out = torch.stack(outs, dim=2) if outs else v.clone()
+    # A copy, because the graph needs what it was made from, and a step may change the state in place.
+    return out.to(dtype), state.clone()

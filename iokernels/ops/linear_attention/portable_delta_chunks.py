@@ -148,8 +148,8 @@ def backward(rows: Rows, state: Tensor, dout: Tensor, dfinal: Tensor) -> tuple[R
     dscores.mul_(chunks.weights)
     dsystem = (right @ written.transpose(2, 3)).neg_().mul_(chunks.weights).tril_(-1)
 
-    # Of every term that has a factor exp(b_i) or exp(-b_j), its rows' q . dq or k . dk are db_i or -db_j. Those of pairs
-    # are sums of the same products along rows and columns, so that their rounding errors cancel.
+    # Of every term that has a factor exp(b_i) or exp(-b_j), its rows' q . dq or k . dk are db_i or -db_j. Those of
+    # pairs are sums of the same products along rows and columns, so that their rounding errors cancel.
     dq_start = (dout @ states.transpose(2, 3)).mul_(chunks.from_start)
     dk_end = (written @ dstates.transpose(2, 3)).mul_(chunks.to_end)
     dq, dk = dq_start + dscores @ k, dk_end + dscores.transpose(2, 3) @ q

@@ -1,12 +1,12 @@
 """The running sum of the log decays in a chunk, from which every weight of this room's Triton kernels is made.
 
 Weights are ``2 ** (b_i - b_j)`` with b the sum in base 2, because ``exp2`` is the instruction that the hardware has.
-b is summed in float64 and kept as two float32 numbers, ``high + low``: after a strong decay in the chunk b is large, and
-its float32 rounding would be a relative error of every later weight. Differences are never positive, but for a last bit
-of float64.
+b is summed in float64 and kept as two float32 numbers, ``high + low``: after a strong decay in the chunk b is large,
+and its float32 rounding would be a relative error of every later weight. Differences are never positive, but for the
+last bits of ``low``.
 
 Log decays are clamped to [LEAST_LOG_DECAY, 0] first: minus infinity is a reset, and no difference of infinities is
-formed. Cost: one scan of C float64 numbers a chunk, which is not on the tensor cores' path.
+formed. Cost: one scan of C float64 numbers a chunk.
 """
 
 from __future__ import annotations
