@@ -84,8 +84,8 @@ def test_expanded_arguments_count_for_each_place(operator: str, backend: str, pa
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("operator", "backend"), [*((LINEAR, x) for x in ("reference", "torch", "triton")),
-                                                   *((DELTA, x) for x in ("reference", "torch", "triton"))])  # fmt: skip
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("operator", [LINEAR, DELTA])
 def test_steps_do_not_depend_on_the_layout(operator: str, backend: str, layout: str) -> None:
     plain, lay = given(operator, backend, length=2), LAYOUTS[layout]
     state = plain.pop("initial_state")

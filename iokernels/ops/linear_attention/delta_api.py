@@ -13,6 +13,7 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets, readable
+from iokernels.runtime.plain import flag
 from iokernels.runtime.plans import remembered
 
 from . import delta_reference
@@ -82,7 +83,8 @@ def gated_delta_rule(
         beta: ``[B, H, N]``, any floating dtype: how much of the old value is replaced.
         log_decay: the natural log of the factor on the state before each token, at most 0: ``[H]`` or ``[B, H, N]``,
             any floating dtype (float32 is advised), or None for no decay. On the CPU values are checked; on a GPU,
-            where reading them would wait for it, a positive one counts as 0. At least about -1e4; -100 forgets.
+            where reading them would wait for it, a positive one counts as 0. Below -110, where float32 has nothing left
+            of the exponential, it counts as -110: minus infinity is a reset.
         scale: factor of the output; ``K ** -0.5`` if None.
         initial_state: the state before the first token, ``[B, H, K, V]``, float32 (float64 for float64 inputs); zeros
             if None.
@@ -111,7 +113,7 @@ def gated_delta_rule(
     packed = cu_seqlens is not None
     if packed and not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"gated_delta_rule: cu_seqlens is {type(cu_seqlens).__name__}; it must be a torch.Tensor")
-    decay = _per_token(log_decay, beta)
+    decay = _per_token("gated_delta_rule", log_decay, beta)
     plan = remembered(
         _PLANS,
         _packed_plan if packed else _dense_plan,
@@ -162,7 +164,7 @@ def gated_delta_rule_step(
             a gradient and gradients are enabled.
     """
     q, k, v = autocast(q, k, v)
-    decay = _per_token(log_decay, beta)
+    decay = _per_token("gated_delta_rule_step", log_decay, beta)
     plan = remembered(
         _PLANS,
         _step_plan,
@@ -232,13 +234,13 @@ def _plan(
     backend: str | None,
 ) -> Plan:  # fmt: skip
     heads, key_heads, width = sizes["H"], sizes["Hk"], sizes["K"]
+    contract.require(key_heads > 0, f"q has {key_heads} heads; it must have at least 1")
     contract.require(
-        key_heads > 0 and heads % key_heads == 0,
+        heads % key_heads == 0,
         f"k has {key_heads} heads and v has {heads}; the heads of k must divide those of v",
     )
     contract.require(width > 0 and sizes["V"] > 0, f"head widths are {width} and {sizes['V']}; they must be at least 1")
-    if not isinstance(return_state, bool):
-        raise TypeError(f"{contract.operator}: return_state is {type(return_state).__name__}; it must be a bool")
+    flag(contract.operator, "return_state", return_state)
     if state is not None and state.dtype != state_dtype(q.dtype):
         raise TypeError(
             f"{contract.operator}: {state_name} is {short(state.dtype)}; it must be {short(state_dtype(q.dtype))} "
@@ -258,10 +260,17 @@ def _plan(
     return Plan(backend, scale)
 
 
-def _per_token(log_decay: Any, beta: Any) -> Any:
+def _per_token(operator: str, log_decay: Any, beta: Any) -> Any:
     """A decay per head as a view of the shape of beta; its gradient is then summed by that of the view."""
-    if not isinstance(log_decay, Tensor) or not isinstance(beta, Tensor) or log_decay.dim() != 1 or beta.dim() < 2:
+    if not isinstance(log_decay, Tensor) or not isinstance(beta, Tensor):
         return log_decay
+    if log_decay.dim() != 1 or beta.dim() not in (2, 3):
+        return log_decay
+    if log_decay.shape[0] != beta.shape[1]:
+        raise ValueError(
+            f"{operator}: log_decay has shape {list(log_decay.shape)}; with one number a head it must be "
+            f"[{beta.shape[1]}], from the heads of beta"
+        )
     if beta.dim() == 2:  # packed: [T, H]
         return log_decay.expand(beta.shape[0], -1)
     return log_decay[None, :, None].expand(beta.shape[0], -1, beta.shape[2])

@@ -10,7 +10,7 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from .options import LEAST_LOG_DECAY, Options, empty_state, state_dtype, sums_dtype
+from .options import LEAST_LOG_DECAY, Options, state_dtype, sums_dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -20,18 +20,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, T
     starts = options.cu_seqlens.tolist()
     outs, states = [], []
     for sequence in range(len(starts) - 1):
-        rows = slice(starts[sequence], starts[sequence + 1])
-        decay, initial = options.log_decay, options.initial_state
-        if decay is not None and options.per_token():
-            decay = decay[:, :, rows]
-        if initial is not None:
-            initial = initial[sequence : sequence + 1]
-        own = options._replace(log_decay=decay, initial_state=initial, cu_seqlens=None)
-        out, state = _attend_dense(q[:, :, rows], k[:, :, rows], v[:, :, rows], own)
+        out, state = _attend_part(q, k, v, slice(starts[sequence], starts[sequence + 1]), sequence, options)
         outs.append(out)
         states.append(state)
-    outs.append(v[:, :, starts[-1] :] * 0)  # rows of no sequence
-    return torch.cat(outs, dim=2), torch.cat(states) if states else empty_state(q, v, options)
+    beside = v[:, :, starts[-1] :]  # rows of no sequence
+    outs.append(beside.masked_fill(torch.ones_like(beside, dtype=torch.bool), 0.0))
+    if not states:
+        states = [_attend_part(q, k, v, slice(0, 0), None, options)[1][:0]]
+    return torch.cat(outs, dim=2), torch.cat(states)
+
+
+def _attend_part(
+    q: Tensor, k: Tensor, v: Tensor, rows: slice, sequence: int | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """These rows of packed tensors, from the state of a sequence or from zeros."""
+    decay, initial = options.log_decay, options.initial_state
+    if decay is not None and options.per_token():
+        decay = decay[:, :, rows]
+    if initial is not None:
+        initial = None if sequence is None else initial[sequence : sequence + 1]
+    own = options._replace(log_decay=decay, initial_state=initial, cu_seqlens=None)
+    return _attend_dense(q[:, :, rows], k[:, :, rows], v[:, :, rows], own)
 
 
 def feature_rows(k: Tensor, taylor: bool) -> Tensor:
