@@ -142,7 +142,7 @@ def overlaps(x: Tensor) -> bool:
 def in_place(run: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
     """``run(state)``, which changes its argument; also where ``state`` stands for the negative of its memory, which the
     dispatcher cannot pass to an operator that writes it."""
-    if not state.is_neg():
+    if torch.compiler.is_compiling() or not state.is_neg():
         return run(state)
     held = state.resolve_neg()
     out = run(held)
