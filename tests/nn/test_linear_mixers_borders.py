@@ -1,4 +1,4 @@
-"""The linear mixers at their borders: zero tokens, no tokens, wrong states, states that are kept, loaded and changed."""
+"""The linear mixers at their borders: zero tokens, no tokens, wrong states, and states kept, loaded and changed."""
 
 from __future__ import annotations
 

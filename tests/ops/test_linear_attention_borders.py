@@ -190,6 +190,27 @@ def test_positive_decays_count_as_zero_in_steps(backend: str, form: str) -> None
         torch.testing.assert_close(found[0], found[1], rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("operator", "backend"), COMPILED)
+def test_a_state_that_nobody_writes_stays_to_the_bit(
+    operator: str, backend: str, dtype: torch.dtype, segments: int
+) -> None:
+    """Keys of zeros, no decay, several chunks: nothing rounds the state on its way, nor its gradient."""
+    rows = 140
+    q, v = (torch.randn(1, 1, rows, 16).to(dtype) for _ in range(2))
+    own: dict[str, Any] = {"q": 0 * q, "k": torch.zeros_like(q), "v": v}
+    if operator == DELTA:
+        own["beta"] = torch.rand(1, 1, rows)
+    own["initial_state"] = (1.0 + 2.0**-20 * torch.randn(1, 1, 16, 16)).requires_grad_()
+    incoming = 1.0 + 2.0**-20 * torch.randn(1, 1, 16, 16)
+    with autotune.override(**tiles(segments=segments)):
+        _, state = call(operator, backend, own)
+        (gradient,) = torch.autograd.grad(state, own["initial_state"], incoming)
+    torch.testing.assert_close(state, own["initial_state"], rtol=0.0, atol=0.0)
+    torch.testing.assert_close(gradient, incoming, rtol=0.0, atol=0.0)
+
+
 SIZES = {"batch": {"batch": 0}, "length": {"length": 0}, "both": {"batch": 0, "length": 0},
          "packed": {"length": 0, "packed": True}}  # fmt: skip
 
