@@ -59,6 +59,17 @@ def test_a_zero_token_stays_zero(name: str, how: str) -> None:
         _finite(x, out, mixer)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_keys_of_zeros_beside_values_have_no_gradient(dtype: torch.dtype) -> None:
+    """Not one of 1e12, which is what an epsilon makes of it."""
+    mixer, x = made("gated_delta", dtype=dtype), noise(2, 9, dtype=dtype).requires_grad_()
+    with torch.no_grad():
+        mixer.in_proj.weight[: 2 * WIDTH] = 0.0  # of queries and keys
+    out = mixer(x)
+    _finite(x, out, mixer)
+    assert mixer.in_proj.weight.grad[: 2 * WIDTH].abs().max() == 0.0
+
+
 @pytest.mark.parametrize("size", [1e-3, 6e-8])
 def test_short_keys_in_float16_have_gradients(size: float) -> None:
     """The length of a key is not below an epsilon that float16 rounds to 0."""
@@ -179,6 +190,21 @@ def test_decays_come_back_from_a_round_trip_exactly(name: str) -> None:
         assert there(mixer).decay.log_decay.dtype == torch.float32
         assert torch.equal(mixer.float().decay.log_decay, before)
     assert torch.equal(copy.deepcopy(mixer).decay.log_decay, before)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_shapes_on_meta(name: str) -> None:
+    mixer, plain = made(name, device="meta"), made(name)
+    x = noise(2, 3)
+    own = x.to("meta").requires_grad_()
+    out, state = mixer(own, mixer.init_state(2), return_state=True)
+    out.sum().backward()
+    assert own.grad is not None
+    assert own.grad.shape == x.shape
+    expected = plain(x, plain.init_state(2), return_state=True)[1]
+    assert [(f.shape, f.dtype, f.is_meta) for f in state] == [(f.shape, f.dtype, True) for f in expected]
+    with torch.no_grad():
+        assert mixer.step(x.to("meta"), mixer.init_state(2)).shape == x.shape
 
 
 WRONG = ("16", 2.5, True, -1, 10**400, 2**63, None, np.float32(2.0))

@@ -211,6 +211,44 @@ def test_a_state_that_nobody_writes_stays_to_the_bit(
     torch.testing.assert_close(gradient, incoming, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", PYTHON)
+def test_where_the_normaliser_is_zero_there_is_nothing(backend: str, dtype: torch.dtype) -> None:
+    """A query of zeros, and keys of zeros before the first of others: out is 0 there, and so are the gradients."""
+    arguments = given(LINEAR, backend, length=20, state=False) | {"normalize": True}
+    for name in "qkv":
+        arguments[name] = arguments[name].abs().to(dtype)
+    arguments["q"][:, :, 7] = 0.0
+    arguments["k"][:, :, :3] = 0.0
+    found = gradients(LINEAR, backend, arguments, lambda x: x)
+    nothing = [0, 1, 2, 7]
+    assert found["out"][:, :, nothing].abs().max() == 0.0
+    assert found["dq"][:, :, nothing].abs().max() == 0.0
+    exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    truth = gradients(LINEAR, "reference", exact, lambda x: x.double())
+    for name, x in truth.items():
+        assert found[name].isfinite().all(), name
+        assert (found[name].double() - x).norm() <= (1e-2 if dtype == torch.float16 else 1e-5) * x.norm(), name
+
+
+@pytest.mark.parametrize("form", ["head", "token"])
+@pytest.mark.parametrize(("operator", "backend"), COMPILED)
+def test_a_state_that_nobody_writes_decays_exactly(operator: str, backend: str, form: str) -> None:
+    rows = 40
+    own: dict[str, Any] = {name: torch.zeros(1, 2, rows, 16).half() for name in "qkv"}
+    if operator == DELTA:
+        own["beta"] = torch.rand(1, 2, rows)
+    decay = -0.2 * torch.rand((2,) if form == "head" else (1, 2, rows))
+    own |= {"log_decay": decay, "initial_state": torch.rand(1, 2, 16, 16).requires_grad_()}
+    with autotune.override(**tiles()):
+        _, state = call(operator, backend, own)
+        (gradient,) = torch.autograd.grad(state.sum(), own["initial_state"])
+    total = decay.double().sum(-1).view(1, 2) if form == "token" else rows * decay.double().view(1, 2)
+    kept = total.exp()[..., None, None].expand(1, 2, 16, 16)
+    torch.testing.assert_close(gradient.double(), kept, rtol=2e-6, atol=0.0)
+    torch.testing.assert_close(state.double(), kept * own["initial_state"].double(), rtol=2e-6, atol=0.0)
+
+
 SIZES = {"batch": {"batch": 0}, "length": {"length": 0}, "both": {"batch": 0, "length": 0},
          "packed": {"length": 0, "packed": True}}  # fmt: skip
 

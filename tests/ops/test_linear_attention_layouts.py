@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iokernels.testing.poison import poison_
 
-from .linear_attention_both import DELTA, LINEAR, OPERATORS, given, gradients, step
+from .linear_attention_both import DELTA, LINEAR, OPERATORS, call, given, gradients, leaves, step
 
 
 def _spread(x: Tensor) -> Tensor:
@@ -107,3 +107,28 @@ def test_a_decay_for_each_head_in_any_layout(backend: str, layout: str) -> None:
             gradients(operator, backend, laid, Tensor.contiguous),
             gradients(operator, backend, plain, Tensor.contiguous),
         )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("operator", [LINEAR, DELTA])
+def test_shapes_and_memory_order_on_meta(operator: str, backend: str, packed: bool) -> None:
+    plain = given(operator, backend, packed=packed)
+    if not packed:
+        plain["v"] = _heads_inside(plain["v"])
+    meta = {name: x.to("meta") for name, x in plain.items()}
+    own = leaves(meta)
+    found, expected = call(operator, backend, meta | own), call(operator, backend, plain)
+    for x, y in zip(found, expected, strict=True):
+        assert (x.shape, x.dtype, x.is_meta) == (y.shape, y.dtype, True)
+    if backend != "reference":
+        assert found[0].stride() == expected[0].stride()
+    (found[0].sum() + found[1].sum()).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in own.values())
+    if not packed:
+        assert step(operator, backend, meta, torch.zeros(2, 2, 4, 4, device="meta")).shape == plain["v"].shape
+
+
+def _heads_inside(x: Tensor) -> Tensor:
+    """[B, H, N, D] in the memory of [B, N, H, D]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

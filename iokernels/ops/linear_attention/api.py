@@ -112,7 +112,9 @@ def linear_attention(
         ValueError: shapes, devices or numbers that do not fit; the message names the argument.
         UnsupportedError: the named backend cannot run this call.
 
-    No argument is modified. Under autocast q, k and v are cast to the autocast dtype. Gradients can be taken once;
+    No argument is modified, and what is returned owns its memory: ``out += x`` or a step with the state leave the
+    gradients as they are, but for ``normalize``, whose backward pass needs out: there autograd refuses. Under autocast
+    q, k and v are cast to the autocast dtype. Gradients can be taken once;
     ``backend="reference"`` supports higher orders. Every backend gives the same bits on every run. ``triton`` and
     ``cuda`` round the state to the dtype of q where it meets q, so float16 needs states below 65,504; bfloat16 has no
     such bound.

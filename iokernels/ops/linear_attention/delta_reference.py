@@ -13,14 +13,14 @@ from einops import einsum, repeat
 from torch import Tensor
 
 from .delta_options import DeltaOptions, state_dtype
-from .options import LEAST_LOG_DECAY
+from .options import LEAST_LOG_DECAY, read_offsets
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor]:
     """Returns (out [B, H, N, V], final state [S, H, K, V]). See :class:`DeltaOptions`."""
     if options.cu_seqlens is None:
         return _one_length(q, k, v, beta, options.log_decay, options.initial_state, options.scale)
-    starts = options.cu_seqlens.tolist()
+    starts = read_offsets(options.cu_seqlens, q.shape[2])
     outs, states = [], []
     for sequence in range(len(starts) - 1):
         rows = slice(starts[sequence], starts[sequence + 1])

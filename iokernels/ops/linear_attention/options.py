@@ -98,6 +98,13 @@ def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def read_offsets(cu_seqlens: Tensor, total: int) -> list[int]:
+    """The offsets as numbers. On meta, where there are none, all rows are the last sequence's: shapes are the same."""
+    if cu_seqlens.is_meta:
+        return [0] * (cu_seqlens.shape[0] - 1) + [total]
+    return cu_seqlens.tolist()
+
+
 def sequences(q: Tensor, options: Options) -> Any:
     """How many sequences there are."""
     return q.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1

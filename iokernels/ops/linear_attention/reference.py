@@ -10,14 +10,14 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from .options import LEAST_LOG_DECAY, Options, state_dtype, sums_dtype
+from .options import LEAST_LOG_DECAY, Options, read_offsets, state_dtype, sums_dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Linear attention as :class:`Options` defines it. Returns (out, final state)."""
     if options.cu_seqlens is None:
         return _attend_dense(q, k, v, options)
-    starts = options.cu_seqlens.tolist()
+    starts = read_offsets(options.cu_seqlens, q.shape[2])
     outs, states = [], []
     for sequence in range(len(starts) - 1):
         out, state = _attend_part(q, k, v, slice(starts[sequence], starts[sequence + 1]), sequence, options)
