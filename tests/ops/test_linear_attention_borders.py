@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from iokernels import (
     alibi_slopes,
@@ -369,6 +370,7 @@ def test_other_wrong_arguments_are_named() -> None:
         ("device is", lambda: alibi_slopes(2, device=2.5)),  # pyright: ignore[reportArgumentType]
         ("slopes is", lambda: lightning_attention(q, q, q, slopes=torch.ones(2, dtype=torch.int64))),
         ("slopes has", lambda: lightning_attention(q, q, q, slopes=torch.ones(3))),
+        ("slopes has layout", lambda: lightning_attention(q, q, q, slopes=torch.ones(2).to_sparse())),
         ("slopes has", lambda: lightning_attention(q, q, q, slopes=torch.ones(1, 2))),
         ("slopes is", lambda: lightning_attention(q, q, q, slopes=0.5)),  # pyright: ignore[reportArgumentType]
         ("slopes has a value", lambda: lightning_attention(q, q, q, slopes=torch.tensor([1.0, math.nan]))),

@@ -218,6 +218,8 @@ def lightning_attention(
         raise TypeError(f"lightning_attention: slopes is {type(slopes).__name__}; it must be a torch.Tensor")
     if slopes.dim() != 1:
         raise ValueError(f"lightning_attention: slopes has shape {list(slopes.shape)}; it must be [H]")
+    if slopes.layout != torch.strided:
+        raise TypeError(f"lightning_attention: slopes has layout {slopes.layout}; it must be dense: slopes.to_dense()")
     if not slopes.is_floating_point():
         raise TypeError(f"lightning_attention: slopes is {short(slopes.dtype)}; it must be of a floating dtype")
     if isinstance(v, Tensor) and v.dim() == (4 if cu_seqlens is None else 3) and v.shape[1] != slopes.shape[0]:

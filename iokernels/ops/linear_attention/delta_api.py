@@ -264,7 +264,7 @@ def _per_token(operator: str, log_decay: Any, beta: Any) -> Any:
     """A decay per head as a view of the shape of beta; its gradient is then summed by that of the view."""
     if not isinstance(log_decay, Tensor) or not isinstance(beta, Tensor):
         return log_decay
-    if log_decay.dim() != 1 or beta.dim() not in (2, 3):
+    if log_decay.dim() != 1 or log_decay.layout != torch.strided or beta.dim() not in (2, 3):
         return log_decay
     if log_decay.shape[0] != beta.shape[1]:
         raise ValueError(
