@@ -10,7 +10,7 @@ import torch
 _MOST = 2**31 - 1
 
 
-def count(operator: str, name: str, value: Any, least: int = 1) -> Any:
+def count(operator: str, name: str, value: Any, least: int = 1) -> int:
     """``value`` as an int of at least ``least``: an int or a NumPy integer, no bool; a traced one stays symbolic.
 
     Raises:
@@ -18,7 +18,7 @@ def count(operator: str, name: str, value: Any, least: int = 1) -> Any:
         ValueError: it is smaller, or needs more than 31 bits.
     """
     if isinstance(value, torch.SymInt):
-        return value
+        return value  # pyright: ignore[reportReturnType]
     whole = None
     if not isinstance(value, (bool, torch.Tensor)):
         try:

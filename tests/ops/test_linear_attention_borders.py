@@ -40,8 +40,8 @@ COMPILED = [*((LINEAR, x) for x in ("torch", "triton")), pytest.param(LINEAR, "c
 @pytest.mark.parametrize("backend", PYTHON)
 def test_a_reset_of_the_delta_rule_gives_the_value_by_hand(backend: str) -> None:
     x, decay = torch.ones(1, 1, 2, 1), torch.tensor([[[0.0, -INF]]])
-    own = {"q": x, "k": x, "v": x, "beta": torch.full((1, 1, 2), 0.5), "log_decay": decay}
-    own = {name: value.clone().requires_grad_() for name, value in own.items()}
+    plain = {"q": x, "k": x, "v": x, "beta": torch.full((1, 1, 2), 0.5), "log_decay": decay}
+    own: dict[str, Any] = {name: value.clone().requires_grad_() for name, value in plain.items()}
     out = gated_delta_rule(**own, scale=1.0, backend=backend)
     out.sum().backward()
     torch.testing.assert_close(out.flatten(), torch.tensor([0.5, 0.5]))
@@ -216,7 +216,8 @@ def test_a_state_that_nobody_writes_stays_to_the_bit(
 @pytest.mark.parametrize("backend", PYTHON)
 def test_where_the_normaliser_is_zero_there_is_nothing(backend: str, dtype: torch.dtype) -> None:
     """A query of zeros, and keys of zeros before the first of others: out is 0 there, and so are the gradients."""
-    arguments = given(LINEAR, backend, length=20, state=False) | {"normalize": True}
+    arguments: dict[str, Any] = given(LINEAR, backend, length=20, state=False)
+    arguments["normalize"] = True
     for name in "qkv":
         arguments[name] = arguments[name].abs().to(dtype)
     arguments["q"][:, :, 7] = 0.0

@@ -31,7 +31,7 @@ def _offset(x: Tensor) -> Tensor:
 
 
 def _negative(x: Tensor) -> Tensor:
-    return torch._neg_view(-x)  # pyright: ignore[reportPrivateUsage]
+    return torch._neg_view(-x)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _imaginary(x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def gated_delta_rule(
     packed = cu_seqlens is not None
     if packed and not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"gated_delta_rule: cu_seqlens is {type(cu_seqlens).__name__}; it must be a torch.Tensor")
-    decay = _per_token("gated_delta_rule", log_decay, beta)
+    decay = _per_token(log_decay, beta)
     plan = remembered(
         _PLANS,
         _packed_plan if packed else _dense_plan,
@@ -164,7 +164,7 @@ def gated_delta_rule_step(
             a gradient and gradients are enabled.
     """
     q, k, v = autocast(q, k, v)
-    decay = _per_token("gated_delta_rule_step", log_decay, beta)
+    decay = _per_token(log_decay, beta)
     plan = remembered(
         _PLANS,
         _step_plan,
@@ -234,7 +234,7 @@ def _plan(
     backend: str | None,
 ) -> Plan:  # fmt: skip
     heads, key_heads, width = sizes["H"], sizes["Hk"], sizes["K"]
-    contract.require(key_heads > 0, f"q has {key_heads} heads; it must have at least 1")
+    contract.require(key_heads > 0, f"k has {key_heads} heads; it must have at least 1")
     contract.require(
         heads % key_heads == 0,
         f"k has {key_heads} heads and v has {heads}; the heads of k must divide those of v",
@@ -260,17 +260,12 @@ def _plan(
     return Plan(backend, scale)
 
 
-def _per_token(operator: str, log_decay: Any, beta: Any) -> Any:
+def _per_token(log_decay: Any, beta: Any) -> Any:
     """A decay per head as a view of the shape of beta; its gradient is then summed by that of the view."""
     if not isinstance(log_decay, Tensor) or not isinstance(beta, Tensor):
         return log_decay
     if log_decay.dim() != 1 or log_decay.layout != torch.strided or beta.dim() not in (2, 3):
         return log_decay
-    if log_decay.shape[0] != beta.shape[1]:
-        raise ValueError(
-            f"{operator}: log_decay has shape {list(log_decay.shape)}; with one number a head it must be "
-            f"[{beta.shape[1]}], from the heads of beta"
-        )
     if beta.dim() == 2:  # packed: [T, H]
         return log_decay.expand(beta.shape[0], -1)
     return log_decay[None, :, None].expand(beta.shape[0], -1, beta.shape[2])

@@ -6,8 +6,6 @@ everywhere), on any device, and is differentiable to any order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import einsum, repeat
 from torch import Tensor
@@ -36,8 +34,11 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: Del
     return torch.cat(outs, dim=2), torch.cat(states)
 
 
-def _rows(rows: slice, *tensors: Tensor | None) -> Any:
-    return [None if x is None else x[:, :, rows] for x in tensors]
+def _rows(
+    rows: slice, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    decay = None if log_decay is None else log_decay[:, :, rows]
+    return q[:, :, rows], k[:, :, rows], v[:, :, rows], beta[:, :, rows], decay
 
 
 def _one_length(
