@@ -16,8 +16,9 @@ from iokernels.bench.cases.linear_attention_kernels import COMPILATION
 from iokernels.bench.cases.linear_attention_shapes import VOCABULARY, lengths
 from iokernels.bench.cases.linear_attention_tuning import TUNING
 from iokernels.bench.shape import Shape, UsageError
-from iokernels.ops.linear_attention.api import MAX_WIDTH, lightning_attention, linear_attention
+from iokernels.ops.linear_attention.api import lightning_attention, linear_attention
 from iokernels.ops.linear_attention.options import columns, features, state_dtype
+from iokernels.ops.linear_attention.refusals import MAX_WIDTH
 from iokernels.ops.linear_attention.tuning_cuda import MAX_WIDTH as MAX_CUDA_WIDTH
 from iokernels.runtime.errors import UnsupportedError
 

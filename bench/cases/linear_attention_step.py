@@ -11,7 +11,8 @@ from iokernels.bench.cases.linear_attention_kernels import STEP_COMPILATION
 from iokernels.bench.cases.linear_attention_shapes import STEP_VOCABULARY
 from iokernels.bench.cases.linear_attention_tuning import STEP_TUNING
 from iokernels.bench.shape import Shape
-from iokernels.ops.linear_attention.api import MAX_WIDTH, linear_attention_step
+from iokernels.ops.linear_attention.api import linear_attention_step
+from iokernels.ops.linear_attention.refusals import MAX_WIDTH
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:

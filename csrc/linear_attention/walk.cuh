@@ -103,14 +103,14 @@ DEVICE void score(Shared<Element> pairs, Shared<Element> x_tile, Shared<Element>
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = 16 * strip + group + 8 * half;
-            [[maybe_unused]] float own = 0.0f;
-            if constexpr (DECAY != NO_DECAY) own = load_shared(sums + row);
+            [[maybe_unused]] Sum2 own{};
+            if constexpr (DECAY != NO_DECAY) own = Sum2::at(sums, row);
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const int column = 16 * other + 8 * n + 2 * pair;
                 float weight[2];
-                [[maybe_unused]] Vector<float, 2> theirs;
-                if constexpr (DECAY != NO_DECAY) theirs = load_shared_vector<2>(sums + column);
+                [[maybe_unused]] TwoSums theirs;
+                if constexpr (DECAY != NO_DECAY) theirs = TwoSums::of(sums, column);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int ahead = REVERSE ? column + i - row : row - column - i;
@@ -119,8 +119,8 @@ DEVICE void score(Shared<Element> pairs, Shared<Element> x_tile, Shared<Element>
                         weight[i] = seen ? 1.0f : 0.0f;
                     } else {
                         // Masked before the exponential: the other half would be positive.
-                        const float between = REVERSE ? theirs.at[i] - own : own - theirs.at[i];
-                        weight[i] = exp2_fast(seen ? least(between, 0.0f) : -infinity());
+                        const float between = REVERSE ? theirs.at[i].minus(own) : own.minus(theirs.at[i]);
+                        weight[i] = exp2_fast(seen ? between : -infinity());
                     }
                     if constexpr (STRICT) {
                         if (ahead == 0) store_shared(itself + row, scores[n][2 * half + i]);
@@ -144,7 +144,7 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
     const Shared<Element> y_tiles = arena.take<Element>(STAGES * CHUNK * Y_ROW);
     const Shared<Element> z_tiles = arena.take<Element>(STAGES * CHUNK * Z_ROW);
     const Shared<Element> pairs = arena.take<Element>(CHUNK * P_ROW);
-    const Shared<float> all_sums = arena.take<float>(STAGES * CHUNK);
+    const Shared<float> all_sums = arena.take<float>(STAGES * 2 * CHUNK);  // of decays: Sum2
     const Shared<Element> u_tiles = arena.take<Element>(CROSSING ? STAGES * CHUNK * Z_ROW : 0);
     const Shared<float> itself = arena.take<float>(CROSSING ? CHUNK : 0);
     const Shared<float> shares = arena.take<float>(CROSSING ? WARPS * CHUNK : 0);  // of out . u, by warp
@@ -231,12 +231,12 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
         const int first = row_of(step), stage = step % STAGES;
         wait_copies<0>();
         __syncthreads();  // this chunk is here, and nobody reads the one before
-        const Shared<float> sums = all_sums + stage * CHUNK;
+        const Shared<float> sums = all_sums + stage * 2 * CHUNK;
         if (step + 1 < chunks) {
             fetch(row_of(step + 1), stage ^ 1);
             if constexpr (DECAY != NO_DECAY) {
                 if (warp_id() == 0) {
-                    decays.put(all_sums + (stage ^ 1) * CHUNK, g, row_of(step + 1));
+                    decays.put(all_sums + (stage ^ 1) * 2 * CHUNK, g, row_of(step + 1));
                     decays.ask(g, row_of(step + 2));
                 }
             }
@@ -288,8 +288,8 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
                 held[kk].at[i] = pack<Element>(from[i / 2 * 2], from[i / 2 * 2 + 1]);
             }
         }
-        [[maybe_unused]] float total = 0.0f;
-        if constexpr (DECAY != NO_DECAY) total = load_shared(sums + (CHUNK - 1));
+        [[maybe_unused]] Sum2 total{};
+        if constexpr (DECAY != NO_DECAY) total = Sum2::at(sums, CHUNK - 1);
 #pragma unroll 1
         for (int strip = 0; strip < STRIPS; ++strip) {
             float acc[2][4] = {}, from_state[2][4] = {};
@@ -307,8 +307,8 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
             if constexpr (DECAY != NO_DECAY) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float sum = load_shared(sums + (16 * strip + lane_id() / 4 + 8 * half));
-                    seen[half] = exp2_fast(REVERSE ? least(total - sum, 0.0f) : sum);
+                    const Sum2 sum = Sum2::at(sums, 16 * strip + lane_id() / 4 + 8 * half);
+                    seen[half] = exp2_fast(REVERSE ? total.minus(sum) : sum.value());
                 }
             }
 #pragma unroll
@@ -327,7 +327,7 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
         }
 
         if constexpr (DECAY != NO_DECAY) {
-            const float kept = exp2_fast(total);
+            const float kept = exp2_fast(total.value());
 #pragma unroll
             for (int n = 0; n < BLOCK_Y / 8; ++n) {
 #pragma unroll
@@ -341,13 +341,14 @@ DEVICE void walk(const Walk<Result>& given, [[maybe_unused]] const Crossing& cro
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     Vector<float, 2> kept{{1.0f, 1.0f}};
+                    [[maybe_unused]] TwoSums own{};
                     if constexpr (DECAY != NO_DECAY) {
-                        kept = load_shared_vector<2>(sums + (16 * strip + 8 * half + 2 * (lane_id() % 4)));
+                        own = TwoSums::of(sums, 16 * strip + 8 * half + 2 * (lane_id() % 4));
                     }
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         if constexpr (DECAY != NO_DECAY) {
-                            kept.at[i] = exp2_fast(REVERSE ? kept.at[i] : least(total - kept.at[i], 0.0f));
+                            kept.at[i] = exp2_fast(REVERSE ? own.at[i].value() : total.minus(own.at[i]));
                         }
                         if constexpr (REVERSE) kept.at[i] *= given.scale;
                     }

@@ -9,16 +9,29 @@ from torch import Tensor, nn
 
 from iokernels.ops.flash_attention.api import flash_attention
 from iokernels.ops.linear_attention.api import linear_attention, linear_attention_state, linear_attention_step
-from iokernels.ops.linear_attention.options import state_dtype
+from iokernels.ops.linear_attention.options import features, state_dtype
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import count, flag, place
 
 from .positions import rotated, token_positions
+from .states import check_state, loadable
 
-_CONTRACT = Contract("BasedAttention", x=Spec("B N embed_dim", FLOATS))
+_PAST = Spec("B num_heads before head_dim", FLOATS, optional=True)
+_CONTRACT = Contract(
+    "BasedAttention",
+    x=Spec("B N embed_dim", FLOATS),
+    **{
+        "state.memory": Spec("B num_heads features columns", (torch.float32, torch.float64), optional=True),
+        "state.keys": _PAST,
+        "state.values": _PAST,
+        "state.seen": Spec("B", (torch.int64,)),
+    },
+)
 
 PARTS = ("linear", "window")
 
 
+@loadable
 class BasedAttentionState(NamedTuple):
     """What a :class:`BasedAttention` remembers; None for a part that it does not have. ``step`` updates it in place."""
 
@@ -69,17 +82,21 @@ class BasedAttention(nn.Module):
     ) -> None:
         super().__init__()
         require = _CONTRACT.require
-        require(
-            embed_dim > 0 and num_heads > 0 and embed_dim % num_heads == 0,
-            f"embed_dim is {embed_dim} and num_heads {num_heads}; both must be positive, and num_heads a divisor",
-        )
+        embed_dim, num_heads, feature_dim, window = (
+            count("BasedAttention", name, value)
+            for name, value in (
+                ("embed_dim", embed_dim), ("num_heads", num_heads), ("feature_dim", feature_dim), ("window", window)
+            )
+        )  # fmt: skip
+        flag("BasedAttention", "bias", bias)
+        require(embed_dim % num_heads == 0, f"embed_dim is {embed_dim}; num_heads, {num_heads}, must divide it")
         head_dim = embed_dim // num_heads
+        if not isinstance(parts, (tuple, list)):
+            raise TypeError(f"BasedAttention: parts is {parts!r}; it must be a tuple of names")
         require(
             len(parts) > 0 and len(set(parts)) == len(parts) and set(parts) <= set(PARTS),
             f"parts is {parts!r}; it must hold {' or '.join(map(repr, PARTS))}, or each once",
         )
-        require(feature_dim > 0, f"feature_dim is {feature_dim}; it must be at least 1")
-        require(window > 0, f"window is {window}; it must be at least 1")
         require(
             "window" not in parts or head_dim % 2 == 0,
             f"embed_dim / num_heads is {head_dim}; it must be even, for pairs of the window's keys turn",
@@ -102,8 +119,10 @@ class BasedAttention(nn.Module):
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> BasedAttentionState:
         """The state before the first token of ``batch`` sequences; device and dtype: of x, or of the parameters."""
-        weight = self.out_proj.weight
-        device = weight.device if device is None else device
+        weight, batch = self.out_proj.weight, count("BasedAttention", "batch", batch, 0)
+        device = weight.device if device is None else place("BasedAttention", device)
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"BasedAttention: dtype is {dtype!r}; it must be a floating dtype of torch")
         dtype = weight.dtype if dtype is None else dtype
         memory = keys = values = None
         if self.linear_proj is not None:
@@ -127,7 +146,7 @@ class BasedAttention(nn.Module):
         Returns:
             ``[B, N, E]``, or ``([B, N, E], state)``.
         """
-        _CONTRACT.check({"embed_dim": self.embed_dim}, x=x)
+        self._check(x, state, written=False)
         outs, memory, keys, values = [], None, None, None
         if self.linear_proj is not None:
             out, memory = linear_attention(
@@ -153,7 +172,7 @@ class BasedAttention(nn.Module):
 
         Has no gradient: call it under ``torch.no_grad()`` or ``torch.inference_mode()``. Safe under CUDA-graph capture.
         """
-        _CONTRACT.check({"embed_dim": self.embed_dim}, x=x)
+        self._check(x, state, written=True)
         _CONTRACT.require(
             not (torch.is_grad_enabled() and (x.requires_grad or self.out_proj.weight.requires_grad)),
             "step has no gradient; call it under torch.no_grad()",
@@ -173,6 +192,31 @@ class BasedAttention(nn.Module):
             state.values.copy_(values)
         state.seen.add_(x.shape[1])
         return self._output(outs)
+
+    def _check(self, x: Tensor, state: BasedAttentionState | None, written: bool) -> None:
+        """Whether x and the state fit."""
+        _CONTRACT.check({"embed_dim": self.embed_dim}, x=x)
+        if state is None:
+            return
+        sizes = {
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "features": features(self.feature_dim, True),
+            "columns": self.head_dim + 1,
+            "before": self.window - 1,
+            "head_dim": self.head_dim,
+        }
+        check_state(_CONTRACT, BasedAttentionState, state, x, written=written, **sizes)
+        for name, part, given in (
+            ("memory", self.linear_proj, state.memory),
+            ("keys", self.window_proj, state.keys),
+            ("values", self.window_proj, state.values),
+        ):
+            _CONTRACT.require(
+                (part is None) == (given is None),
+                f"state.{name} is {'None' if given is None else 'given'}; with parts={self.parts} it must be "
+                f"{'None' if part is None else 'a tensor'}",
+            )
 
     def _linear_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """q, k, v of the linear part, each [B, num_heads, N, width]."""

@@ -12,10 +12,21 @@ from torch import Tensor, nn
 from iokernels.ops.linear_attention.delta_api import gated_delta_rule, gated_delta_rule_step
 from iokernels.ops.linear_attention.delta_options import state_dtype
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import count, flag, place
 
-_CONTRACT = Contract("GatedDeltaNet", x=Spec("B N embed_dim", FLOATS))
+from .states import check_state, loadable
+
+_CONTRACT = Contract(
+    "GatedDeltaNet",
+    x=Spec("B N embed_dim", FLOATS),
+    **{
+        "state.conv": Spec("B before channels", FLOATS),
+        "state.memory": Spec("B num_heads head_dim value_dim", (torch.float32, torch.float64)),
+    },
+)
 
 
+@loadable
 class GatedDeltaNetState(NamedTuple):
     """What a :class:`GatedDeltaNet` remembers of the tokens so far. The tensors are updated in place by ``step``."""
 
@@ -72,6 +83,8 @@ class GatedDeltaNet(nn.Module):
     ) -> None:
         super().__init__()
         require = _CONTRACT.require
+        name = "GatedDeltaNet"
+        embed_dim, num_heads = count(name, "embed_dim", embed_dim, 0), count(name, "num_heads", num_heads, 0)
         require(
             embed_dim > 0 and num_heads > 0, f"embed_dim is {embed_dim}, num_heads {num_heads}; both must be above 0"
         )
@@ -80,16 +93,18 @@ class GatedDeltaNet(nn.Module):
                 embed_dim % num_heads == 0, f"embed_dim is {embed_dim}; without head_dim, {num_heads} must divide it"
             )
             head_dim = embed_dim // num_heads
-        num_key_heads = num_heads if num_key_heads is None else num_key_heads
-        value_dim = round(head_dim * expand_v)
+        head_dim, conv_size = count(name, "head_dim", head_dim), count(name, "conv_size", conv_size)
+        num_key_heads = num_heads if num_key_heads is None else count(name, "num_key_heads", num_key_heads)
+        value_dim = round(head_dim * _CONTRACT.number("expand_v", expand_v, least=0.0))
         require(
-            num_key_heads > 0 and num_heads % num_key_heads == 0,
-            f"num_key_heads is {num_key_heads}; it must divide the {num_heads} heads",
+            num_heads % num_key_heads == 0, f"num_key_heads is {num_key_heads}; it must divide the {num_heads} heads"
         )
-        require(
-            head_dim > 0 and value_dim > 0, f"head_dim is {head_dim}, expand_v {expand_v}; widths must be at least 1"
-        )
-        require(conv_size >= 1, f"conv_size is {conv_size}; it must be at least 1")
+        require(value_dim > 0, f"head_dim is {head_dim}, expand_v {expand_v}; widths must be at least 1")
+        for flag_name, value in (
+            ("use_decay", use_decay), ("use_gate", use_gate), ("allow_neg_eigval", allow_neg_eigval), ("bias", bias)
+        ):  # fmt: skip
+            flag(name, flag_name, value)
+        norm_eps = _CONTRACT.number("norm_eps", norm_eps, least=0.0)
         self.embed_dim, self.num_heads, self.num_key_heads = embed_dim, num_heads, num_key_heads
         self.head_dim, self.value_dim, self.conv_size = head_dim, value_dim, conv_size
         self.use_decay, self.allow_neg_eigval = use_decay, allow_neg_eigval
@@ -141,8 +156,10 @@ class GatedDeltaNet(nn.Module):
             device: that of the parameters if None.
             dtype: dtype of x; that of the parameters if None.
         """
-        weight = self.in_proj.weight
-        device = weight.device if device is None else device
+        weight, batch = self.in_proj.weight, count("GatedDeltaNet", "batch", batch, 0)
+        device = weight.device if device is None else place("GatedDeltaNet", device)
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"GatedDeltaNet: dtype is {dtype!r}; it must be a floating dtype of torch")
         dtype = weight.dtype if dtype is None else dtype
         return GatedDeltaNetState(
             torch.zeros(batch, self.conv_size - 1, sum(self.widths), device=device, dtype=dtype),
@@ -160,7 +177,7 @@ class GatedDeltaNet(nn.Module):
         Returns:
             ``[B, N, E]``, or ``([B, N, E], state)``.
         """
-        _CONTRACT.check({"embed_dim": self.embed_dim}, x=x)
+        self._check(x, state, written=False)
         mixed = self.in_proj(x)
         past = None if state is None else state.conv
         q, k, v = self._heads(self._convolved(mixed, past))
@@ -179,7 +196,7 @@ class GatedDeltaNet(nn.Module):
 
         Has no gradient: call it under ``torch.no_grad()`` or ``torch.inference_mode()``. Safe under CUDA-graph capture.
         """
-        _CONTRACT.check({"embed_dim": self.embed_dim}, x=x)
+        self._check(x, state, written=True)
         mixed = self.in_proj(x)
         q, k, v = self._heads(self._convolved(mixed, state.conv))
         beta, log_decay = self._gates(x)
@@ -187,9 +204,19 @@ class GatedDeltaNet(nn.Module):
         state.conv.copy_(self._last(mixed, state.conv))
         return self._output(x, out)
 
+    def _check(self, x: Tensor, state: GatedDeltaNetState | None, written: bool) -> None:
+        """Whether x and the state fit."""
+        _CONTRACT.check({"embed_dim": self.embed_dim}, x=x)
+        if state is not None:
+            check_state(
+                _CONTRACT, GatedDeltaNetState, state, x, written=written, embed_dim=self.embed_dim,
+                before=self.conv_size - 1, channels=sum(self.widths), num_heads=self.num_heads, head_dim=self.head_dim,
+                value_dim=self.value_dim,
+            )  # fmt: skip
+
     def _convolved(self, mixed: Tensor, past: Tensor | None) -> Tensor:
         """SiLU of the depthwise causal convolution of ``[B, N, channels]``."""
-        if self.conv_weight is not None:
+        if self.conv_weight is not None and mixed.shape[1] > 0:
             channels, before = mixed.shape[2], self.conv_size - 1
             if past is None:
                 padded = F.pad(mixed, (0, 0, before, 0))
@@ -210,7 +237,7 @@ class GatedDeltaNet(nn.Module):
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k of length 1 and v, each [B, heads, N, width]."""
         q, k, v = mixed.split(self.widths, dim=2)
-        q, k = (F.normalize(x.unflatten(2, (self.num_key_heads, self.head_dim)), dim=-1) for x in (q, k))
+        q, k = (_unit(x.unflatten(2, (self.num_key_heads, self.head_dim))) for x in (q, k))
         v = v.unflatten(2, (self.num_heads, self.value_dim))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -222,8 +249,8 @@ class GatedDeltaNet(nn.Module):
             beta = 2.0 * beta
         if not self.use_decay:
             return beta, None
-        step = F.softplus(self.decay_proj(x).to(accurate) + self.dt_bias)
-        return beta, (-torch.exp(self.A_log) * step).transpose(1, 2)
+        step = F.softplus(self.decay_proj(x).to(accurate) + self.dt_bias.to(accurate))
+        return beta, (-torch.exp(self.A_log.to(accurate)) * step).transpose(1, 2)
 
     def _output(self, x: Tensor, out: Tensor) -> Tensor:
         """Normalise each head of [B, num_heads, N, value_dim], gate and project."""
@@ -232,3 +259,14 @@ class GatedDeltaNet(nn.Module):
         if self.gate_proj is not None:
             out = out * F.silu(self.gate_proj(x))
         return self.out_proj(out)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """The vectors of the last dimension scaled to length 1; of zeros there are zeros, and no gradient.
+
+    The length is in float32 at least. Shorter ones than the dtype can hold well are scaled less: no more than the dtype
+    holds. An epsilon in the dtype of x would be 0 in float16.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    least = max(torch.finfo(x.dtype).tiny, 1e-12)
+    return (x / length.clamp_min(least).masked_fill(length == 0.0, math.inf)).to(x.dtype)

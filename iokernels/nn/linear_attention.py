@@ -24,10 +24,12 @@ from iokernels.ops.linear_attention.api import linear_attention, linear_attentio
 from iokernels.ops.linear_attention.decays import alibi_slopes, minimax_slopes, retention_slopes
 from iokernels.ops.linear_attention.options import state_dtype
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import count, flag, place
 
 from .based_attention import BasedAttention, BasedAttentionState
 from .gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 from .positions import FixedDecay, rotated, token_positions
+from .states import check_state, loadable
 
 __all__ = [
     "BasedAttention",
@@ -40,13 +42,16 @@ __all__ = [
     "RetentionState",
 ]
 
-_LIGHTNING = Contract("LightningAttention", x=Spec("B N embed_dim", FLOATS))
-_RETENTION = Contract("Retention", x=Spec("B N embed_dim", FLOATS))
+_MEMORY = Spec("B num_heads head_dim value_dim", (torch.float32, torch.float64))
+_X = Spec("B N embed_dim", FLOATS)
+_LIGHTNING = Contract("LightningAttention", x=_X, **{"state.memory": _MEMORY})
+_RETENTION = Contract("Retention", x=_X, **{"state.memory": _MEMORY, "state.seen": Spec("B", (torch.int64,))})
 
 SLOPES = ("alibi", "minimax", "retention")
 GATES = ("linear", "sigmoid", "none")
 
 
+@loadable
 class LightningAttentionState(NamedTuple):
     """What a :class:`LightningAttention` remembers. ``step`` updates it in place."""
 
@@ -100,7 +105,8 @@ class LightningAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        head_dim = _head_dim(_LIGHTNING, embed_dim, num_heads, head_dim)
+        embed_dim, num_heads, head_dim = _widths(_LIGHTNING, embed_dim, num_heads, head_dim)
+        bias, norm_eps = _affine(_LIGHTNING, bias, norm_eps)
         _LIGHTNING.require(slopes in SLOPES, f"slopes is {slopes!r}; it must be one of {', '.join(SLOPES)}")
         _LIGHTNING.require(gate in GATES, f"gate is {gate!r}; it must be one of {', '.join(GATES)}")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
@@ -125,7 +131,8 @@ class LightningAttention(nn.Module):
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> LightningAttentionState:
         """The state before the first token of ``batch`` sequences; device and dtype: of x, or of the parameters."""
-        device, dtype = _place(self.in_proj.weight, device, dtype)
+        device, dtype = _place(_LIGHTNING, self.in_proj.weight, device, dtype)
+        batch = count("LightningAttention", "batch", batch, 0)
         widths = self.head_dim, self.head_dim
         memory = linear_attention_state(batch, self.num_heads, *widths, dtype=state_dtype(dtype), device=device)
         return LightningAttentionState(memory)
@@ -141,8 +148,9 @@ class LightningAttention(nn.Module):
         Returns:
             ``[B, N, E]``, or ``([B, N, E], state)``.
         """
+        q, k, v = self._projected(x, state)
         out, memory = linear_attention(
-            *self._projected(x), log_decay=self.decay.log_decay,
+            q, k, v, log_decay=self.decay(x),
             initial_state=None if state is None else state.memory, return_state=True, backend=self.backend,
         )  # fmt: skip
         out = self._output(x, out)
@@ -153,13 +161,18 @@ class LightningAttention(nn.Module):
 
         Has no gradient: call it under ``torch.no_grad()`` or ``torch.inference_mode()``. Safe under CUDA-graph capture.
         """
-        q, k, v = self._projected(x)
-        log_decay = self.decay.log_decay
+        q, k, v = self._projected(x, state, written=True)
+        log_decay = self.decay(x)
         return self._output(x, linear_attention_step(q, k, v, state.memory, log_decay=log_decay, backend=self.backend))
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v, each [B, num_heads, N, head_dim]."""
+    def _projected(self, x: Tensor, state: LightningAttentionState | None, written: bool = False) -> tuple[Tensor, ...]:
+        """q, k, v, each [B, num_heads, N, head_dim], where x and the state fit."""
         _LIGHTNING.check({"embed_dim": self.embed_dim}, x=x)
+        if state is not None:
+            sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim, "value_dim": self.head_dim}
+            check_state(
+                _LIGHTNING, LightningAttentionState, state, x, written=written, embed_dim=self.embed_dim, **sizes
+            )
         q, k, v = self.in_proj(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
         return F.silu(q), F.silu(k), v
 
@@ -173,6 +186,7 @@ class LightningAttention(nn.Module):
         return self.out_proj(out)
 
 
+@loadable
 class RetentionState(NamedTuple):
     """What a :class:`Retention` remembers. ``step`` updates it in place."""
 
@@ -216,8 +230,9 @@ class Retention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        head_dim = _head_dim(_RETENTION, embed_dim, num_heads, head_dim)
-        value_dim = round(head_dim * expand_v)
+        embed_dim, num_heads, head_dim = _widths(_RETENTION, embed_dim, num_heads, head_dim)
+        bias, norm_eps = _affine(_RETENTION, bias, norm_eps)
+        value_dim = round(head_dim * _RETENTION.number("expand_v", expand_v, least=0.0))
         _RETENTION.require(head_dim % 2 == 0, f"head_dim is {head_dim}; it must be even, for its pairs turn")
         _RETENTION.require(value_dim > 0, f"head_dim is {head_dim}, expand_v {expand_v}; widths must be at least 1")
         self.embed_dim, self.num_heads = embed_dim, num_heads
@@ -237,16 +252,17 @@ class Retention(nn.Module):
 
     def init_state(self, batch: int, device: Any = None, dtype: torch.dtype | None = None) -> RetentionState:
         """The state before the first token of ``batch`` sequences; device and dtype: of x, or of the parameters."""
-        device, dtype = _place(self.in_proj.weight, device, dtype)
+        device, dtype = _place(_RETENTION, self.in_proj.weight, device, dtype)
+        batch = count("Retention", "batch", batch, 0)
         widths = self.head_dim, self.value_dim
         memory = linear_attention_state(batch, self.num_heads, *widths, dtype=state_dtype(dtype), device=device)
         return RetentionState(memory, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def forward(self, x: Tensor, state: RetentionState | None = None, return_state: bool = False) -> Any:
         """Mix whole sequences, differentiably: as :meth:`LightningAttention.forward`."""
-        q, k, v = self._projected(x, None if state is None else state.seen)
+        q, k, v = self._projected(x, state)
         out, memory = linear_attention(
-            q, k, v, log_decay=self.decay.log_decay, initial_state=None if state is None else state.memory,
+            q, k, v, log_decay=self.decay(x), initial_state=None if state is None else state.memory,
             return_state=True, backend=self.backend,
         )  # fmt: skip
         out = self._output(x, out)
@@ -257,18 +273,22 @@ class Retention(nn.Module):
 
     def step(self, x: Tensor, state: RetentionState) -> Tensor:
         """The next token or few, in place: as :meth:`LightningAttention.step`."""
-        q, k, v = self._projected(x, state.seen)
-        log_decay = self.decay.log_decay
+        q, k, v = self._projected(x, state, written=True)
+        log_decay = self.decay(x)
         out = linear_attention_step(q, k, v, state.memory, log_decay=log_decay, backend=self.backend)
         state.seen.add_(x.shape[1])
         return self._output(x, out)
 
-    def _projected(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k, turned, and v, each [B, num_heads, N, width]."""
+    def _projected(self, x: Tensor, state: RetentionState | None, written: bool = False) -> tuple[Tensor, ...]:
+        """q and k, turned, and v, each [B, num_heads, N, width], where x and the state fit."""
         _RETENTION.check({"embed_dim": self.embed_dim}, x=x)
+        if state is not None:
+            sizes = {"num_heads": self.num_heads, "head_dim": self.head_dim, "value_dim": self.value_dim}
+            sizes["embed_dim"] = self.embed_dim
+            check_state(_RETENTION, RetentionState, state, x, written=written, **sizes)
         parts = self.in_proj(x).split(self.widths, dim=2)
         q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        positions = token_positions(x, seen)
+        positions = token_positions(x, None if state is None else state.seen)
         return rotated(q, positions), rotated(k, positions), v
 
     def _output(self, x: Tensor, out: Tensor) -> Tensor:
@@ -278,8 +298,11 @@ class Retention(nn.Module):
         return self.out_proj(F.silu(self.gate_proj(x)) * out)
 
 
-def _head_dim(contract: Contract, embed_dim: int, num_heads: int, head_dim: int | None) -> int:
-    """The width of a head, where sizes fit."""
+def _widths(contract: Contract, embed_dim: Any, num_heads: Any, head_dim: Any) -> tuple[int, int, int]:
+    """embed_dim, num_heads and the width of a head, where they are numbers that fit."""
+    embed_dim, num_heads = (
+        count(contract.operator, name, value, 0) for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads))
+    )
     contract.require(
         embed_dim > 0 and num_heads > 0, f"embed_dim is {embed_dim}, num_heads {num_heads}; both must be above 0"
     )
@@ -287,10 +310,17 @@ def _head_dim(contract: Contract, embed_dim: int, num_heads: int, head_dim: int 
         contract.require(
             embed_dim % num_heads == 0, f"embed_dim is {embed_dim}; without head_dim, {num_heads} must divide it"
         )
-        head_dim = embed_dim // num_heads
-    contract.require(head_dim > 0, f"head_dim is {head_dim}; it must be at least 1")
-    return head_dim
+        return embed_dim, num_heads, embed_dim // num_heads
+    return embed_dim, num_heads, count(contract.operator, "head_dim", head_dim)
 
 
-def _place(weight: Tensor, device: Any, dtype: torch.dtype | None) -> tuple[Any, torch.dtype]:
+def _affine(contract: Contract, bias: Any, norm_eps: Any) -> tuple[bool, float]:
+    return flag(contract.operator, "bias", bias), contract.number("norm_eps", norm_eps, least=0.0)
+
+
+def _place(contract: Contract, weight: Tensor, device: Any, dtype: Any) -> tuple[Any, torch.dtype]:
+    """Where a state lives and what dtype x has: as given, or those of the parameters."""
+    device = place(contract.operator, device)
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"{contract.operator}: dtype is {dtype!r}; it must be a floating dtype of torch")
     return weight.device if device is None else device, weight.dtype if dtype is None else dtype

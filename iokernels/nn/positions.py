@@ -34,7 +34,8 @@ def rotated(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
 class FixedDecay(nn.Module):
     """The log decay of every head, ``[H]``, as a buffer that stays float32 in a module of half precision.
 
-    ``slopes(device=...)`` makes the negative of it; the buffer is no part of a state_dict.
+    ``slopes(device=...)`` makes the negative of it; the buffer is no part of a state_dict. Calling the module gives the
+    decays on the device of x.
     """
 
     log_decay: Tensor
@@ -43,6 +44,12 @@ class FixedDecay(nn.Module):
         super().__init__()
         self.slopes = slopes
         self.register_buffer("log_decay", -slopes(device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The buffer; made where it is still on meta because a state_dict was assigned around it."""
+        if self.log_decay.device != x.device:
+            self.log_decay = -self.slopes(device=x.device)
+        return self.log_decay
 
     def _apply(self, fn: Any, recurse: bool = True) -> FixedDecay:
         super()._apply(fn, recurse)

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets, readable
+from iokernels.runtime.plain import count, flag, place
 from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
 from .op import attend, step
-from .options import Options, columns, features, state_dtype
-from .tuning_cuda import MAX_WIDTH as MAX_CUDA_WIDTH
+from .options import Options, columns, features, in_place, state_dtype
+from .refusals import cuda_refusal, triton_refusal
 
 _STATES = (torch.float32, torch.float64)
 _PER_HEAD, _PER_TOKEN = Spec("H", FLOATS, optional=True), Spec("B H N", FLOATS, optional=True)
@@ -51,10 +51,6 @@ STEP = {
 }
 
 FEATURE_MAPS = (None, "taylor")
-MAX_WIDTH = 256
-"""Widest K and V that the Triton kernels take."""
-MAX_TAYLOR_WIDTH = 32
-"""Widest K of theirs with the Taylor map: the state has 1 + K + K^2 rows, and a block holds some columns of it."""
 
 
 def linear_attention(
@@ -116,7 +112,9 @@ def linear_attention(
         ValueError: shapes, devices or numbers that do not fit; the message names the argument.
         UnsupportedError: the named backend cannot run this call.
 
-    No argument is modified. Under autocast q, k and v are cast to the autocast dtype. Gradients can be taken once;
+    No argument is modified, and what is returned owns its memory: ``out += x`` or a step with the state leave the
+    gradients as they are, but for ``normalize``, whose backward pass needs out: there autograd refuses. Under autocast
+    q, k and v are cast to the autocast dtype. Gradients can be taken once;
     ``backend="reference"`` supports higher orders. Every backend gives the same bits on every run. ``triton`` and
     ``cuda`` round the state to the dtype of q where it meets q, so float16 needs states below 65,504; bfloat16 has no
     such bound.
@@ -139,7 +137,7 @@ def linear_attention(
     if plan.backend == "reference":
         out, state = reference.attend(q, k, v, options)
     else:
-        out, state = attend(q, k, v, plan.backend, options)
+        out, state = attend(q, k, v, plan.backend, options, return_state)
     if packed:
         out = out.squeeze(0).transpose(0, 1)
     return (out, state) if return_state else out
@@ -196,7 +194,7 @@ def linear_attention_step(
         out, new = reference.attend(q, k, v, options._replace(initial_state=state))
         state.copy_(new)
         return out
-    return step(q, k, v, state, plan.backend, options)
+    return in_place(lambda held: step(q, k, v, held, plan.backend, options), state)
 
 
 def lightning_attention(
@@ -220,6 +218,14 @@ def lightning_attention(
         raise TypeError(f"lightning_attention: slopes is {type(slopes).__name__}; it must be a torch.Tensor")
     if slopes.dim() != 1:
         raise ValueError(f"lightning_attention: slopes has shape {list(slopes.shape)}; it must be [H]")
+    if slopes.layout != torch.strided:
+        raise TypeError(f"lightning_attention: slopes has layout {slopes.layout}; it must be dense: slopes.to_dense()")
+    if not slopes.is_floating_point():
+        raise TypeError(f"lightning_attention: slopes is {short(slopes.dtype)}; it must be of a floating dtype")
+    if isinstance(v, Tensor) and v.dim() == (4 if cu_seqlens is None else 3) and v.shape[1] != slopes.shape[0]:
+        raise ValueError(
+            f"lightning_attention: slopes has shape {list(slopes.shape)}; it must be [{v.shape[1]}], the heads of v"
+        )
     if readable(slopes) and not bool((slopes >= 0).all()):
         raise ValueError("lightning_attention: slopes has a value that is not at least 0; log_decay is their negative")
     return linear_attention(
@@ -242,13 +248,21 @@ def linear_attention_state(
     """The state before the first token, zeros ``[batch, heads, rows, columns]``: what a cache starts with.
 
     ``heads`` and ``value_width`` are those of v, ``key_width`` that of k; rows and columns are as
-    :func:`linear_attention` says. ``dtype`` is float32, or float64 for float64 inputs.
+    :func:`linear_attention` says; a batch of 0 is one. ``dtype`` is float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a count out of range, or an unknown name.
     """
-    _check_feature_map("linear_attention_state", feature_map)
-    if dtype not in _STATES:
-        raise TypeError(f"linear_attention_state: dtype is {dtype}; it must be torch.float32 or torch.float64")
+    name = "linear_attention_state"
+    batch, heads = count(name, "batch", batch, 0), count(name, "heads", heads, 0)
+    key_width, value_width = count(name, "key_width", key_width), count(name, "value_width", value_width)
+    _check_feature_map(name, feature_map)
+    flag(name, "normalize", normalize)
+    if not any(dtype is known for known in _STATES):
+        raise TypeError(f"{name}: dtype is {dtype!r}; it must be torch.float32 or torch.float64")
     shape = batch, heads, features(key_width, feature_map == "taylor"), columns(value_width, normalize)
-    return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=place(name, device))
 
 
 class Plan(NamedTuple):
@@ -269,10 +283,10 @@ def _dense_plan(
 ) -> Plan:  # fmt: skip
     contract = _by_decay(DENSE, log_decay)
     sizes = contract.check(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
-    _check_flag(contract, "return_state", return_state)
+    flag(contract.operator, "return_state", return_state)
     return _plan(
         contract, sizes, feature_map, scale, normalize, backend, q, "initial_state", initial_state,
-        partial(_cuda_refusal, q, sizes, feature_map == "taylor", normalize),
+        partial(cuda_refusal, q, sizes, feature_map == "taylor", normalize),
     )  # fmt: skip
 
 
@@ -288,10 +302,10 @@ def _packed_plan(
     sizes = contract.check(
         q=q, k=k, v=v, cu_seqlens=cu_seqlens, log_decay=log_decay, initial_state=initial_state
     )  # fmt: skip
-    _check_flag(contract, "return_state", return_state)
+    flag(contract.operator, "return_state", return_state)
     return _plan(
         contract, sizes, feature_map, scale, normalize, backend, q, "initial_state", initial_state,
-        partial(_cuda_refusal, q, sizes, feature_map == "taylor", normalize),
+        partial(cuda_refusal, q, sizes, feature_map == "taylor", normalize),
     )  # fmt: skip
 
 
@@ -320,16 +334,17 @@ def _by_decay(contracts: dict[int, Contract], log_decay: Any) -> Contract:
 
 def _plan(
     contract: Contract, sizes: dict[str, Any], feature_map: Any, scale: Any, normalize: Any, backend: str | None,
-    q: Tensor, state_name: str, state: Tensor | None, cuda_refusal: dispatch.Refusal,
+    q: Tensor, state_name: str, state: Tensor | None, refuses_cuda: dispatch.Refusal,
 ) -> Plan:  # fmt: skip
     heads, key_heads, width = sizes["H"], sizes["Hk"], sizes["K"]
+    contract.require(key_heads > 0, f"q has {key_heads} heads; it must have at least 1")
     contract.require(
-        key_heads > 0 and heads % key_heads == 0,
+        heads % key_heads == 0,
         f"q has {key_heads} heads and v has {heads}; the heads of q and k must divide those of v",
     )
     contract.require(width > 0 and sizes["V"] > 0, f"widths are {width} and {sizes['V']}; they must be at least 1")
     _check_feature_map(contract.operator, feature_map)
-    _check_flag(contract, "normalize", normalize)
+    flag(contract.operator, "normalize", normalize)
     taylor = feature_map == "taylor"
     scale = contract.number("scale", width**-0.5 if scale is None else scale)
     if state is not None:
@@ -348,8 +363,8 @@ def _plan(
         backend,
         q.device.type,
         {
-            "triton": partial(_triton_refusal, q, sizes, taylor),
-            "cuda": cuda_refusal,
+            "triton": partial(triton_refusal, q, sizes, taylor),
+            "cuda": refuses_cuda,
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -357,39 +372,9 @@ def _plan(
     return Plan(backend, scale, taylor, normalize)
 
 
-def _triton_refusal(q: Tensor, sizes: dict[str, Any], taylor: bool) -> str | None:
-    if q.dtype == torch.float64:
-        return "its kernels take float16, bfloat16 and float32, not float64"
-    for name in ("K", "V"):
-        if sizes[name] > MAX_WIDTH:
-            return f"{name} is {sizes[name]}, and its kernels hold widths up to {MAX_WIDTH}"
-    if taylor and sizes["K"] > MAX_TAYLOR_WIDTH:
-        return f"K is {sizes['K']}, and with the Taylor map its kernels hold widths up to {MAX_TAYLOR_WIDTH}"
-    return devices.triton_refusal(q.device)
-
-
-def _cuda_refusal(q: Tensor, sizes: dict[str, Any], taylor: bool, normalize: bool) -> str | None:
-    """Why the kernels in CUDA C++ cannot run a call, as the end of a sentence, or None when it can."""
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernels take float16 and bfloat16, not {short(q.dtype)}"
-    if taylor:
-        return "its kernels have no feature map"
-    if normalize:
-        return "its kernels have no normaliser"
-    for name in ("K", "V"):
-        if sizes[name] > MAX_CUDA_WIDTH:
-            return f"{name} is {sizes[name]}, and its kernels hold widths up to {MAX_CUDA_WIDTH}"
-    return devices.cuda_refusal(q.device)
-
-
 def _check_feature_map(operator: str, feature_map: Any) -> None:
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f'{operator}: feature_map is {feature_map!r}; it must be None or "taylor"')
-
-
-def _check_flag(contract: Contract, name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{contract.operator}: {name} is {type(value).__name__}; it must be a bool")
 
 
 def _check_decay(operator: str, log_decay: Tensor | None) -> None:

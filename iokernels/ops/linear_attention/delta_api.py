@@ -13,12 +13,14 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets, readable
+from iokernels.runtime.plain import flag
 from iokernels.runtime.plans import Plans, remembered
 
 from . import delta_reference
 from .delta_op import gated_delta_rule as run
 from .delta_op import step_op
 from .delta_options import DeltaOptions, state_dtype
+from .options import in_place, overlaps
 
 STATES = (torch.float32, torch.float64)
 _DENSE = {
@@ -81,7 +83,8 @@ def gated_delta_rule(
         beta: ``[B, H, N]``, any floating dtype: how much of the old value is replaced.
         log_decay: the natural log of the factor on the state before each token, at most 0: ``[H]`` or ``[B, H, N]``,
             any floating dtype (float32 is advised), or None for no decay. On the CPU values are checked; on a GPU,
-            where reading them would wait for it, a positive one counts as 0. At least about -1e4; -100 forgets.
+            where reading them would wait for it, a positive one counts as 0. Below -110, where float32 has nothing left
+            of the exponential, it counts as -110: minus infinity is a reset.
         scale: factor of the output; ``K ** -0.5`` if None.
         initial_state: the state before the first token, ``[B, H, K, V]``, float32 (float64 for float64 inputs); zeros
             if None.
@@ -168,12 +171,15 @@ def gated_delta_rule_step(
         (scale, torch.is_grad_enabled(), dispatch.requested(backend)),
         (q, k, v, beta, decay, state),
     )
+    STEP.require(
+        not overlaps(state), "state has elements that share memory, as expand makes them; it is updated in place"
+    )
     _check_decay("gated_delta_rule_step", log_decay)
     if plan.backend == "reference":
         out, after = delta_reference.gated_delta_rule(q, k, v, beta, DeltaOptions(decay, state, None, plan.scale))
         state.copy_(after)
         return out
-    return step_op(q, k, v, beta, state, decay, plan.scale, plan.backend)
+    return in_place(lambda held: step_op(q, k, v, beta, held, decay, plan.scale, plan.backend), state)
 
 
 class Plan(NamedTuple):
@@ -228,13 +234,13 @@ def _plan(
     backend: str | None,
 ) -> Plan:  # fmt: skip
     heads, key_heads, width = sizes["H"], sizes["Hk"], sizes["K"]
+    contract.require(key_heads > 0, f"k has {key_heads} heads; it must have at least 1")
     contract.require(
-        key_heads > 0 and heads % key_heads == 0,
+        heads % key_heads == 0,
         f"k has {key_heads} heads and v has {heads}; the heads of k must divide those of v",
     )
     contract.require(width > 0 and sizes["V"] > 0, f"head widths are {width} and {sizes['V']}; they must be at least 1")
-    if not isinstance(return_state, bool):
-        raise TypeError(f"{contract.operator}: return_state is {type(return_state).__name__}; it must be a bool")
+    flag(contract.operator, "return_state", return_state)
     if state is not None and state.dtype != state_dtype(q.dtype):
         raise TypeError(
             f"{contract.operator}: {state_name} is {short(state.dtype)}; it must be {short(state_dtype(q.dtype))} "
@@ -256,7 +262,9 @@ def _plan(
 
 def _per_token(log_decay: Any, beta: Any) -> Any:
     """A decay per head as a view of the shape of beta; its gradient is then summed by that of the view."""
-    if not isinstance(log_decay, Tensor) or not isinstance(beta, Tensor) or log_decay.dim() != 1 or beta.dim() < 2:
+    if not isinstance(log_decay, Tensor) or not isinstance(beta, Tensor):
+        return log_decay
+    if log_decay.dim() != 1 or log_decay.layout != torch.strided or beta.dim() not in (2, 3):
         return log_decay
     if beta.dim() == 2:  # packed: [T, H]
         return log_decay.expand(beta.shape[0], -1)

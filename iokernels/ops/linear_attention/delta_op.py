@@ -15,7 +15,8 @@ from torch import Tensor
 from iokernels.runtime.once import differentiable_once
 from iokernels.runtime.registration import lazily, register
 
-from .delta_options import OPTIONS_SCHEMA, DeltaOptions, Needs, empty_inverses, empty_like_rows, empty_state
+from .delta_options import OPTIONS_SCHEMA, DeltaOptions, Needs, empty_inverses, empty_state
+from .options import empty_in_order_of
 
 _backend = lazily(__package__, torch=".portable_delta", triton=".triton_delta_launch")
 
@@ -25,7 +26,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *optio
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *options: Any) -> tuple[Tensor, ...]:
-    return empty_like_rows(v, v.shape[3]), empty_state(q, v, DeltaOptions(*options)), empty_inverses(q, v, backend)
+    return empty_in_order_of(v, v.shape[3]), empty_state(q, v, DeltaOptions(*options)), empty_inverses(q, v, backend)
 
 
 def _backward(
@@ -43,9 +44,9 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need, opts = Needs(*needs), DeltaOptions(*options)
     return (
-        empty_like_rows(q, q.shape[3]) if need.q else q.new_empty(0),
-        empty_like_rows(k, k.shape[3]) if need.k else q.new_empty(0),
-        empty_like_rows(v, v.shape[3]) if need.v else q.new_empty(0),
+        empty_in_order_of(q, q.shape[3]) if need.q else q.new_empty(0),
+        empty_in_order_of(k, k.shape[3]) if need.k else q.new_empty(0),
+        empty_in_order_of(v, v.shape[3]) if need.v else q.new_empty(0),
         torch.empty_like(beta) if need.beta else q.new_empty(0),
         torch.empty_like(opts.log_decay) if need.log_decay and opts.log_decay is not None else q.new_empty(0),
         empty_state(q, v, opts) if need.initial_state and opts.initial_state is not None else q.new_empty(0),
@@ -61,7 +62,7 @@ def _step(
 def _step_fake(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, log_decay: Tensor | None, scale: float, backend: str
 ) -> Tensor:
-    return empty_like_rows(v, v.shape[3])
+    return empty_in_order_of(v, v.shape[3])
 
 
 forward_op = register(

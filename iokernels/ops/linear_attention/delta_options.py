@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .options import LEAST_LOG_DECAY
+
 
 class DeltaOptions(NamedTuple):
     """What stands beside q, k, v and beta, after validation.
 
-    With ``a_t = exp(log_decay_t)``, all of one head, the state S ``[K, V]`` and the output are
+    With ``a_t = exp(log_decay_t)``, log_decay clamped to [LEAST_LOG_DECAY, 0], all of one head, the state S ``[K, V]``
+    and the output are
 
         S_t = a_t (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T        o_t = scale S_t^T q_t
     """
@@ -75,13 +78,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_like_rows(x: Tensor, width: Any) -> Tensor:
-    """An uninitialised tensor [B, H, N, width] of x's dtype and device, heads inside the sequence where x has them so:
-    a [B, N, H, D] model gets its layout back without a copy."""
-    batch, heads, length, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((batch, length, heads, width)).transpose(1, 2)
-    return x.new_empty((batch, heads, length, width))
+def log_decay_gradient(gradient: Tensor, log_decay: Tensor) -> Tensor:
+    """That of ``log_decay``, with zeros where it was clamped and moves nothing; written into ``gradient``."""
+    return gradient.masked_fill_((log_decay > 0) | (log_decay < LEAST_LOG_DECAY), 0.0)
 
 
 def empty_state(q: Tensor, v: Tensor, options: DeltaOptions) -> Tensor:

@@ -10,51 +10,57 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from iokernels.runtime.offsets import on_host
-
 from .delta_options import DeltaOptions, state_dtype
+from .options import LEAST_LOG_DECAY, read_offsets
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor]:
     """Returns (out [B, H, N, V], final state [S, H, K, V]). See :class:`DeltaOptions`."""
     if options.cu_seqlens is None:
         return _one_length(q, k, v, beta, options.log_decay, options.initial_state, options.scale)
-    starts = on_host("gated_delta_rule", "cu_seqlens", options.cu_seqlens)
+    starts = read_offsets(options.cu_seqlens, q.shape[2])
     outs, states = [], []
     for sequence in range(len(starts) - 1):
         rows = slice(starts[sequence], starts[sequence + 1])
-        out, state = _one_length(
-            q[:, :, rows],
-            k[:, :, rows],
-            v[:, :, rows],
-            beta[:, :, rows],
-            None if options.log_decay is None else options.log_decay[:, :, rows],
-            None if options.initial_state is None else options.initial_state[sequence : sequence + 1],
-            options.scale,
-        )
+        initial = None if options.initial_state is None else options.initial_state[sequence : sequence + 1]
+        out, state = _one_length(*_rows(rows, q, k, v, beta, options.log_decay), initial, options.scale)
         outs.append(out)
         states.append(state)
-    outs.append(torch.zeros_like(v[:, :, starts[-1] :]))
+    beside = v[:, :, starts[-1] :]  # rows of no sequence
+    outs.append(beside.masked_fill(torch.ones_like(beside, dtype=torch.bool), 0.0))
     if not states:
-        return outs[0], q.new_zeros((0, v.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q.dtype))
-    return torch.cat(outs, dim=2), torch.cat(states, dim=0)
+        nothing = _rows(slice(0, 0), q, k, v, beta, options.log_decay)
+        states = [_one_length(*nothing, None, options.scale)[1][:0]]
+    return torch.cat(outs, dim=2), torch.cat(states)
+
+
+def _rows(
+    rows: slice, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    decay = None if log_decay is None else log_decay[:, :, rows]
+    return q[:, :, rows], k[:, :, rows], v[:, :, rows], beta[:, :, rows], decay
 
 
 def _one_length(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, length, width = v.shape
+    heads, length = v.shape[1:3]
     dtype, accurate = v.dtype, state_dtype(v.dtype)
     q, k = (repeat(x.to(accurate), "b h n d -> b (h group) n d", group=heads // x.shape[1]) for x in (q, k))
     v, beta = v.to(accurate), beta.to(accurate)
-    state = v.new_zeros((batch, heads, q.shape[3], width)) if state is None else state.to(accurate)
+    if state is None:
+        # Zeros that are a function of k and v, also where there are no tokens.
+        state = einsum(k[:, :, :0], v[:, :, :0], "b h n k, b h n v -> b h k v")
+    state = state.to(accurate)
     outs = []
     for t in range(length):
         if log_decay is not None:
-            state = state * torch.exp(log_decay[:, :, t].to(accurate))[..., None, None]
+            kept = torch.exp(log_decay[:, :, t].to(accurate).clamp(LEAST_LOG_DECAY, 0.0))
+            state = state * kept[..., None, None]
         remembered = einsum(state, k[:, :, t], "b h k v, b h k -> b h v")
         written = beta[:, :, t, None] * (v[:, :, t] - remembered)
         state = state + einsum(k[:, :, t], written, "b h k, b h v -> b h k v")
         outs.append(scale * einsum(state, q[:, :, t], "b h k v, b h k -> b h v"))
-    out = torch.stack(outs, dim=2) if outs else v
-    return out.to(dtype), state
+    out = torch.stack(outs, dim=2) if outs else v.clone()
+    # A copy, because the graph needs what it was made from, and a step may change the state in place.
+    return out.to(dtype), state.clone()

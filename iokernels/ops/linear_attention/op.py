@@ -106,14 +106,17 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, backend: str,
-        options: Options,
+        options: Options, gives_state: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options = Options(log_decay, initial_state, *options[2:])
         out, state, denominator = forward_op(q, k, v, backend, *options)
-        # The backward pass recomputes the rest: out serves the division, the final state the gradient of decays.
+        # The backward pass recomputes the rest: out serves the division, the final state the gradient of decays. Who
+        # gets the state may change it in place, so the backward pass keeps one of its own.
+        kept = None
+        if ctx.needs_input_grad[3]:
+            kept = state.clone() if gives_state else state
         ctx.save_for_backward(
-            q, k, v, out if options.normalize else None, state if ctx.needs_input_grad[3] else None, denominator,
-            *options[:TENSOR_OPTIONS],
+            q, k, v, out if options.normalize else None, kept, denominator, *options[:TENSOR_OPTIONS]
         )  # fmt: skip
         ctx.backend = backend
         ctx.numbers = options[TENSOR_OPTIONS:]
@@ -130,18 +133,21 @@ class _LinearAttention(torch.autograd.Function):
         grads = backward_op(
             dout, dstate, q, k, v, out, state, denominator, list(needs), ctx.backend, *tensors, *ctx.numbers
         )  # fmt: skip
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
-    """Run the operator, differentiably where an input wants a gradient. Returns (out, final state)."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options, gives_state: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Run the operator, differentiably where an input wants a gradient. Returns (out, final state); ``gives_state``
+    says whether the caller hands the state on."""
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, options.log_decay, options.initial_state)
     ):
         if torch.compiler.is_compiling():
             # Views, because Dynamo refuses a Function that gets one tensor twice.
             k, v = k.view_as(k), v.view_as(v)
-        return _LinearAttention.apply(q, k, v, options.log_decay, options.initial_state, backend, options)
+        return _LinearAttention.apply(q, k, v, options.log_decay, options.initial_state, backend, options, gives_state)
     out, state, _ = forward_op(q, k, v, backend, *options)
     return out, state
 

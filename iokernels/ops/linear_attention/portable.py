@@ -41,6 +41,7 @@ from .options import (
     empty_state,
     log_decay_gradient,
     state_dtype,
+    sums_dtype,
 )
 
 CHUNK = 128
@@ -205,14 +206,12 @@ class Chunks:
             g = decay[:, :, rows]
         else:
             g = decay.view(1, -1, 1).expand(1, -1, length)
-        g = g.to(self.dtype).clamp(LEAST_LOG_DECAY, 0.0)
-        b = g.cumsum(-1)
+        b = g.to(self.dtype).clamp(LEAST_LOG_DECAY, 0.0).cumsum(-1, dtype=sums_dtype(g.device))
         end = b[..., -1:]
-        # Summed from the end: b_C - b would lose what strong decays leave of the last tokens.
-        behind = torch.nn.functional.pad(g.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
         later = torch.ones(length, length, dtype=torch.bool, device=b.device).triu_(1)
-        between = (b[..., :, None] - b[..., None, :]).masked_fill_(later, float("-inf")).exp_()
-        made = _Weights(b.exp()[..., None], behind.exp()[..., None], end.exp()[..., None], between)
+        between = (b[..., :, None] - b[..., None, :]).to(self.dtype).masked_fill_(later, float("-inf")).exp_()
+        since_start, until_end, total = ((x.to(self.dtype).exp()[..., None]) for x in (b, end - b, end))
+        made = _Weights(since_start, until_end, total, between)
         if not self.options.per_token():
             self._weights[length] = made
         return made

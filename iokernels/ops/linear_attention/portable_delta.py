@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import portable_delta_chunks as maths
-from .delta_options import DeltaOptions, Gradients, empty_inverses, empty_like_rows, empty_state, state_dtype
+from .delta_options import (
+    DeltaOptions,
+    Gradients,
+    empty_inverses,
+    empty_state,
+    log_decay_gradient,
+    state_dtype,
+)
+from .options import LEAST_LOG_DECAY, empty_in_order_of
 
 CHUNK = 64
 """Rows to a chunk: the triangular system costs C a row, and the walk over the state 1/C."""
@@ -53,7 +61,7 @@ class Inputs(NamedTuple):
             k=_cut(self.k.to(dtype), heads, chunk),
             v=_cut(self.v.to(dtype), heads, chunk),
             beta=_cut(self.beta.to(dtype)[..., None], heads, chunk),
-            log_decay=_cut(decay.to(dtype).clamp(max=0.0)[..., None], heads, chunk)[..., 0],
+            log_decay=_cut(decay.to(dtype).clamp(LEAST_LOG_DECAY, 0.0)[..., None], heads, chunk)[..., 0],
         )
 
     def segments(self, chunk: int) -> list[slice]:
@@ -81,7 +89,7 @@ def _joined(x: Tensor, like: Tensor) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (out [B, H, N, V], final state [S, H, K, V], and for the backward pass nothing)."""
-    out, final = empty_like_rows(v, v.shape[3]), empty_state(q, v, options)
+    out, final = empty_in_order_of(v, v.shape[3]), empty_state(q, v, options)
     if options.cu_seqlens is not None:
         out.zero_()
     for index, rows in _sequences(q, options):
@@ -102,7 +110,7 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """The gradients of all arguments. ``dfinal`` is None where nobody used the final state."""
     decay = options.log_decay
-    dq, dk, dv = (empty_like_rows(x, x.shape[3]) for x in (q, k, v))
+    dq, dk, dv = (empty_in_order_of(x, x.shape[3]) for x in (q, k, v))
     dbeta = torch.empty_like(beta)
     ddecay = None if decay is None else torch.empty_like(decay)
     dinitial = empty_state(q, v, options)
@@ -131,6 +139,8 @@ def backward(
                     target = target if target.dim() == 4 else target[..., None]
                     target.copy_(_joined(x, target))
         dinitial[index].copy_(gradient.view_as(dinitial[index]))
+    if decay is not None and ddecay is not None:
+        log_decay_gradient(ddecay, decay)
     return Gradients(dq, dk, dv, dbeta, ddecay, None if options.initial_state is None else dinitial)
 
 
@@ -139,13 +149,13 @@ def step(
 ) -> Tensor:
     """The recurrence itself, over the few tokens of q ``[B, Hk, N, K]``; ``state [B, H, K, V]`` is updated in place."""
     heads, length, width = v.shape[1:]
-    out = empty_like_rows(v, width)
+    out = empty_in_order_of(v, width)
     group = heads // q.shape[1]
     q, k = (x.to(state.dtype).repeat_interleave(group, dim=1) if group > 1 else x.to(state.dtype) for x in (q, k))
     v, beta = v.to(state.dtype), beta.to(state.dtype)
     for t in range(length):
         if log_decay is not None:
-            state.mul_(log_decay[:, :, t].to(state.dtype).clamp(max=0.0).exp()[..., None, None])
+            state.mul_(log_decay[:, :, t].to(state.dtype).clamp(LEAST_LOG_DECAY, 0.0).exp()[..., None, None])
         key = k[:, :, t, None]
         written = beta[:, :, t, None, None] * (v[:, :, t, None] - key @ state)
         state.addcmul_(key.transpose(2, 3), written)

@@ -34,6 +34,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .options import sums_dtype
+
 
 class Rows(NamedTuple):
     """Inputs of M chunks of C rows for G heads of all sequences, in the accurate dtype; rows past the end are zero."""
@@ -65,7 +67,7 @@ def chunks_of(rows: Rows) -> Chunks:
     q, k, v, beta, log_decay = rows
     length = k.shape[2]
     past = torch.ones(length, length, dtype=torch.bool, device=k.device).tril()
-    b = log_decay.double().cumsum(-1)
+    b = log_decay.cumsum(-1, dtype=sums_dtype(k.device))
     between = (b[..., :, None] - b[..., None, :]).to(k.dtype)
     weights = between.masked_fill_(~past, float("-inf")).exp_()
     from_start = b.to(k.dtype).exp()[..., None]
@@ -141,19 +143,23 @@ def backward(rows: Rows, state: Tensor, dout: Tensor, dfinal: Tensor) -> tuple[R
     right = torch.linalg.solve_triangular(
         chunks.system.transpose(2, 3), dwritten, upper=True, unitriangular=True
     )  # r of the comment above
-    dscores = (dout @ written.transpose(2, 3)).mul_(chunks.weights)
+    dscores = dout @ written.transpose(2, 3)
+    crossing = (dscores * chunks.scores).tril_(-1)  # a token and itself, which no decay touches, are left out
+    dscores.mul_(chunks.weights)
     dsystem = (right @ written.transpose(2, 3)).neg_().mul_(chunks.weights).tril_(-1)
 
-    # Of every term that has a factor exp(b_i) or exp(-b_j), its rows' q . dq or k . dk are db_i or -db_j.
-    dq = (dout @ states.transpose(2, 3)).mul_(chunks.from_start) + dscores @ k
+    # Of every term that has a factor exp(b_i) or exp(-b_j), its rows' q . dq or k . dk are db_i or -db_j. Those of
+    # pairs are sums of the same products along rows and columns, so that their rounding errors cancel.
+    dq_start = (dout @ states.transpose(2, 3)).mul_(chunks.from_start)
     dk_end = (written @ dstates.transpose(2, 3)).mul_(chunks.to_end)
-    dk = dk_end + dscores.transpose(2, 3) @ q
+    dq, dk = dq_start + dscores @ k, dk_end + dscores.transpose(2, 3) @ q
     held = (right @ states.transpose(2, 3)).mul_(chunks.from_start)
     along_held = (k * held).sum(-1, keepdim=True)
     of_products = dsystem * chunks.products
     of_beta = of_products.sum(-1, keepdim=True)
-    dlast = (k * dk_end).sum((-2, -1)) + (dstates * states).sum((-2, -1)) * chunks.whole[:, :, 0, 0]
-    db = (q * dq).sum(-1) - (k * dk).sum(-1)
+    along_end = (k * dk_end).sum(-1)
+    dlast = along_end.sum(-1) + (dstates * states).sum((-2, -1)) * chunks.whole[:, :, 0, 0]
+    db = (q * dq_start).sum(-1) - along_end + crossing.sum(-1) - crossing.sum(-2)
     db += (beta * (of_beta - along_held))[..., 0] - (of_products * beta).sum(-2)
     pairs = dsystem.mul_(beta)
     dk += (pairs + pairs.transpose(2, 3)) @ k - beta * held

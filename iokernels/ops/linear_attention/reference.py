@@ -10,30 +10,37 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from iokernels.runtime.offsets import on_host
-
-from .options import LEAST_LOG_DECAY, Options, empty_state, state_dtype
+from .options import LEAST_LOG_DECAY, Options, read_offsets, state_dtype, sums_dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Linear attention as :class:`Options` defines it. Returns (out, final state)."""
     if options.cu_seqlens is None:
         return _attend_dense(q, k, v, options)
-    starts = on_host("linear_attention", "cu_seqlens", options.cu_seqlens)
+    starts = read_offsets(options.cu_seqlens, q.shape[2])
     outs, states = [], []
     for sequence in range(len(starts) - 1):
-        rows = slice(starts[sequence], starts[sequence + 1])
-        decay, initial = options.log_decay, options.initial_state
-        if decay is not None and options.per_token():
-            decay = decay[:, :, rows]
-        if initial is not None:
-            initial = initial[sequence : sequence + 1]
-        own = options._replace(log_decay=decay, initial_state=initial, cu_seqlens=None)
-        out, state = _attend_dense(q[:, :, rows], k[:, :, rows], v[:, :, rows], own)
+        out, state = _attend_part(q, k, v, slice(starts[sequence], starts[sequence + 1]), sequence, options)
         outs.append(out)
         states.append(state)
-    outs.append(v[:, :, starts[-1] :] * 0)  # rows of no sequence
-    return torch.cat(outs, dim=2), torch.cat(states) if states else empty_state(q, v, options)
+    beside = v[:, :, starts[-1] :]  # rows of no sequence
+    outs.append(beside.masked_fill(torch.ones_like(beside, dtype=torch.bool), 0.0))
+    if not states:
+        states = [_attend_part(q, k, v, slice(0, 0), None, options)[1][:0]]
+    return torch.cat(outs, dim=2), torch.cat(states)
+
+
+def _attend_part(
+    q: Tensor, k: Tensor, v: Tensor, rows: slice, sequence: int | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """These rows of packed tensors, from the state of a sequence or from zeros."""
+    decay, initial = options.log_decay, options.initial_state
+    if decay is not None and options.per_token():
+        decay = decay[:, :, rows]
+    if initial is not None:
+        initial = None if sequence is None else initial[sequence : sequence + 1]
+    own = options._replace(log_decay=decay, initial_state=initial, cu_seqlens=None)
+    return _attend_dense(q[:, :, rows], k[:, :, rows], v[:, :, rows], own)
 
 
 def feature_rows(k: Tensor, taylor: bool) -> Tensor:
@@ -56,21 +63,22 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     decay = torch.zeros((), dtype=dtype, device=q.device) if options.log_decay is None else options.log_decay.to(dtype)
     decay = decay.clamp(LEAST_LOG_DECAY, 0.0)
     decay = (decay if decay.dim() == 3 else decay.view(1, -1, 1)).expand(*v.shape[:3])
-    b = decay.cumsum(-1)
+    b = decay.cumsum(-1, dtype=sums_dtype(q.device))
     order = torch.arange(length, device=q.device)
-    between = (b[..., :, None] - b[..., None, :]).masked_fill(order[:, None] < order[None, :], float("-inf"))
+    between = (b[..., :, None] - b[..., None, :]).to(dtype)
+    between = between.masked_fill(order[:, None] < order[None, :], float("-inf"))
 
     x = options.scale * einsum(q, k, "b h i d, b h j d -> b h i j")
     weights = (1.0 + x + x * x / 2.0 if options.taylor else x) * torch.exp(between)
     numerator = einsum(weights, v, "b h i j, b h j d -> b h i d")
     total = b[..., -1:] if length else b.new_zeros((*b.shape[:2], 1))
-    kept = feature_rows(k, options.taylor) * torch.exp(total - b)[..., None]
+    kept = feature_rows(k, options.taylor) * torch.exp((total - b).to(dtype))[..., None]
     state = einsum(kept, v, "b h n f, b h n d -> b h f d")
     if options.initial_state is not None:
         initial = options.initial_state.to(dtype)
-        seen = _query_rows(options.scale * q, options.taylor) * torch.exp(b)[..., None]
+        seen = _query_rows(options.scale * q, options.taylor) * torch.exp(b.to(dtype))[..., None]
         numerator = numerator + einsum(seen, initial, "b h n f, b h f d -> b h n d")
-        state = state + torch.exp(total)[..., None] * initial
+        state = state + torch.exp(total.to(dtype))[..., None] * initial
     if options.normalize:
         denominator = numerator[..., -1:]
         zero = denominator == 0.0

@@ -1,8 +1,7 @@
 """What the Triton kernels of this room share: where a segment lies, its decays, and the layout of a state.
 
 A sequence is cut into segments of ``segment_rows`` tokens where heads alone do not fill the GPU, and a segment into
-chunks of BLOCK_C, which a block walks in order. Decays leave :func:`chunk_decay` in base 2 (multiplied by log2 e),
-because ``exp2`` is the instruction that the hardware has, and only differences that are not positive are raised.
+chunks of BLOCK_C, which a block walks in order. Decays leave :func:`chunk_decay` as the sums of :mod:`.triton_sums`.
 
 Bytes beside those that each kernel names: of a decay, an element a token or one a block; of packed sequences, 8 of
 offsets a block and, where they are split, 4 for every step of the search for the sequence and 4 for its first segment.
@@ -15,11 +14,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from iokernels.ops.triton_tiles import LOG2E, at_head, locate
+from iokernels.ops.triton_tiles import at_head, locate
 
-from .options import LEAST_LOG_DECAY
-
-LEAST = tl.constexpr(LEAST_LOG_DECAY)
+from .triton_sums import clamped, from_start, log2_between, no_sums, sums_of, sums_of_one, to_end
 
 NO_DECAY, PER_HEAD, PER_TOKEN = 0, 1, 2
 """Values of ``Features.decay``."""
@@ -89,53 +86,44 @@ def head_decay(decay_ptr, strides, batch, head, start, FEATURES: tl.constexpr):
 
 @triton.jit
 def chunk_decay(decay_head, decay, stride_n, first_row, length, BLOCK_C: tl.constexpr, FEATURES: tl.constexpr):
-    """The running sum b of a chunk's log2 decays, [BLOCK_C], and the last of it. Rows past the end repeat the last."""
-    offs_c = tl.arange(0, BLOCK_C)
+    """The running sums of a chunk's log decays. Rows past the end repeat the last."""
     if FEATURES.decay == 2:
-        rows = first_row + offs_c
-        g = tl.load(decay_head + rows.to(tl.int64) * stride_n, mask=rows < length, other=0.0).to(tl.float32)
-        g = tl.minimum(tl.maximum(g, LEAST), 0.0) * LOG2E
-        b = tl.cumsum(g, 0)
-        return b, tl.min(b, 0)  # no gate is positive; a sum of its own would be rounded differently
+        rows = first_row + tl.arange(0, BLOCK_C)
+        g = tl.load(decay_head + rows.to(tl.int64) * stride_n, mask=rows < length, other=0.0)
+        return sums_of(clamped(g), BLOCK_C)
     elif FEATURES.decay == 1:
-        g = tl.minimum(tl.maximum(decay, LEAST), 0.0) * LOG2E
-        count = tl.minimum(length - first_row, BLOCK_C)
-        return g * tl.minimum(offs_c + 1, count).to(tl.float32), g * count.to(tl.float32)
+        return sums_of_one(clamped(decay), tl.minimum(length - first_row, BLOCK_C), BLOCK_C)
     else:
-        return tl.zeros([BLOCK_C], tl.float32), 0.0
+        return no_sums(BLOCK_C)
 
 
 @triton.jit
-def weigh_pairs(tile, b, REVERSE: tl.constexpr, STRICT: tl.constexpr, BLOCK_C: tl.constexpr, FEATURES: tl.constexpr):
+def weigh_pairs(tile, sums, REVERSE: tl.constexpr, STRICT: tl.constexpr, BLOCK_C: tl.constexpr, FEATURES: tl.constexpr):
     """``tile [rows, others]`` times the decay between both, 0 where the other does not come before the row (or after
     it, with REVERSE); STRICT leaves out the row itself."""
     rows, others = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_C)[None, :]
     if REVERSE:
         early, late = rows, others
-        between = b[None, :] - b[:, None]
     else:
         early, late = others, rows
-        between = b[:, None] - b[None, :]
     if STRICT:
         seen = early < late
     else:
         seen = early <= late
     if FEATURES.decay > 0:
         # Masked before the exponential: the other half would be positive.
-        return tile * tl.exp2(tl.where(seen, tl.minimum(between, 0.0), float("-inf")))
+        return tile * tl.exp2(tl.where(seen, log2_between(sums, REVERSE), float("-inf")))
     else:
         return tl.where(seen, tile, 0.0)
 
 
 @triton.jit
-def state_weights(b, total, REVERSE: tl.constexpr):
+def state_weights(sums, REVERSE: tl.constexpr):
     """What a row sees of the state that the walk brings, and what the state that it takes on keeps of the row."""
-    since_start = tl.exp2(b)
-    until_end = tl.exp2(tl.minimum(total - b, 0.0))
     if REVERSE:
-        return until_end, since_start
+        return to_end(sums), from_start(sums)
     else:
-        return since_start, until_end
+        return from_start(sums), to_end(sums)
 
 
 @triton.jit

@@ -20,8 +20,9 @@ import triton.language as tl
 
 from iokernels.ops.triton_tiles import at_head, load_tile, locate, store_tile, tile_offsets
 
-from .triton_delta_chunks import between, from_start, load_rows, load_sums, to_end, whole
+from .triton_delta_chunks import between, load_rows, load_sums
 from .triton_delta_fwd import block_of_columns, first_chunk, load_state, store_state
+from .triton_sums import from_start, to_end, whole
 
 
 @triton.jit(do_not_specialize=["heads", "group", "seqlen", "total", "scale"])

@@ -27,7 +27,8 @@ import triton.language as tl
 
 from iokernels.ops.triton_tiles import at_head, load_tile, store_tile, tile_offsets
 
-from .triton_delta_chunks import between, chunk_at, from_start, load_rows, load_sums, to_end, whole
+from .triton_delta_chunks import between, chunk_at, load_rows, load_sums
+from .triton_sums import from_start, to_end, whole
 
 
 @triton.jit(do_not_specialize=["heads", "group", "seqlen", "rows_of_all", "scale"])

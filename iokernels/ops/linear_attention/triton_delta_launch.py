@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from iokernels import autotune
 from iokernels.ops.triton_tiles import is_wide, padded, strides
@@ -18,10 +19,11 @@ from .delta_options import (
     Gradients,
     chunk_rows,
     empty_inverses,
-    empty_like_rows,
     empty_state,
+    log_decay_gradient,
 )
 from .delta_tuning_space import TUNABLES
+from .options import empty_in_order_of
 from .triton_delta_bwd import gated_delta_rule_bwd_walk_kernel
 from .triton_delta_chunks import Features
 from .triton_delta_fwd import gated_delta_rule_bwd_states_kernel, gated_delta_rule_fwd_kernel
@@ -33,7 +35,7 @@ from .triton_delta_step import gated_delta_rule_step_kernel
 def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (out, final state, and what the backward pass needs). See :class:`DeltaOptions` for the arguments."""
     launch = Launch(q, k, v, options)
-    out, final, inverses = empty_like_rows(v, v.shape[3]), empty_state(q, v, options), empty_inverses(q, v, "triton")
+    out, final, inverses = empty_in_order_of(v, v.shape[3]), empty_state(q, v, options), empty_inverses(q, v, "triton")
     if launch.varlen:
         out.zero_()  # rows that belong to no sequence are visited by no block
     decay, initial = options.log_decay, options.initial_state
@@ -68,10 +70,10 @@ def backward(
     shape, shared = v.shape[:3], launch.heads != k.shape[1]
     # Heads that share a key leave their gradients beside each other, to be added up in float32.
     dq, dk = (
-        x.new_empty((*shape, launch.key_dim), dtype=torch.float32) if shared else empty_like_rows(x, launch.key_dim)
+        x.new_empty((*shape, launch.key_dim), dtype=torch.float32) if shared else empty_in_order_of(x, launch.key_dim)
         for x in (q, k)
     )
-    dv, dinitial = empty_like_rows(v, v.shape[3]), empty_state(q, v, options)
+    dv, dinitial = empty_in_order_of(v, v.shape[3]), empty_state(q, v, options)
     written, right = torch.empty_like(v), torch.empty_like(v)
     states = q.new_empty((launch.chunks, launch.heads, launch.key_dim, v.shape[3]))
     dstates = torch.empty_like(states)
@@ -115,10 +117,9 @@ def backward(
             )  # fmt: skip
     if shared:
         dq, dk = (_over_group(gradient, x) for gradient, x in ((dq, q), (dk, k)))
-    return Gradients(
-        dq, dk, dv, _over_parts(dbeta, beta), None if decay is None or ddecay is None else _over_parts(ddecay, decay),
-        None if initial is None else dinitial,
-    )  # fmt: skip
+    if decay is not None and ddecay is not None:
+        ddecay = log_decay_gradient(_over_parts(ddecay, decay), decay)
+    return Gradients(dq, dk, dv, _over_parts(dbeta, beta), ddecay, None if initial is None else dinitial)
 
 
 def step(
@@ -126,7 +127,7 @@ def step(
 ) -> Tensor:
     """The next tokens; ``state [B, H, K, V]`` is updated in place."""
     launch = Launch(q, k, v, DeltaOptions())
-    out = empty_like_rows(v, v.shape[3])
+    out = empty_in_order_of(v, v.shape[3])
     config = launch.config(tuning.STEP, q)
     if (blocks := launch.walks(config)) > 0:
         with guard(q.device):
@@ -136,12 +137,13 @@ def step(
                 DECAY=log_decay is not None, KEY_DIM=launch.key_dim, VALUE_DIM=launch.value_dim,
                 BLOCK_K=config.block_k, BLOCK_V=config.block_v, **_resources(config),
             )  # fmt: skip
+        increment_version(state)  # a kernel's store is not seen by autograd, which must know of a changed tensor
     return out
 
 
 def _over_group(gradient: Tensor, like: Tensor) -> Tensor:
     """The sum over the heads that share one, in the dtype and memory order of ``like``."""
-    total = empty_like_rows(like, like.shape[3])
+    total = empty_in_order_of(like, like.shape[3])
     total.copy_(gradient.unflatten(1, (like.shape[1], -1)).sum(2))
     return total
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from iokernels.ops.triton_tiles import LOG2E, at_head
 
 from .triton_delta_fwd import block_of_columns, load_state, store_state
+from .triton_sums import clamped
 
 
 @triton.jit
@@ -60,8 +61,8 @@ def gated_delta_rule_step_kernel(
         v = _load_row(v_ptr, stride_v, batch, head, row, columns, VALUE_DIM)
         beta = tl.load(at_head(beta_ptr, stride_beta, batch, head, row)).to(tl.float32)
         if DECAY:
-            decay = tl.load(at_head(decay_ptr, stride_decay, batch, head, row)).to(tl.float32)
-            state *= tl.exp2(tl.minimum(decay, 0.0) * LOG2E)
+            decay = clamped(tl.load(at_head(decay_ptr, stride_decay, batch, head, row)))
+            state *= tl.exp2(decay * LOG2E)
         written = beta * (v - tl.sum(k[:, None] * state, 0))
         state += k[:, None] * written[None, :]
         out = scale * tl.sum(q[:, None] * state, 0)

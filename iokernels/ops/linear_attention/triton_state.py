@@ -18,6 +18,7 @@ import triton.language as tl
 from iokernels.ops.triton_tiles import at_head, at_row, load_tile, tile_offsets
 
 from .triton_chunks import chunk_decay, head_decay, segment_of, square_rows, squares, state_weights
+from .triton_sums import whole
 from .triton_walk import load_beside
 
 
@@ -59,10 +60,10 @@ def segment_state(
         rows = first + offs_c
         y = load_tile(at_row(y_head, stride_y, first), y_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
         z = load_tile(at_row(z_head, stride_z, first), z_offsets, rows, offs_z, length, Z_WIDTH, COLUMNS, True)
-        b, total = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
-        _seen, kept = state_weights(b, total, REVERSE)
-        decayed = tl.exp2(total)
-        all_decay += total
+        sums = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
+        _seen, kept = state_weights(sums, REVERSE)
+        decayed = whole(sums)
+        all_decay += sums.whole_high + sums.whole_low
         linear = kept
         if REVERSE:
             linear = kept * scale

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from iokernels.ops.triton_tiles import LOG2E, at_head
 
-from .triton_chunks import LEAST, square_rows
+from .triton_chunks import square_rows
+from .triton_sums import clamped
 
 
 @triton.jit(do_not_specialize=["heads", "group", "seqlen"])
@@ -123,5 +124,4 @@ def linear_attention_step_kernel(
 @triton.jit
 def keep(decay_ptr, strides, batch, head, token):
     """What one token keeps of the state."""
-    g = tl.load(at_head(decay_ptr, strides, batch, head, token)).to(tl.float32)
-    return tl.exp2(tl.minimum(tl.maximum(g, LEAST), 0.0) * LOG2E)
+    return tl.exp2(clamped(tl.load(at_head(decay_ptr, strides, batch, head, token))) * LOG2E)

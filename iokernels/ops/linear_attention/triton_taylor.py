@@ -31,6 +31,7 @@ from .triton_chunks import (
     state_weights,
     weigh_pairs,
 )
+from .triton_sums import whole
 from .triton_walk import load_beside
 
 
@@ -104,12 +105,12 @@ def taylor_walk(
         x = load_tile(at_row(x_head, stride_x, first), x_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
         y = load_tile(at_row(y_head, stride_y, first), y_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
         z = load_tile(at_row(z_head, stride_z, first), z_offsets, rows, offs_z, length, Z_WIDTH, COLUMNS, True)
-        b, total = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
-        seen, kept = state_weights(b, total, REVERSE)
-        decayed = tl.exp2(total)
+        sums = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
+        seen, kept = state_weights(sums, REVERSE)
+        decayed = whole(sums)
 
         t = tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
-        pairs = weigh_pairs(1.0 + t + 0.5 * t * t, b, REVERSE, False, BLOCK_C, FEATURES)
+        pairs = weigh_pairs(1.0 + t + 0.5 * t * t, sums, REVERSE, False, BLOCK_C, FEATURES)
         x_square, y_square = squares(x, BLOCK_C, BLOCK_Y), squares(y, BLOCK_C, BLOCK_Y)
         out = tl.dot(x, linear.to(x.dtype), input_precision=PRECISION) * x_one + constant[None, :]
         out += tl.dot(x_square, square.to(x.dtype), input_precision=PRECISION) * x_two

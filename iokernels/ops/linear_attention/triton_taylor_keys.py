@@ -31,6 +31,7 @@ from .triton_chunks import (
     state_weights,
     weigh_pairs,
 )
+from .triton_sums import whole
 from .triton_walk import load_beside
 
 
@@ -133,9 +134,9 @@ def taylor_keys(
         y = load_tile(at_row(y_head, stride_y, first), y_offsets, rows, offs_y, length, Y_WIDTH, COLUMNS, True)
         z = load_tile(at_row(z_head, stride_z, first), z_offsets, rows, offs_z, length, Z_WIDTH, BLOCK_Z, True)
         m = load_tile(at_row(m_head, stride_m, first), m_offsets, rows, offs_z, length, Z_WIDTH, BLOCK_Z, True)
-        b, total = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
-        seen, kept = state_weights(b, total, REVERSE)
-        decayed = tl.exp2(total)
+        sums = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
+        seen, kept = state_weights(sums, REVERSE)
+        decayed = whole(sums)
 
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         by_one = tl.dot(x, linear.to(x.dtype), input_precision=PRECISION)
@@ -151,7 +152,7 @@ def taylor_keys(
         m_wide = m.to(tl.float32)
         by_two = tl.sum(tl.reshape(by_two, (BLOCK_C, BLOCK_Z, BLOCK_Z)) * m_wide[:, :, None], 1)
         t = tl.dot(m, tl.trans(z), input_precision=PRECISION) * scale
-        pairs = weigh_pairs(scores, b, REVERSE, FEATURES.crossing, BLOCK_C, FEATURES)
+        pairs = weigh_pairs(scores, sums, REVERSE, FEATURES.crossing, BLOCK_C, FEATURES)
         out = (by_one * m_one + by_two * (2.0 * m_two)) * seen[:, None]
         out += scale * tl.dot((pairs * (1.0 + t)).to(z.dtype), z, input_precision=PRECISION)
         if FEATURES.crossing:

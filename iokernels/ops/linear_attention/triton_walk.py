@@ -34,6 +34,7 @@ import triton.language as tl
 from iokernels.ops.triton_tiles import at_head, at_row, load_tile, store_tile, tile_offsets
 
 from .triton_chunks import chunk_decay, head_decay, load_line, load_state, segment_of, state_weights, weigh_pairs
+from .triton_sums import whole
 
 
 @triton.jit
@@ -115,8 +116,8 @@ def walk(
         x = load_tile(at_row(x_head, stride_x, first), x_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
         y = load_tile(at_row(y_head, stride_y, first), y_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
         z = load_tile(at_row(z_head, stride_z, first), z_offsets, rows, offs_z, length, Z_WIDTH, COLUMNS, True)
-        b, total = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
-        seen, kept = state_weights(b, total, REVERSE)
+        sums = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
+        seen, kept = state_weights(sums, REVERSE)
 
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         from_state = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
@@ -129,7 +130,7 @@ def walk(
             from_state = from_state * scale
         if FEATURES.decay > 0:
             from_state = from_state * seen[:, None]
-        pairs = weigh_pairs(scores, b, REVERSE, FEATURES.crossing, BLOCK_C, FEATURES)
+        pairs = weigh_pairs(scores, sums, REVERSE, FEATURES.crossing, BLOCK_C, FEATURES)
         # Scaled after the product, so that from_state cannot become its accumulator: Triton would lay that out as the
         # head of a chain of products, in twice the registers.
         out = tl.dot(pairs.to(z.dtype), z, input_precision=PRECISION) * scale + from_state
@@ -163,15 +164,15 @@ def walk(
                 out = out * tl.where(below == 0.0, 0.0, 1.0 / below)[:, None]
                 place = at_head(below_ptr, stride_rows, batch, head, start)
                 tl.store(place + rows, below, mask=(rows < length) & (slice_z == 0))
-            z_sum = z_sum * tl.exp2(total) + tl.sum(y_wide * (weight * za)[:, None], 0)
+            z_sum = z_sum * whole(sums) + tl.sum(y_wide * (weight * za)[:, None], 0)
         if FEATURES.normalize and CONTRACTS:
-            y_sum = y_sum * tl.exp2(total) + tl.sum(z.to(tl.float32) * (weight * ya)[:, None], 0)
+            y_sum = y_sum * whole(sums) + tl.sum(z.to(tl.float32) * (weight * ya)[:, None], 0)
         store_tile(
             at_row(out_head, stride_out, first), out_offsets, out.to(out_ptr.dtype.element_ty), rows, offs_z, length,
             Z_WIDTH,
         )  # fmt: skip
         if FEATURES.decay > 0:
-            state = state * tl.exp2(total)
+            state = state * whole(sums)
         if FEATURES.decay > 0 or REVERSE:
             z = (z.to(tl.float32) * weight[:, None]).to(z.dtype)
         state = tl.dot(tl.trans(y), z, state, input_precision=PRECISION)

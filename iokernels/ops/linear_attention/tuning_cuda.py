@@ -73,7 +73,7 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     arrays = [
         *(2 * 2 * chunk * (width + 8) for width in (problem.block_y, problem.block_y, config.width)),
         2 * chunk * (chunk + 8),
-        2 * 4 * chunk,
+        2 * 8 * chunk,
     ]
     if problem.crossing:
         arrays += [2 * 2 * chunk * (config.width + 8), 4 * chunk, 4 * chunk * config.num_warps, 4 * config.num_warps]
