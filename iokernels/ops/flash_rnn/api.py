@@ -87,9 +87,9 @@ def flash_rnn(
         recurrent_cut: leave that gradient out of the step before (the gradient of ``recurrent`` and the path through
             the states stay): truncation to one step.
         recompute_gates: what a backward pass needs beside h and the states. By default G values (GRU: 4) a unit and
-            step are kept, in the dtype of gates, and the gates themselves are not. With True the gates are kept, which
-            costs nothing where they live on anyway, and the values are made again by one large product; the backward
-            pass then needs that much memory for itself.
+            step are kept, in the dtype of gates (sLSTM: float32), and the gates themselves are not. With True the gates
+            are kept, which costs nothing where they live on anyway, and the values are made again by one large product;
+            the backward pass then needs that much memory for itself.
         backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of
             :mod:`iokernels.runtime.dispatch`.
 
