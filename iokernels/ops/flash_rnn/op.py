@@ -92,6 +92,10 @@ forward_op = register(
     fake=_forward_fake,
 )
 
+# Autograd keeps out of the operator, whose implementation calls the autograd.Function below where that is missing.
+_LIBRARY = torch.library.Library("iokernels", "FRAGMENT")
+_LIBRARY.impl("flash_rnn_fwd", torch.library.fallthrough_kernel, "Autograd")
+
 backward_op = register(
     "flash_rnn_bwd(Tensor dout, Tensor? dstate, Tensor? gates, Tensor recurrent, Tensor? bias, Tensor out, "
     f"Tensor values, Tensor history, bool[] needs, str backend, {OPTIONS_SCHEMA}) "
