@@ -34,6 +34,7 @@ class _Recurrent(nn.RNNBase):
 
     cell: str
     num_heads: int = 1
+    weight_ih_l0: Tensor
     backend: str | None = None
 
     def __init__(self, sizes: tuple[Any, ...], num_heads: int, backend: str | None, **made: Any) -> None:

@@ -56,9 +56,12 @@ def test_an_argument_that_slstm_cannot_have(name: str, values: list[Any]) -> Non
 
 
 def test_numbers_of_numpy() -> None:
-    for one in (np.int32(1), np.int64(1)):
-        LSTM(8 * one, 8 * one, one, np.True_, np.False_, np.float32(0.0), np.False_, num_heads=2 * one)(X)
-        SLSTM(8 * one, 2 * one, conv_size=4 * one, bias=np.True_, norm_eps=np.float32(1e-5)).init_state(one)
+    ones: list[Any] = [np.int32(1), np.int64(1)]
+    others: list[Any] = [np.True_, np.False_, np.float32(0.0), np.float32(1e-5)]
+    yes, no, rate, epsilon = others
+    for one in ones:
+        LSTM(8 * one, 8 * one, one, yes, no, rate, no, num_heads=2 * one)(X)
+        SLSTM(8 * one, 2 * one, conv_size=4 * one, bias=yes, norm_eps=epsilon).init_state(one)
 
 
 INPUTS: list[tuple[Any, str]] = [

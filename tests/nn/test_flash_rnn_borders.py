@@ -49,8 +49,8 @@ def test_weight_norm_of_both_kinds(name: str, heads: int, weight: str) -> None:
     expected = network(name, heads)(X)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        old = weight_norm(network(name, heads), weight)
-    new = parametrizations.weight_norm(network(name, heads), weight)
+        old: Any = weight_norm(network(name, heads), weight)
+    new: Any = parametrizations.weight_norm(network(name, heads), weight)
     for net, scale in ((old, f"{weight}_g"), (new, f"parametrizations.{weight}.original0")):
         equal(net(X), expected)
         every(net(X))[0].sum().backward()
@@ -216,12 +216,12 @@ def test_a_layout_changes_nothing(heads: int) -> None:
     expanded = X[:1].expand(2, -1, -1)
     for name in MODULES:
         net, expected = network(name, heads), network(name, heads)(X)
-        for x in (turned, gapped, imaginary, torch._neg_view(-X)):
+        for x in (turned, gapped, imaginary, torch.ops.aten._neg_view(-X)):
             equal(net(x), expected)
         equal(net(expanded), net(expanded.contiguous()))
         h = torch.randn(1, 1, 8).expand(1, 5, 8)
-        hx, whole = ((y, y) if name == "LSTM" else y for y in (torch._neg_view(-h), h.contiguous()))
+        hx, whole = ((y, y) if name == "LSTM" else y for y in (torch.ops.aten._neg_view(-h), h.contiguous()))
         equal(net(X, hx), net(X, whole))
     mixer = network("SLSTM", heads)
-    for x in (turned, gapped, imaginary, torch._neg_view(-X)):
+    for x in (turned, gapped, imaginary, torch.ops.aten._neg_view(-X)):
         equal(mixer(x), mixer(X))

@@ -53,7 +53,7 @@ def layouts(x: Tensor) -> Iterator[Tensor]:
     between = torch.full_like(x, 99 if x.dtype == torch.int32 else torch.nan)
     yield torch.stack([x, between], -1)[..., 0]
     yield torch.cat([x.new_full((3,), 7), x.flatten()])[3:].view(x.shape)
-    yield torch._neg_view(-x)
+    yield torch.ops.aten._neg_view(-x)
     if x.dtype == torch.float32:
         yield torch.complex(torch.zeros_like(x), -x).conj().imag
 
@@ -95,7 +95,7 @@ def test_gradients_that_come_back_in_any_layout(backend: str) -> None:
         return torch.autograd.grad(found, list(leaves.values()), list(upstream), retain_graph=True)
 
     one = torch.ones(())
-    cases = [(upstream, given) for upstream in zip(*map(layouts, given), strict=True)]
+    cases = [(list(upstream), given) for upstream in zip(*map(layouts, given), strict=True)]
     cases.append(([one.expand_as(x) for x in found], [torch.ones_like(x) for x in found]))
     for upstream, plain in cases:
         for actual, expected in zip(back(*upstream), back(*plain), strict=True):
