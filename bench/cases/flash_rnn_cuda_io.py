@@ -20,7 +20,7 @@ def forward(problem: Problem, config: Config) -> Account:
     """R and b once for every group of blocks; gates, h and what is kept once; and what blocks of a group exchange."""
     kind, states, steps = problem.kind, len(problem.kind.states), problem.total_steps
     bias = problem.bias * kind.gates * problem.row
-    kept = (0 if problem.recompute else kind.values * problem.row) + problem.others * problem.state
+    kept = (0 if problem.recompute else problem.values) + problem.others * problem.state
     tiles = problem.tiles(config.tile)
     read = problem.sequences(problem.initial * states * problem.state) + steps * kind.gates * problem.row
     written = steps * (problem.row + kept) + problem.sequences(states * problem.state)
@@ -50,7 +50,7 @@ def backward(problem: Problem, config: Config) -> Account:
     initial = problem.initial * (states - 1 + kind.reads_h) * problem.state
     dstate = problem.sequences(problem.dstate * states * problem.state)
     lengths = problem.sequences(problem.ragged * _LENGTH)
-    read = steps * ((kind.values + 1) * problem.row + problem.others * problem.state) + dstate
+    read = steps * (problem.values + problem.row + problem.others * problem.state) + dstate
     written = steps * kind.values * problem.row + problem.sequences(problem.dinitial * states * problem.state)
     met = _exchanged(problem, config, 0 if problem.cut else sum(most for _, most in tiles), kind.gates)
     heads, least = problem.heads, sum(max(own - 1, 0) for own in problem.lengths)
@@ -84,7 +84,7 @@ def values(problem: Problem, config: Config, walkers: int) -> Account:
     own = problem.matrices + problem.bias * kind.gates * problem.row
     first = problem.sequences(problem.initial * problem.state if problem.steps else 0)
     h = first + len(problem.lengths) * max(problem.steps - 1, 0) * problem.row
-    gates, written = rows * kind.gates * problem.row, problem.heads * rows * kind.values * problem.row
+    gates, written = rows * kind.gates * problem.row, problem.heads * rows * problem.values
     return Account(
         "bwd",
         floor=Bytes(problem.heads * (own + h + gates), written),

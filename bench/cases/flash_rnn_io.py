@@ -48,6 +48,11 @@ class Problem:
         return self.width * self.itemsize
 
     @property
+    def values(self) -> int:
+        """Bytes of the values of one step of a head, as they are kept for the backward pass."""
+        return self.kind.values * (self.state if self.kind.exact else self.row)
+
+    @property
     def state(self) -> int:
         """Bytes of one row of a state."""
         return self.width * _STATE
@@ -83,7 +88,7 @@ def forward(problem: Problem, config: Config) -> Account:
     bias = problem.bias * kind.gates * problem.row
     own = problem.sequences(problem.initial * states * problem.state + problem.ragged * _LENGTH)
     walked = sum(rows * steps for rows, steps in problem.tiles(config.block))
-    kept = (0 if problem.recompute else kind.values * problem.row) + problem.others * problem.state
+    kept = (0 if problem.recompute else problem.values) + problem.others * problem.state
 
     def traffic(steps: int, blocks: int) -> Bytes:
         read = blocks * (problem.matrices + bias) + own + steps * kind.gates * problem.row
@@ -109,7 +114,7 @@ def backward(problem: Problem, config: Config) -> Account:
 
     def traffic(all_steps: int, later_steps: int, blocks: int) -> Bytes:
         matrices = 0 if problem.cut else blocks * problem.matrices
-        read = matrices + own + problem.total_steps * (kind.values + 1) * problem.row
+        read = matrices + own + problem.total_steps * (problem.values + problem.row)
         read += all_steps * problem.others * problem.state + later_steps * kind.reads_h * problem.row
         written = problem.total_steps * kind.values * problem.row
         written += problem.sequences(problem.dinitial * states * problem.state)
@@ -135,7 +140,7 @@ def values(problem: Problem, config: Config) -> Account:
 
     def traffic(blocks: int) -> Bytes:
         read = blocks * (problem.matrices + bias) + first + (rows * kind.gates + earlier) * problem.row
-        return Bytes(problem.heads * read, problem.heads * rows * kind.values * problem.row)
+        return Bytes(problem.heads * read, problem.heads * rows * problem.values)
 
     return Account("bwd", floor=traffic(1), model=traffic(-(-rows // config.block)))
 

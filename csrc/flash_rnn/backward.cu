@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                        const float* initial_ptr,      // [S, B, H, D], contiguous, or null
                        const int* lengths_ptr,        // [B], contiguous, or null
                        const Element* out_ptr,        // [B, N, H, D]
-                       const Element* values_ptr,     // [B, N, A, H, D]
+                       const Kept* values_ptr,        // [B, N, A, H, D]
                        const float* history_ptr,      // [B, N, S - 1, H, D], or null
                        const Element* dout_ptr,       // [B, N, H, D]
                        const float* dstate_ptr,       // [S, B, H, D], contiguous, or null
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int steps = lengths.longest();
 
     const int last = steps - 1;
-    Incoming<Element, VALUES> values(arena, values_ptr, stride_values, at, lengths, last, -1);
+    Incoming<Kept, VALUES> values(arena, values_ptr, stride_values, at, lengths, last, -1);
     Incoming<Element, 1> dout(arena, dout_ptr, stride_dout, at, lengths, last, -1);
     Incoming<Element, READS_H> h(arena, out_ptr, stride_out, at, lengths, last - 1, -1);
     Incoming<float, OTHERS> others(arena, history_ptr, stride_history, at, lengths, last - 1, -1);

@@ -4,8 +4,9 @@
 // same equations for PyTorch) and makes the next states of the states. `backward` takes the values, the states before
 // and after the step, and the gradients of the states after it; it writes the gradients of the values, and turns those
 // of the states into what reaches the states before, not counting what comes through R. Of `before`, h is there only
-// where the cell declares READS_H; of `after` it never is. Units of padding are zero throughout, and nothing divides by
-// them. A new cell is a struct here, and its name in iokernels/ops/flash_rnn/cuda.py.
+// where the cell declares READS_H; of `after` it never is. EXACT says that values are exponents and travel to the
+// backward pass as floats. Units of padding are zero throughout, and nothing divides by them. A new cell is a struct
+// here, and its name in iokernels/ops/flash_rnn/cuda.py.
 #pragma once
 #include "common/math.cuh"
 
@@ -17,7 +18,7 @@ DEVICE float log_sigmoid(float x) { return least(x, 0.0f) - LN2 * log2_fast(1.0f
 // States h, c; gates i, f, z, o.
 struct Lstm {
     static constexpr int GATES = 4, APART = 0, STATES = 2;
-    static constexpr bool READS_H = false;
+    static constexpr bool READS_H = false, EXACT = false;
 
     DEVICE static void forward(const float (&v)[4], float (&state)[2]) {
         state[1] = sigmoid(v[1]) * state[1] + sigmoid(v[0]) * tanh_exact(v[2]);
@@ -41,7 +42,7 @@ struct Lstm {
 // State h; gates r and z, then the recurrent and the input part of n.
 struct Gru {
     static constexpr int GATES = 3, APART = 1, STATES = 1;
-    static constexpr bool READS_H = true;
+    static constexpr bool READS_H = true, EXACT = false;
 
     DEVICE static void forward(const float (&v)[4], float (&state)[1]) {
         const float n = tanh_exact(v[3] + sigmoid(v[0]) * v[2]);
@@ -63,7 +64,7 @@ struct Gru {
 // State h; one gate.
 struct Elman {
     static constexpr int GATES = 1, APART = 0, STATES = 1;
-    static constexpr bool READS_H = false;
+    static constexpr bool READS_H = false, EXACT = false;
 
     DEVICE static void forward(const float (&v)[1], float (&state)[1]) { state[0] = tanh_exact(v[0]); }
 
@@ -79,7 +80,7 @@ struct Elman {
 // the m of the past means nothing.
 struct Slstm {
     static constexpr int GATES = 4, APART = 0, STATES = 4;
-    static constexpr bool READS_H = false;
+    static constexpr bool READS_H = false, EXACT = true;
 
     DEVICE static void forward(const float (&v)[4], float (&state)[4]) {
         const float past = log_sigmoid(v[1]) + (state[2] == 0.0f ? -infinity() : state[3]);

@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                        const int* lengths_ptr,        // [B], contiguous, or null
                        Element* out_ptr,              // [B, N, H, D]; zeros where there are lengths
                        float* state_ptr,              // [S, B, H, D], contiguous
-                       Element* values_ptr,           // [B, N, A, H, D], or null
+                       Kept* values_ptr,              // [B, N, A, H, D], or null
                        float* history_ptr,            // [B, N, S - 1, H, D], or null
                        Element* exchange_ptr,         // [groups, 2, TILE, PADDED], or null for one block a head
                        u32* arrived_ptr,              // [groups], zeros, or null

@@ -17,6 +17,16 @@
 
 constexpr int GATES = Cell::GATES, APART = Cell::APART, STATES = Cell::STATES;
 constexpr int VALUES = GATES + APART, JOINED = GATES - APART, OTHERS = STATES - 1;
+template <bool EXACT>
+struct KeptAs {
+    using Type = Element;
+};
+template <>
+struct KeptAs<true> {
+    using Type = float;
+};
+using Kept = KeptAs<Cell::EXACT>::Type;  // a value, from the forward pass to the backward
+
 constexpr int PADDED = UNITS * BLOCKS;  // the width of a head in whole instructions
 constexpr int UNIT_TILES = UNITS / 16;
 constexpr int THREADS = WARP * UNIT_TILES * SPLIT;

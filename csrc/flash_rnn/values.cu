@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                           const Element* bias_ptr,       // [G, H, D], contiguous, or null
                           const float* initial_ptr,      // [S, B, H, D], contiguous, or null
                           const Element* out_ptr,        // [B, N, H, D]
-                          Element* values_ptr,           // [B, N, A, H, D]
+                          Kept* values_ptr,              // [B, N, A, H, D]
                           Steps stride_gates, Matrices stride_recurrent, Steps stride_out, Steps stride_values,
                           int batch, int heads, i64 rows,
                           int walkers) {  // blocks that share the rows of a head's part
@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (row >= rows) continue;
                 const Element* x_at = gates_ptr + sequence * stride_gates.b + step * stride_gates.n +
                                       at.head * stride_gates.h + at.unit * stride_gates.d;
-                Element* v_at = values_ptr + sequence * stride_values.b + step * stride_values.n +
+                Kept* v_at = values_ptr + sequence * stride_values.b + step * stride_values.n +
                                 at.head * stride_values.h + at.unit * stride_values.d;
 #pragma unroll
                 for (int g = 0; g < GATES; ++g) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,8 +16,9 @@ from iokernels.ops.flash_rnn.api import flash_rnn, triton_refusal
 from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.ops.flash_rnn.options import state_dtype
 from iokernels.runtime import dispatch
-from iokernels.runtime.contracts import Contract, short
+from iokernels.runtime.contracts import Contract
 
+from .recurrent_arguments import alike, autocast_dtype, flag, multiplied, number, placed, strided, whole
 from .slstm import SLSTM, SLSTMState
 
 __all__ = ["GRU", "LSTM", "RNN", "SLSTM", "SLSTMState"]
@@ -24,27 +26,35 @@ __all__ = ["GRU", "LSTM", "RNN", "SLSTM", "SLSTMState"]
 _MODES = {"lstm": ("LSTM", torch.lstm), "gru": ("GRU", torch.gru), "elman": ("RNN_TANH", torch.rnn_tanh)}
 """Of every cell: torch's name for it, and torch's function for whole networks of it."""
 
+_ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+
 
 class _Recurrent(nn.RNNBase):
     """What the three modules share. The parameters, their names and their order are those of ``torch.nn``."""
 
     cell: str
     num_heads: int = 1
+    weight_ih_l0: Tensor
     backend: str | None = None
 
     def __init__(self, sizes: tuple[Any, ...], num_heads: int, backend: str | None, **made: Any) -> None:
-        hidden = sizes[1]
-        if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1 or hidden % num_heads:
-            raise ValueError(
-                f"{type(self).__name__}: num_heads is {num_heads!r}; it must divide hidden_size, which is {hidden}"
-            )
-        super().__init__(_MODES[self.cell][0], *sizes, **made)
+        name = type(self).__name__
+        given = dict(zip(_ARGUMENTS, sizes, strict=True))
+        for size in ("input_size", "hidden_size", "num_layers"):
+            given[size] = whole(name, size, given[size], 1)
+        for choice in ("bias", "batch_first", "bidirectional"):
+            given[choice] = flag(name, choice, given[choice])
+        given["dropout"] = number(name, "dropout", given["dropout"], 1.0)
+        hidden, num_heads = given["hidden_size"], whole(name, "num_heads", num_heads, 1)
+        if hidden % num_heads:
+            raise ValueError(f"{name}: num_heads is {num_heads}; it must divide hidden_size, which is {hidden}")
+        super().__init__(_MODES[self.cell][0], **given, **placed(name, **made))
         self.num_heads, self.backend = num_heads, backend
         if num_heads > 1:
             for name in self._flat_weights_names:
                 if name.startswith("weight_hh"):
-                    whole = getattr(self, name)
-                    setattr(self, name, nn.Parameter(whole.new_empty(whole.shape[0], hidden // num_heads)))
+                    dense = getattr(self, name)
+                    setattr(self, name, nn.Parameter(dense.new_empty(dense.shape[0], hidden // num_heads)))
             self._init_flat_weights()
             self.reset_parameters()
 
@@ -63,6 +73,14 @@ class _Recurrent(nn.RNNBase):
         if self.num_heads == 1:
             super().flatten_parameters()
 
+    def _init_flat_weights(self) -> None:
+        # torch.nn keeps what stands for its weights, in the order in which cuDNN takes them. Here every call looks them
+        # up, so that weight_norm, pruning, functional_call and FSDP may put plain tensors in the place of parameters;
+        # and no such tensor, which cannot be copied, is kept.
+        self._flat_weights = [self._parameters.get(name) for name in self._flat_weights_names]
+        self._flat_weight_refs = [None if x is None else weakref.ref(x) for x in self._flat_weights]
+        self.flatten_parameters()
+
     def extra_repr(self) -> str:
         """What ``repr`` shows between the parentheses."""
         return super().extra_repr() + (f", num_heads={self.num_heads}" if self.num_heads > 1 else "")
@@ -74,36 +92,33 @@ class _Recurrent(nn.RNNBase):
             input: ``[N, B, input_size]``, ``[B, N, input_size]`` with batch_first, ``[N, input_size]`` for one
                 sequence, or a ``PackedSequence``; dtype and device of the parameters.
             hx: states before the first step, ``[num_layers * directions, B, hidden_size]`` (without B for one
-                sequence) in the dtype of input: h, or for an LSTM (h, c). None is zero.
+                sequence): h, or for an LSTM (h, c). Any floating dtype; they take that of input. None is zero.
 
         Returns:
             ``(output, hx)``: h of the last layer behind every step, of the kind and order of input with
-            ``directions * hidden_size`` columns, and the states after the last step, as hx.
+            ``directions * hidden_size`` columns, and the states after the last step, as hx, in memory of their own.
+            Without a step the states are those that were given. Under autocast both have its dtype.
+
+        Raises:
+            TypeError: input or hx is no ordinary tensor, or of a wrong dtype.
+            ValueError: their shape or device does not fit.
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
-        one = input.dim() == 2
-        require = self._contract.require
+        one = strided(type(self).__name__, "input", input).dim() == 2
+        require = Contract(type(self).__name__).require
         require(input.dim() in (2, 3), f"input has shape {list(input.shape)}; it must have 3 dimensions, or 2")
         self._check(input)
         states = self._states(hx, 1 if one else input.shape[0 if self.batch_first else 1], one)
         if one:
             input = input.unsqueeze(0 if self.batch_first else 1)
-        if self._is_torchs(input):
+        if self._is_torchs(input) and input.shape[1 if self.batch_first else 0] > 0:
             out, states = self._by_torch((input,), states, self.batch_first)
         else:
             out, states = self._by_layers(input, states, None, self.batch_first)
         if one:
             out, states = out.squeeze(0 if self.batch_first else 1), tuple(state.squeeze(1) for state in states)
         return out, states if self.cell == "lstm" else states[0]
-
-    @property
-    def _contract(self) -> Contract:
-        return Contract(type(self).__name__)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.get_parameter("weight_ih_l0").dtype
 
     def _packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         data, sizes, order, inverse = packed
@@ -122,15 +137,12 @@ class _Recurrent(nn.RNNBase):
         return PackedSequence(out, sizes, order, inverse), states if self.cell == "lstm" else states[0]
 
     def _check(self, x: Tensor) -> None:
-        self._contract.require(
+        name = type(self).__name__
+        Contract(name).require(
             x.shape[-1] == self.input_size,
             f"input has shape {list(x.shape)}; its last dimension must be input_size, which is {self.input_size}",
         )
-        kind = self._dtype
-        if x.dtype != kind and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"{type(self).__name__}: input is {short(x.dtype)}; the parameters are {short(kind)}, and so must it be"
-            )
+        multiplied(name, "input", x, self.weight_ih_l0)
 
     def _states(self, hx: Any, batch: int, one: bool) -> tuple[Tensor, ...] | None:
         """hx as one tensor ``[L, B, hidden_size]`` for every state."""
@@ -138,12 +150,14 @@ class _Recurrent(nn.RNNBase):
             return None
         names = CELLS[self.cell].states
         given = tuple(hx) if len(names) > 1 and isinstance(hx, (tuple, list)) else (hx,)
-        require = self._contract.require
+        name = type(self).__name__
+        require = Contract(name).require
         require(len(given) == len(names), f"hx must be {'a pair (h, c)' if len(names) > 1 else 'one tensor, h'}")
         rows = self.num_layers * (2 if self.bidirectional else 1)
         expected = [rows, self.hidden_size] if one else [rows, batch, self.hidden_size]
-        for name, state in zip(names, given, strict=True):
-            require(list(state.shape) == expected, f"hx has {name} of shape {list(state.shape)}; it must be {expected}")
+        for part, state in zip(names, given, strict=True):
+            alike(name, f"{part} of hx" if len(names) > 1 else "hx", state, self.weight_ih_l0)
+            require(list(state.shape) == expected, f"hx has {part} of shape {list(state.shape)}; it must be {expected}")
         return tuple(state.unsqueeze(1) for state in given) if one else given
 
     def _is_torchs(self, x: Tensor) -> bool:
@@ -152,9 +166,7 @@ class _Recurrent(nn.RNNBase):
             return False
         asked = dispatch.requested(self.backend)
         if asked is None and x.device.type in dispatch.PREFERENCE:
-            width, kind = self.hidden_size, self._dtype
-            if torch.is_autocast_enabled(x.device.type):
-                kind = torch.get_autocast_dtype(x.device.type)
+            width, kind = self.hidden_size, autocast_dtype(x.device) or self.weight_ih_l0.dtype
             refusals = {"triton": partial(triton_refusal, self.cell, width, kind, x.device), "torch": lambda: None}
             asked = dispatch.choose("flash_rnn", None, x.device.type, refusals)
         return asked in (None, "torch")
@@ -167,6 +179,18 @@ class _Recurrent(nn.RNNBase):
             rows = self.num_layers * (2 if self.bidirectional else 1)
             states = (x[0].new_zeros(rows, batch, self.hidden_size),) * len(CELLS[self.cell].states)
         weights = [getattr(self, name) for name in self._flat_weights_names]
+        cast = autocast_dtype(x[0].device)
+        if x[0].is_cpu and cast is not None and x[0].dtype != torch.float64:
+            # The CPU's autocast knows LSTM and not GRU.
+            weights = [weight.to(cast) for weight in weights]
+            with torch.autocast("cpu", enabled=False):
+                return self._call_torch((x[0].to(cast), *x[1:]), states, weights, batch_first)
+        return self._call_torch(x, states, weights, batch_first)
+
+    def _call_torch(
+        self, x: Sequence[Tensor], states: tuple[Tensor, ...], weights: list[Tensor], batch_first: bool | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        states = tuple(state.to(x[0].dtype) for state in states)
         settings = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
         if batch_first is not None:
             settings.append(batch_first)
@@ -193,7 +217,9 @@ class _Recurrent(nn.RNNBase):
             x = outs[0] if directions == 1 else torch.cat(outs, dim=2)
             if layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)
-        return x, tuple(torch.stack(last, dim=1).to(x.dtype).unbind(0))
+        # Each in memory of its own.
+        kinds = zip(*(row.unbind(0) for row in last), strict=True)
+        return x, tuple(torch.stack(rows).to(x.dtype) for rows in kinds)
 
     def _layer(
         self, x: Tensor, row: int, before: Tensor | None, lengths: Tensor | None, batch_first: bool
@@ -207,8 +233,8 @@ class _Recurrent(nn.RNNBase):
         if before is not None:
             initial = before.to(state_dtype(gates.dtype)).unflatten(2, (self.num_heads, width))
         out, after = flash_rnn(
-            gates if batch_first else gates.transpose(0, 1), recurrent.view(*split, width),
-            biases[1].view(split) if biases else None, cell=self.cell, initial_state=initial, return_state=True,
+            gates if batch_first else gates.transpose(0, 1), recurrent.reshape(*split, width),
+            biases[1].reshape(split) if biases else None, cell=self.cell, initial_state=initial, return_state=True,
             lengths=lengths, backend=self.backend,
         )  # fmt: skip
         return (out if batch_first else out.transpose(0, 1)).flatten(2), after.flatten(2)
@@ -247,6 +273,7 @@ class LSTM(_Recurrent):
             all layers, cuDNN's on a GPU. With None that is so on the CPU, and on a GPU where Triton cannot.
 
     Raises:
+        TypeError: an argument of a wrong type.
         ValueError: sizes that do not fit, or a proj_size.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,18 @@ from torch import Tensor, nn
 
 from iokernels.ops.flash_rnn.api import flash_rnn
 from iokernels.ops.flash_rnn.options import state_dtype
-from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 
-_CONTRACT = Contract("SLSTM", x=Spec("B N embed_dim", FLOATS))
+from .recurrent_arguments import flag, multiplied, number, placed, strided, whole, writable
+
+_CONTRACT = Contract(
+    "SLSTM",
+    x=Spec("B N embed_dim", FLOATS),
+    **{
+        "state.conv": Spec("B conv_size-1 embed_dim", FLOATS, optional=True),
+        "state.memory": Spec("states B num_heads head_dim", FLOATS, optional=True),
+    },
+)
 
 
 class SLSTMState(NamedTuple):
@@ -20,6 +30,10 @@ class SLSTMState(NamedTuple):
 
     conv: Tensor  # [B, conv_size - 1, embed_dim]: the last inputs, oldest first
     memory: Tensor  # float32 (float64 for float64 inputs) [4, B, num_heads, embed_dim / num_heads]: h, c, n, m
+
+
+# What torch.save has written of a state, torch.load reads with its default, weights_only=True.
+torch.serialization.add_safe_globals([SLSTMState])
 
 
 class SLSTM(nn.Module):
@@ -41,6 +55,7 @@ class SLSTM(nn.Module):
         dtype: their dtype.
 
     Raises:
+        TypeError: an argument of a wrong type.
         ValueError: sizes that do not fit.
     """
 
@@ -57,16 +72,18 @@ class SLSTM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        embed_dim, num_heads = whole("SLSTM", "embed_dim", embed_dim, 1), whole("SLSTM", "num_heads", num_heads, 1)
         _CONTRACT.require(
-            num_heads > 0 and embed_dim > 0 and embed_dim % num_heads == 0,
-            f"num_heads is {num_heads}; it must divide embed_dim, which is {embed_dim}",
+            embed_dim % num_heads == 0, f"num_heads is {num_heads}; it must divide embed_dim, which is {embed_dim}"
         )
-        _CONTRACT.require(conv_size >= 0, f"conv_size is {conv_size}; it must be at least 0")
+        conv_size, norm_eps = whole("SLSTM", "conv_size", conv_size, 0), number("SLSTM", "norm_eps", norm_eps, math.inf)
+        bias = flag("SLSTM", "bias", bias)
+        place = placed("SLSTM", device, dtype)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.conv_size, self.norm_eps, self.backend = conv_size, norm_eps, backend
 
         def made(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            return nn.Parameter(torch.empty(size, **place))
 
         # (gate, head, out, in); gates i, f, z, o.
         self.weight_ih = made(4, num_heads, self.head_dim, self.head_dim)
@@ -108,6 +125,8 @@ class SLSTM(nn.Module):
             device: that of the parameters if None.
             dtype: dtype of x; that of the parameters if None.
         """
+        batch = whole("SLSTM", "batch", batch, 0)
+        placed("SLSTM", device, dtype)
         device = self.weight_ih.device if device is None else device
         dtype = self.weight_ih.dtype if dtype is None else dtype
         return SLSTMState(
@@ -121,25 +140,39 @@ class SLSTM(nn.Module):
         Args:
             x: ``[B, N, E]``.
             state: what came before, from :meth:`init_state` or an earlier call; not modified. None: nothing did.
-            return_state: also return the state after the last token, a new one.
+            return_state: also return the state after the last token, a new one in memory of its own.
 
         Returns:
             ``[B, N, E]``, or ``([B, N, E], state)``.
+
+        Raises:
+            TypeError: x or the state is no ordinary tensor, or of a wrong dtype.
+            ValueError: their shape or device does not fit.
         """
-        _CONTRACT.check({"embed_dim": self.embed_dim}, x=x)
+        state = self._checked(x, state)
+        flag("SLSTM", "return_state", return_state)
         padded = self._padded(x, None if state is None else state.conv)
         h, memory = flash_rnn(
             self._gates(x, padded), self.weight_hh, self.bias, cell="slstm",
             initial_state=None if state is None else state.memory, return_state=True, backend=self.backend,
         )  # fmt: skip
         out = self._normed(h)
-        return (out, SLSTMState(padded[:, x.shape[1] :], memory)) if return_state else out
+        # Of the inputs a copy, or the state would hold all of them.
+        return (out, SLSTMState(padded[:, x.shape[1] :].clone(), memory)) if return_state else out
 
     def step(self, x: Tensor, state: SLSTMState) -> Tensor:
         """The next token or few, for generation: x ``[B, N, E]`` with a small N; ``state`` is updated in place.
 
         Has no gradient: call it under ``torch.no_grad()`` or ``torch.inference_mode()``.
+
+        Raises:
+            TypeError: as :meth:`forward`, or there is no state.
+            ValueError: as :meth:`forward`, a gradient is asked for, or elements of the state share memory.
         """
+        if state is None:
+            raise TypeError("SLSTM: state is None; a step takes one: see init_state")
+        for name, place in zip(SLSTMState._fields, self._checked(x, state) or (), strict=True):
+            writable("SLSTM", f"state.{name}", place)
         out, after = self.forward(x, state, return_state=True)
         _CONTRACT.require(
             not out.requires_grad, "the step changes its state in place and has no gradient: call it in torch.no_grad()"
@@ -147,6 +180,27 @@ class SLSTM(nn.Module):
         for place, value in zip(state, after, strict=True):
             place.copy_(value)
         return out
+
+    def _checked(self, x: Tensor, state: Any) -> SLSTMState | None:
+        """The state, if it and x can be what they are for."""
+        if state is not None:
+            if not isinstance(state, tuple) or len(state) != 2:
+                raise TypeError(f"SLSTM: state is {type(state).__name__}; it must be an SLSTMState")
+            state = SLSTMState(*state)
+            for name, part in zip(SLSTMState._fields, state, strict=True):
+                strided("SLSTM", f"state.{name}", part)
+        strided("SLSTM", "x", x)
+        sizes = {
+            "embed_dim": self.embed_dim, "conv_size-1": max(self.conv_size - 1, 0), "states": 4,
+            "num_heads": self.num_heads, "head_dim": self.head_dim,
+        }  # fmt: skip
+        conv, memory = (None, None) if state is None else state
+        _CONTRACT.check(sizes, x=x, **{"state.conv": conv, "state.memory": memory})
+        multiplied("SLSTM", "x", x, self.weight_ih)
+        if memory is not None and memory.dtype != state_dtype(x.dtype):
+            found, expected = short(memory.dtype), short(state_dtype(x.dtype))
+            raise TypeError(f"SLSTM: state.memory is {found}; it must be {expected} where x is {short(x.dtype)}")
+        return state
 
     def _padded(self, x: Tensor, past: Tensor | None) -> Tensor:
         """x behind the inputs that its first tokens' convolutions see."""
@@ -156,7 +210,7 @@ class SLSTM(nn.Module):
     def _gates(self, x: Tensor, padded: Tensor) -> Tensor:
         """``[B, N, 4, H, D]``."""
         convolved = x
-        if self.conv_weight is not None:
+        if self.conv_weight is not None and x.shape[1] > 0:
             rows = F.conv1d(padded.transpose(1, 2), self.conv_weight, self.conv_bias, groups=self.embed_dim)
             convolved = F.silu(rows.transpose(1, 2))
         halves = (convolved, self.weight_ih[:2]), (x, self.weight_ih[2:])
@@ -165,4 +219,6 @@ class SLSTM(nn.Module):
 
     def _normed(self, h: Tensor) -> Tensor:
         """Each head of ``[B, N, H, D]`` with mean 0 and variance 1, scaled: ``[B, N, E]``."""
-        return F.layer_norm(h, (self.head_dim,), eps=self.norm_eps).flatten(2) * self.norm_weight.to(h.dtype)
+        # Autocast makes float32 of some norms.
+        normed = F.layer_norm(h, (self.head_dim,), eps=self.norm_eps).to(h.dtype)
+        return normed.flatten(2) * self.norm_weight.to(h.dtype)

@@ -87,9 +87,9 @@ def flash_rnn(
         recurrent_cut: leave that gradient out of the step before (the gradient of ``recurrent`` and the path through
             the states stay): truncation to one step.
         recompute_gates: what a backward pass needs beside h and the states. By default G values (GRU: 4) a unit and
-            step are kept, in the dtype of gates, and the gates themselves are not. With True the gates are kept, which
-            costs nothing where they live on anyway, and the values are made again by one large product; the backward
-            pass then needs that much memory for itself.
+            step are kept, in the dtype of gates (sLSTM: float32), and the gates themselves are not. With True the gates
+            are kept, which costs nothing where they live on anyway, and the values are made again by one large product;
+            the backward pass then needs that much memory for itself.
         backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``, or None for the rule of
             :mod:`iokernels.runtime.dispatch`.
 
@@ -166,7 +166,7 @@ def _plan(
     for name, flag in (
         ("return_state", return_state), ("recurrent_cut", recurrent_cut), ("recompute_gates", recompute_gates)
     ):  # fmt: skip
-        if not isinstance(flag, bool):
+        if type(flag).__name__ not in ("bool", "bool_"):  # Python's and NumPy's
             raise TypeError(f"flash_rnn: {name} is {type(flag).__name__}; it must be a bool")
     clip = 0.0 if recurrent_clip is None else CONTRACT.number("recurrent_clip", recurrent_clip, above=0.0)
     backend = dispatch.choose(
@@ -182,7 +182,7 @@ def _plan(
             "reference": lambda: None,
         },
     )
-    return Plan(backend, cell, clip, recurrent_cut, recompute_gates)
+    return Plan(backend, cell, clip, bool(recurrent_cut), bool(recompute_gates))
 
 
 def triton_refusal(cell: str, width: int, dtype: torch.dtype, device: torch.device) -> str | None:

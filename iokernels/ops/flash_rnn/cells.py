@@ -58,6 +58,9 @@ class Cell(NamedTuple):
     path.
 
     ``start(states)`` is what the first step reads in place of the initial states.
+
+    ``exact`` says that the values are kept for a backward pass in the dtype of the states, not in that of the inputs:
+    where one is an exponent, rounding it to 16 bits changes what it stands for by as much as the exponent's own error.
     """
 
     gates: int
@@ -69,6 +72,7 @@ class Cell(NamedTuple):
     apart: int = 0
     reads_h: bool = False  # whether ``factors`` looks at h of the step before
     start: Callable[[States], States] = lambda states: states
+    exact: bool = False
 
     @property
     def values(self) -> int:
@@ -210,6 +214,7 @@ CELLS: dict[str, Cell] = {
         _slstm_factors,
         _slstm_backward,
         start=_slstm_start,
+        exact=True,
     ),
 }
 """Every cell by name, with the order of its gates."""

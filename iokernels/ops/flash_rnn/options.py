@@ -50,10 +50,11 @@ class Forward(NamedTuple):
     """What a forward pass returns.
 
     ``out [B, N, H, D]``; ``state [S, B, H, D]`` after the last step; and, where a gradient will be taken, ``values
-    [B, N, A, H, D]`` (see :mod:`.cells`) in the dtype of the inputs, empty where they are recomputed, and ``history
-    [B, N, S - 1, H, D]``, the states after h behind every step, of the states' dtype. The last two lie in memory as
-    ``[N, H, B, A, D]`` and ``[S - 1, N, H, B, D]``, so that what a step of a head touches is in one place; on the
-    backend ``torch``, which works on all heads of a gate at once, the values lie as ``[N, A, H, B, D]``.
+    [B, N, A, H, D]`` (see :mod:`.cells`) in the dtype of the inputs, or of the states for a cell that is ``exact``,
+    empty where they are recomputed, and ``history [B, N, S - 1, H, D]``, the states after h behind every step, of the
+    states' dtype. The last two lie in memory as ``[N, H, B, A, D]`` and ``[S - 1, N, H, B, D]``, so that what a step of
+    a head touches is in one place; on the backend ``torch``, which works on all heads of a gate at once, the values lie
+    as ``[N, A, H, B, D]``.
     """
 
     out: Tensor
@@ -89,7 +90,9 @@ def empty_out(gates: Tensor) -> Tensor:
     """An uninitialised h [B, N, H, D]: time outside the batch if gates have it so."""
     batch, length, _, heads, width = gates.shape
     if gates.stride(1) > gates.stride(0):
-        return gates.new_empty((length, batch, heads, width)).transpose(0, 1)
+        # Not the view of another tensor, which autograd would not let be changed in place.
+        row = heads * width
+        return gates.new_empty_strided((batch, length, heads, width), (row, batch * row, width, 1))
     return gates.new_empty((batch, length, heads, width))
 
 
@@ -111,9 +114,10 @@ def empty_values(gates: Tensor, cell: Cell, kept: bool = True, gates_outside: bo
     """Uninitialised values [B, N, A, H, D] of every step; of no step unless ``kept``."""
     batch, length, _, heads, width = gates.shape
     length = length if kept else 0
+    dtype = state_dtype(gates.dtype) if cell.exact else gates.dtype
     if gates_outside:
-        return gates.new_empty((length, cell.values, heads, batch, width)).permute(3, 0, 1, 2, 4)
-    return gates.new_empty((length, heads, batch, cell.values, width)).permute(2, 0, 3, 1, 4)
+        return gates.new_empty((length, cell.values, heads, batch, width), dtype=dtype).permute(3, 0, 1, 2, 4)
+    return gates.new_empty((length, heads, batch, cell.values, width), dtype=dtype).permute(2, 0, 3, 1, 4)
 
 
 def empty_history(gates: Tensor, cell: Cell, kept: bool = True) -> Tensor:

@@ -5,8 +5,7 @@ and the cell's pointwise equations, whose results go straight to where they are 
 pass is :mod:`.portable_bwd`.
 
 Memory beyond what :class:`.options.Forward` keeps is that of a step. All of it is float32, float64 for float64 inputs.
-Where the inputs have that dtype too, the values are kept after their activations; else before, where rounding them
-costs less.
+Values that are kept in that dtype are kept after their activations; others before, where rounding them costs less.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, o
     """Run all steps. See :class:`.options.Forward` for what is returned; ``keep`` asks for its last two."""
     cell, kind = options.kind(), state_dtype(gates.dtype)
     keeps_values, same = keep and not options.recompute_gates, gates.dtype == kind
+    as_they_are = keeps_values and (same or cell.exact)
     result = Forward(
         empty_out(gates),
         empty_state(gates, cell),
@@ -41,7 +41,7 @@ def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, o
     s, valid = by_gate(raw, cell), valid_of(gates, options)
     inputs, outs = step_major(gates), step_major(result.out).unbind(0)
     values = step_major(result.values)
-    if keeps_values and same:
+    if as_they_are:
         work = _steps(values, cell)
     else:
         work = _steps(gates.new_empty((1, cell.values, heads, batch, width), dtype=kind), cell) * length
@@ -58,7 +58,7 @@ def forward(gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, o
         if cell.apart:
             now.of_h.copy_(s_apart)
             now.of_x.copy_(x_apart[step])
-        if keeps_values and not same:
+        if keeps_values and not as_they_are:
             values[step].copy_(now.all)
         for part, in_place in now.active:
             in_place(part)

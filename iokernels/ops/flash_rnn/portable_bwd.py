@@ -47,7 +47,7 @@ def backward(
             values = step_major(saved.values)[chunk].to(kind)
         else:
             values = _values_again(step_major(gates)[chunk], h_before.flatten(1, 2), weights, bias, cell)
-        if gates is not None or out.dtype != kind:
+        if gates is not None or saved.values.dtype != kind:
             for some, activation in cell.runs():
                 activation.in_place(values[:, some])
         walk.back(values.unbind(1), previous, states, douts[chunk], None if valid is None else valid[chunk])

@@ -52,6 +52,7 @@ class Problem(NamedTuple):
     values: int = 4
     states: int = 2
     reads: bool = False
+    exact: bool = False  # whether the values are kept in float32
     parallel: bool = False  # flash_rnn_values_cuda, whose blocks wait for nobody
     tensor_cores: bool = True  # False for float32 at full precision
     sms: int = 132
@@ -142,7 +143,8 @@ def shared_bytes(problem: Problem, blocks: int, tile: int, split: int, eighths: 
         arrays.append(4 * problem.gates * units)
     if not problem.parallel:
         arrays.append(4 * tile)
-        tiles = [(problem.values, problem.itemsize), (1, problem.itemsize), (int(problem.reads), problem.itemsize),
+        kept = 4 if problem.exact else problem.itemsize
+        tiles = [(problem.values, kept), (1, problem.itemsize), (int(problem.reads), problem.itemsize),
                  (problem.states - 1, 4)] if problem.backward else [(problem.gates, problem.itemsize)]  # fmt: skip
         arrays += [stages * count * tile * (units * size + 16) for count, size in tiles]
     return sum(-(-nbytes // 128) * 128 for nbytes in arrays)
@@ -270,7 +272,7 @@ def problem_for(
     backward, parallel = kernel == "flash_rnn_bwd_cuda", kernel == "flash_rnn_values_cuda"
     own = Problem(
         width, heads, batch, cell.gates, itemsize, backward, cell.values, len(cell.states), backward and cell.reads_h,
-        parallel, tensor_cores, device.sms, device.smem_block,
+        cell.exact, parallel, tensor_cores, device.sms, device.smem_block,
     )  # fmt: skip
     if own.padded_width <= widest_of_one_block(cell, itemsize, tensor_cores, device):
         return own._replace(heads=bucket(heads), batch=bucket(batch))
@@ -279,7 +281,7 @@ def problem_for(
 
 def widest_of_one_block(cell: Cell, itemsize: int, tensor_cores: bool, device: DeviceSpec) -> int:
     """The widest head of ``cell``, in steps of 16 units, of which one block holds the matrices, in every kernel."""
-    sizes = cell.gates, cell.values, len(cell.states), cell.reads_h
+    sizes = cell.gates, cell.values, len(cell.states), cell.reads_h, cell.exact
     return _widest_of_one_block(*sizes, itemsize, tensor_cores, device.smem_block)
 
 
@@ -297,12 +299,13 @@ def _device(problem: Problem) -> Any:
 
 @cache
 def _widest_of_one_block(
-    gates: int, values: int, states: int, reads_h: bool, itemsize: int, tensor_cores: bool, smem_block: int
+    gates: int, values: int, states: int, reads_h: bool, exact: bool, itemsize: int, tensor_cores: bool, smem_block: int
 ) -> int:
     limits: Any = _Limits(1, smem_block)
 
     def held_by_one(width: int, backward: bool) -> bool:
-        problem = Problem(width, 1, 1, gates, itemsize, backward, values, states, reads_h, False, tensor_cores)
+        sizes = width, 1, 1, gates, itemsize, backward, values, states, reads_h, exact
+        problem = Problem(*sizes, parallel=False, tensor_cores=tensor_cores)
         # The least that any configuration takes.
         return any(
             SPACE.refusal(problem, limits, Config(1, 8, split, eighths, 2)) is None
@@ -335,6 +338,7 @@ def table_key(problem: Problem) -> dict[str, Any]:
         "gates": problem.gates,
         "values": problem.values,
         "states": problem.states,
+        "exact": problem.exact,
         "batch": bucket(problem.batch),
         "heads": bucket(problem.heads),
     }

@@ -1,0 +1,108 @@
+"""What the recurrent modules check of the arguments of their constructors and of the tensors they are called with."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iokernels.runtime.contracts import FLOATS, short
+
+_MOST = 2**31 - 1
+
+
+def whole(module: str, name: str, value: Any, least: int) -> int:
+    """``value`` as an int between ``least`` and 2^31 - 1, or an error. NumPy's integers count as ints, bools do not."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{module}: {name} is {type(value).__name__}; it must be an int")
+    if not least <= number <= _MOST:
+        shown = number if abs(number) < 10**20 else "too large"
+        raise ValueError(f"{module}: {name} is {shown}; it must be at least {least} and below 2^31")
+    return number
+
+
+def flag(module: str, name: str, value: Any) -> bool:
+    """``value`` as a bool, if it is one, Python's or NumPy's."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{module}: {name} is {type(value).__name__}; it must be a bool")
+    return bool(value)
+
+
+def number(module: str, name: str, value: Any, most: float) -> float:
+    """``value`` as a float between 0 and ``most``; NumPy's numbers count."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{module}: {name} is {type(value).__name__}; it must be a number")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = float("inf")
+    except (TypeError, ValueError):  # an array
+        raise TypeError(f"{module}: {name} is {type(value).__name__}; it must be a number") from None
+    if not 0.0 <= found <= most or found == float("inf"):
+        asked = "finite and at least 0" if most == float("inf") else f"between 0 and {most:g}"
+        raise ValueError(f"{module}: {name} is {found:g}; it must be {asked}")
+    return found
+
+
+def placed(module: str, device: Any, dtype: Any) -> dict[str, Any]:
+    """``device`` and ``dtype`` of parameters, if parameters can have them."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATS):
+        allowed = ", ".join(short(one) for one in FLOATS)
+        raise TypeError(f"{module}: dtype is {dtype!r}; it must be None or one of {allowed}")
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{module}: device is {device!r}, which is none: {error}") from None
+    return {"device": device, "dtype": dtype}
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of floats on ``device``; None where it is off."""
+    kind = device.type
+    if kind not in ("cuda", "cpu") and not torch.amp.is_autocast_available(kind):
+        return None  # of meta tensors one may not even ask
+    if not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def strided(module: str, name: str, x: Any) -> Tensor:
+    """``x``, if it is an ordinary tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{module}: {name} is {type(x).__name__}; it must be a torch.Tensor")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"of the layout {str(x.layout).removeprefix('torch.')}"
+        raise TypeError(f"{module}: {name} is {kind}; it must be an ordinary, strided tensor")
+    return x
+
+
+def writable(module: str, name: str, x: Tensor) -> None:
+    """Raise where elements of ``x`` share memory, so that what is written to one is written to others."""
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"{module}: {name} is expanded, so its elements share memory, and is written: clone it")
+
+
+def multiplied(module: str, name: str, x: Any, parameter: Tensor) -> None:
+    """Raise unless ``x`` can meet ``parameter`` in a product: as :func:`alike`, and of its dtype but under autocast."""
+    alike(module, name, x, parameter)
+    # Autocast leaves float64 as it is.
+    cast = autocast_dtype(x.device) is not None and torch.float64 not in (x.dtype, parameter.dtype)
+    if x.dtype != parameter.dtype and not cast:
+        kind = short(parameter.dtype)
+        raise TypeError(f"{module}: {name} is {short(x.dtype)}; the parameters are {kind}, and so must it be")
+
+
+def alike(module: str, name: str, x: Any, parameter: Tensor) -> None:
+    """Raise unless ``x`` is an ordinary tensor of floats on the device of ``parameter``."""
+    strided(module, name, x)
+    if x.device != parameter.device:
+        raise ValueError(f"{module}: {name} is on {x.device}; it must be on {parameter.device}, as the parameters are")
+    if not x.is_floating_point():
+        raise TypeError(f"{module}: {name} is {short(x.dtype)}; it must be floating point")
