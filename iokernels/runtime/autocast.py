@@ -18,6 +18,8 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     # The device's own type is a slow attribute.
     kind = "cuda" if first.is_cuda else "cpu" if first.is_cpu else first.device.type
+    if kind not in ("cuda", "cpu") and not torch.amp.is_autocast_available(kind):
+        return tensors  # meta tensors, say: asking whether it is enabled would raise
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
