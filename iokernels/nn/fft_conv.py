@@ -9,18 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iokernels.ops.fft_conv.api import fft_conv
+from iokernels.ops.fft_conv.arguments import MOST, flag, kind, whole
 from iokernels.ops.fft_conv.short_api import Padding, short_conv, short_conv_step
 from iokernels.ops.fft_conv.step import LazyState, fft_conv_step, lazy_state
 from iokernels.runtime.contracts import Contract
 
-_SHORT, _LONG = Contract("ShortConv1d"), Contract("FFTConv")
+_SHORT, _LONG, _LAYER = Contract("ShortConv1d"), Contract("FFTConv"), Contract("LongConv")
 
 
 class ShortConv1d(nn.Module):
     """Replaces a depthwise :class:`torch.nn.Conv1d`, ``Conv1d(H, H, W, groups=H)``: initial parameters and state_dict.
 
     Args:
-        channels: H.
+        channels: H, given once: every channel is convolved with its own filter.
         kernel_size: W.
         bias: whether there is one.
         padding: as in :func:`iokernels.short_conv`. Causal unless told otherwise: what models write as
@@ -31,7 +32,8 @@ class ShortConv1d(nn.Module):
         backend: as in :func:`iokernels.short_conv`.
 
     Raises:
-        ValueError: sizes below 1.
+        TypeError, ValueError: sizes that are no ints, or below 1; a bias that is no bool, as where the number of
+            channels is given twice.
     """
 
     bias: Tensor | None
@@ -49,6 +51,13 @@ class ShortConv1d(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(bias, bool):
+            raise TypeError(
+                f"ShortConv1d: bias is {kind(bias)}; it must be a bool. The number of channels is given once: "
+                "ShortConv1d(channels, kernel_size, bias)"
+            )
+        channels = whole(_SHORT, "channels", channels, least=-MOST)
+        kernel_size = whole(_SHORT, "kernel_size", kernel_size, least=-MOST)
         _SHORT.require(
             channels > 0 and kernel_size > 0,
             f"channels is {channels} and kernel_size {kernel_size}; both must be at least 1",
@@ -62,6 +71,12 @@ class ShortConv1d(nn.Module):
         drawn = nn.Conv1d(channels, channels, kernel_size, groups=channels, bias=bias, device=device, dtype=dtype)
         self.weight = drawn.weight
         self.register_parameter("bias", drawn.bias)  # pyright: ignore[reportArgumentType]
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters, as torch's module does."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(self.kernel_size**-0.5), self.kernel_size**-0.5)
 
     def extra_repr(self) -> str:
         """The options that shape the result."""
@@ -83,11 +98,19 @@ class ShortConv1d(nn.Module):
         )  # fmt: skip
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The state before a sequence, zeros ``[B, H, W - 1]``, for :meth:`step` or as ``initial_state``."""
-        return self.weight.new_zeros((batch, self.channels, self.kernel_size - 1), dtype=dtype)
+        """The state before a sequence, zeros ``[B, H, W - 1]``, for :meth:`step` or as ``initial_state``.
+
+        Of the dtype of the parameters, if none is given; float32 serves steps of 16-bit inputs too.
+        """
+        batch = whole(_SHORT, "batch", batch, least=0)
+        made: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype if dtype is None else dtype}
+        return torch.zeros((batch, self.channels, self.kernel_size - 1), **made)
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """One more row ``x [B, H]`` of a causal convolution, without gradients. Changes ``state`` in place."""
+        """One more row ``x [B, H]`` of a causal convolution, without gradients. Changes ``state`` in place.
+
+        Under autocast x is cast as by :meth:`forward`; the state may be float32 all the same.
+        """
         around = self.kernel_size - 1
         _SHORT.require(
             self.padding in ("causal", (around, 0)), f"padding is {self.padding!r}; a step needs causal padding"
@@ -140,12 +163,12 @@ class FFTConv(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _LONG.require(channels > 0, f"channels is {channels}; it must be at least 1")
-        _LONG.require(length is None or length > 0, f"length is {length}; it must be None or at least 1")
-        _LONG.require(smooth >= 0, f"smooth is {smooth}; it must be at least 0")
+        channels = whole(_LONG, "channels", channels, least=1)
+        length = None if length is None else whole(_LONG, "length", length, least=1)
+        smooth = whole(_LONG, "smooth", smooth, least=0)
         self.channels = channels
         self.length = length
-        self.causal = causal
+        self.causal = flag(_LONG, "causal", causal)
         self.squash = _LONG.number("squash", squash, least=0.0)
         self.smooth = smooth
         self.backend = backend
@@ -154,7 +177,7 @@ class FFTConv(nn.Module):
             self.register_parameter("k", None)
         else:
             self.k = nn.Parameter(torch.empty((channels, length if causal else 2 * length - 1), **made))
-        if skip:
+        if flag(_LONG, "skip", skip):
             self.skip = nn.Parameter(torch.empty(channels, **made))
         else:
             self.register_parameter("skip", None)
@@ -203,7 +226,10 @@ class FFTConv(nn.Module):
             n = u.shape[-1]
             if n > self.length:  # not require(): torch.compile cannot format a symbol
                 raise ValueError(f"FFTConv: u has {n} steps; the filter was made for {self.length}")
-            taps = taps[:, :n] if self.causal else taps[:, self.length - n : self.length + n - 1]
+            if n == 0:
+                taps = taps[:, :1]  # of which any number serves no steps
+            else:
+                taps = taps[:, :n] if self.causal else taps[:, self.length - n : self.length + n - 1]
         return fft_conv(
             u, taps, causal=self.causal, pre_gate=pre_gate, post_gate=post_gate, skip=self.skip, backend=self.backend
         )  # fmt: skip
@@ -220,6 +246,8 @@ class FFTConv(nn.Module):
         self, u: Tensor, state: LazyState, *, pre_gate: Tensor | None = None, post_gate: Tensor | None = None
     ) -> Tensor:
         """One more output ``[B, H]`` for ``u [B, H]``, without gradients. Changes ``state``."""
+        if not isinstance(state, LazyState):
+            raise TypeError(f"FFTConv: state is {kind(state)}; it must be what init_state made")
         return fft_conv_step(u, state.k, state, pre_gate=pre_gate, post_gate=post_gate, skip=self.skip)
 
 
@@ -252,6 +280,7 @@ class LongConv(nn.Module):
     ) -> None:
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
+        width, length = whole(_LAYER, "width", width, least=1), whole(_LAYER, "length", length, least=1)
         self.conv = FFTConv(width, length, causal=causal, squash=squash, smooth=smooth, backend=backend, **made)
         self.out_proj = nn.Linear(width, width, bias=bias, **made)
 

@@ -4,6 +4,8 @@ small network writes."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iokernels.ops.fft_conv.api import fft_conv
+from iokernels.ops.fft_conv.arguments import MOST, kind, whole
 from iokernels.ops.fft_conv.step import LazyState, fft_conv_step, lazy_state
 from iokernels.runtime.contracts import Contract
 
@@ -19,12 +22,24 @@ from .fft_conv import ShortConv1d
 _FILTER, _CONTRACT = Contract("ImplicitFilter"), Contract("HyenaOperator")
 
 
+class _WideLinear(nn.Linear):
+    """A linear layer that multiplies in float32 at least, whatever its parameters are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
 class ImplicitFilter(nn.Module):
     """Filters ``[channels, N]`` as a function of position: a network with sine activations, times a decaying window.
 
     With t from 0 to 1 over ``length``, the features of a position are t and the sines and cosines of its first
     ``bands`` frequencies; the network ends in a value for every channel, which is multiplied by ``exp(-rate t)``. Rates
     run from slow to fast over the channels, and each window is scaled to unit energy over ``length``.
+
+    Taps are float32 (float64 for float64 parameters), also where parameters are stored in 16 bits and under autocast:
+    the frequencies would not survive a rounding of their phases. Features and windows follow from the arguments and are
+    computed with the taps, so that there is nothing beside the parameters to load, cast or move.
 
     Args:
         channels: filters to write.
@@ -38,11 +53,8 @@ class ImplicitFilter(nn.Module):
         dtype: their dtype.
 
     Raises:
-        ValueError: sizes below 1.
+        TypeError, ValueError: sizes that are no ints, or below 1; exponents that are no numbers.
     """
-
-    features: Tensor
-    window: Tensor
 
     def __init__(
         self,
@@ -58,35 +70,83 @@ class ImplicitFilter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("channels", channels), ("length", length), ("hidden", hidden), ("bands", bands)):
-            _FILTER.require(size >= 1, f"{name} is {size}; it must be at least 1")
-        self.length = length
+        self.channels = whole(_FILTER, "channels", channels, least=1)
+        self.length = whole(_FILTER, "length", length, least=1)
+        hidden = whole(_FILTER, "hidden", hidden, least=1)
+        self.bands = whole(_FILTER, "bands", bands, least=1)
+        self.initial_omega = _FILTER.number("omega", omega)
+        self.slow, self.fast = _FILTER.number("slow", slow), _FILTER.number("fast", fast)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        t = torch.linspace(0.0, 1.0, length, dtype=torch.float64)
-        angles = 2 * math.pi * t[:, None] * torch.arange(1, bands + 1)
-        features = torch.cat([t[:, None], angles.sin(), angles.cos()], dim=1)
-        window = torch.exp(-torch.linspace(slow, fast, channels, dtype=torch.float64)[:, None] * t)
-        window = window / window.square().sum(1, keepdim=True).sqrt()
-        kind = dtype or torch.get_default_dtype()
-        # They follow from the arguments, so a state_dict need not hold them.
-        self.register_buffer("features", features.to(device, kind), persistent=False)
-        self.register_buffer("window", window.to(device, kind), persistent=False)
         self.layers = nn.ModuleList(
-            [nn.Linear(2 * bands + 1, hidden, **made), nn.Linear(hidden, hidden, **made)]
+            [_WideLinear(2 * self.bands + 1, hidden, **made), _WideLinear(hidden, hidden, **made)]
         )  # fmt: skip
-        self.omega = nn.Parameter(torch.full((hidden,), omega, **made))
-        self.head = nn.Linear(hidden, channels, bias=False, **made)
+        self.omega = nn.Parameter(torch.empty(hidden, **made))
+        self.head = _WideLinear(hidden, self.channels, bias=False, **made)
+        self._reset_own_parameters()
+
+    def _reset_own_parameters(self) -> None:
+        nn.init.constant_(self.omega, self.initial_omega)
         # Sines have variance one half: values then start with variance one, and filters with unit energy.
-        nn.init.normal_(self.head.weight, std=(2.0 / hidden) ** 0.5)
+        nn.init.normal_(self.head.weight, std=(2.0 / self.head.in_features) ** 0.5)
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters."""
+        for layer in self.layers:
+            layer.reset_parameters()  # pyright: ignore[reportCallIssue]
+        self._reset_own_parameters()
+
+    @property
+    def features(self) -> Tensor:
+        """The features of every position, ``[length, 2 bands + 1]``."""
+        return self._features(self.length)
+
+    @property
+    def window(self) -> Tensor:
+        """The window of every channel, ``[channels, length]``."""
+        return self._window(self.length)
 
     def forward(self, n: int) -> Tensor:
         """The first ``n`` taps, ``[channels, n]``."""
         if n > self.length:  # not require(): torch.compile cannot format a symbol
             raise ValueError(f"ImplicitFilter: n is {n}; the filter was made for {self.length} positions")
-        x = self.features[:n]
-        for layer in self.layers:
-            x = torch.sin(self.omega * layer(x))
-        return self.head(x).t() * self.window[:, :n]
+        with _without_autocast(self.omega.device.type):
+            x = self._features(n)
+            for layer in self.layers:
+                x = torch.sin(self.omega.to(x.dtype) * layer(x))
+            return self.head(x).t() * self._window(n)
+
+    def _positions(self, n: int) -> Tensor:
+        """t of the first n positions, float64 where the device has it."""
+        device = self.omega.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.arange(n, device=device, dtype=dtype) / max(self.length - 1, 1)
+
+    def _features(self, n: int) -> Tensor:
+        t = self._positions(n)[:, None]
+        angles = 2 * math.pi * t * torch.arange(1, self.bands + 1, device=t.device)
+        return torch.cat([t, angles.sin(), angles.cos()], dim=1).to(self._dtype)
+
+    def _window(self, n: int) -> Tensor:
+        """``exp(-rate t)``, over the root of its sum of squares: a geometric series of ``length`` terms."""
+        t = self._positions(n)
+        rates = torch.linspace(self.slow, self.fast, self.channels, device=t.device, dtype=t.dtype)[:, None]
+        step = 2.0 / max(self.length - 1, 1) * rates
+        energy = torch.where(rates == 0.0, self.length, torch.expm1(-self.length * step) / torch.expm1(-step))
+        return torch.exp((-rates).to(self._dtype) * t.to(self._dtype)) * energy.rsqrt().to(self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.omega.dtype, torch.float32)
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    """Where it is on; else nothing, which leaves less in a traced graph."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            yield
+    else:
+        yield
 
 
 class HyenaState(NamedTuple):
@@ -94,6 +154,10 @@ class HyenaState(NamedTuple):
 
     short: Tensor
     long: tuple[LazyState, ...]
+
+
+# It is read by torch.load's default, which makes nothing of a class that it was not told of.
+torch.serialization.add_safe_globals([HyenaState])
 
 
 class HyenaOperator(nn.Module):
@@ -119,7 +183,7 @@ class HyenaOperator(nn.Module):
         backend: as in :func:`iokernels.fft_conv`.
 
     Raises:
-        ValueError: sizes or numbers out of range.
+        TypeError, ValueError: sizes that are no ints, or out of range.
     """
 
     def __init__(
@@ -137,11 +201,9 @@ class HyenaOperator(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _CONTRACT.require(width > 0, f"width is {width}; it must be at least 1")
-        _CONTRACT.require(order >= 2, f"order is {order}; it must be at least 2")
-        self.width = width
-        self.length = length
-        self.order = order
+        self.width = width = whole(_CONTRACT, "width", width, least=1)
+        self.length = length = whole(_CONTRACT, "length", length, least=1)
+        self.order = order = whole(_CONTRACT, "order", order, least=2)
         self.dropout = _CONTRACT.number("dropout", dropout, least=0.0, below=1.0)
         self.backend = backend
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -151,6 +213,12 @@ class HyenaOperator(nn.Module):
         self.skip = nn.Parameter(torch.ones(((order - 1), width), **made))
         self.out_proj = nn.Linear(width, width, bias=bias, **made)
 
+    def reset_parameters(self) -> None:
+        """Draw new parameters."""
+        for part in (self.in_proj, self.short_conv, self.filter, self.out_proj):
+            part.reset_parameters()
+        nn.init.ones_(self.skip)
+
     def extra_repr(self) -> str:
         """The options that shape the result."""
         return f"{self.width}, length={self.length}, order={self.order}, dropout={self.dropout}"
@@ -159,7 +227,7 @@ class HyenaOperator(nn.Module):
         """``[B, N, E]`` to ``[B, N, E]``; row i sees the rows up to i. N is at most ``length``."""
         mixed = self.short_conv(self.in_proj(x).transpose(1, 2))
         z, first, *gates = mixed.split(self.width, dim=1)
-        taps = self.filter(x.shape[1]).split(self.width)
+        taps = self.filter(x.shape[1] or 1).split(self.width)  # a filter has a tap at least
         for n, gate in enumerate(gates):
             pre_gate = first if n == 0 else None
             if self.dropout and self.training:
@@ -170,14 +238,17 @@ class HyenaOperator(nn.Module):
     @torch.no_grad()
     def init_state(self, batch: int, length: int | None = None) -> HyenaState:
         """The state before a sequence of at most ``length`` steps (that of the module), with today's filters."""
-        length = self.length if length is None else length
+        length = self.length if length is None else whole(_CONTRACT, "length", length, least=-MOST)
         _CONTRACT.require(1 <= length <= self.length, f"length is {length}; it must be from 1 to {self.length}")
         taps = self.filter(length).split(self.width)
+        batch = whole(_CONTRACT, "batch", batch, least=0)
         return HyenaState(self.short_conv.init_state(batch), tuple(lazy_state(k, batch, length) for k in taps))
 
     @torch.no_grad()
     def step(self, x: Tensor, state: HyenaState) -> Tensor:
         """One more step, ``[B, E]`` to ``[B, E]``, in O(log^2 N) on average, without gradients. Changes ``state``."""
+        if not isinstance(state, tuple) or len(state) != 2 or len(state[1]) != self.order - 1:
+            raise TypeError(f"HyenaOperator: state is {kind(state)}; it must be what init_state of this module made")
         mixed = self.short_conv.step(self.in_proj(x), state.short)
         z, first, *gates = mixed.split(self.width, dim=1)
         for n, (gate, long) in enumerate(zip(gates, state.long, strict=True)):

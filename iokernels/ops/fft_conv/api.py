@@ -15,6 +15,7 @@ from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
+from .arguments import flag, whole
 from .op import backend_module, convolve
 from .options import CAUSAL, CIRCULAR, TWO_SIDED, KernelSpectrum, Options, reach, state_dtype
 
@@ -93,12 +94,13 @@ def fft_conv(
          None if spectrum is None else (spectrum.n, spectrum.causal, spectrum.keep, spectrum.dtype, spectrum.backend)),
         (u, taps, pre_gate, post_gate, skip, initial_state),
     )  # fmt: skip
-    past = None if initial_state is None or taps.shape[1] == 1 else initial_state.to(state_dtype(u.dtype))
+    past = None if initial_state is None else initial_state.to(state_dtype(u.dtype))
     options = Options(pre_gate, post_gate, skip, past, plan.mode, plan.keep, batch_invariant)
     if plan.backend == "reference":
         y = reference.convolve(u, taps, options)
     else:
-        y = convolve(u, taps, [] if spectrum is None else spectrum.transform, plan.backend, options)
+        known = [] if spectrum is None else spectrum.transform if past is None else spectrum.with_state
+        y = convolve(u, taps, known, plan.backend, options)
     return (y, _state_after(u, taps.shape[1] - 1, options)) if return_state else y
 
 
@@ -123,26 +125,39 @@ def kernel_spectrum(
 
     Returns:
         What is accepted as ``k``. It holds a detached reference to k and has no gradient. A later change of k in place
-        does not reach the transform. Calls with ``initial_state`` take it too.
+        does not reach the transform. Calls with ``initial_state`` take it too: taps beyond ``n`` reach an output only
+        there, so that a causal filter of more taps than ``n`` is transformed twice, with them and without.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as :func:`fft_conv`.
     """
-    if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool):
-        raise TypeError(f"kernel_spectrum: n is {type(n).__name__}; it must be an int")
+    n = whole(SPECTRUM, "n", n, least=0)
     SPECTRUM.check(k=k)
     dtype = k.dtype if dtype is None else dtype
     if dtype not in FLOATS:
-        raise TypeError(f"kernel_spectrum: dtype is {dtype}; it must be {' or '.join(map(short, FLOATS))}")
+        raise TypeError(f"kernel_spectrum: dtype is {dtype!r}; it must be {' or '.join(map(short, FLOATS))}")
     mode = _mode(SPECTRUM, causal, n, k.shape[1])
     keep = _keep(SPECTRUM, freq_keep)
     chosen = dispatch.choose("kernel_spectrum", dispatch.requested(backend), k.device.type,
                              _refusals(k.device, dtype, n, k.shape[1], mode, keep))  # fmt: skip
     taps = k.detach()
     options = Options(mode=mode, keep=keep)
-    with torch.no_grad():
-        made = [] if chosen == "reference" else backend_module(chosen).transform(taps, n, dtype, options)
-    return KernelSpectrum(taps, made, n, causal, keep, dtype, chosen)
+    made = _transform(taps, n, dtype, options, chosen)
+    with_state = made
+    if mode == CAUSAL and keep == 1.0 and k.shape[1] > n:
+        # Of the state its shape alone counts.
+        past = torch.empty(1, k.shape[0], k.shape[1] - 1, dtype=state_dtype(dtype), device="meta")
+        refused = _refusals(k.device, dtype, n, k.shape[1], mode, keep, True)[chosen]() is not None
+        with_state = [] if refused else _transform(taps, n, dtype, options._replace(initial_state=past), chosen)
+    return KernelSpectrum(taps, made, with_state, n, causal, keep, dtype, chosen)
+
+
+@torch.no_grad()
+def _transform(taps: Tensor, n: int, dtype: torch.dtype, options: Options, backend: str) -> list[Tensor]:
+    """What the backend makes of a filter, or an empty list, for which it makes it in each call."""
+    if backend == "reference" or n == 0 or taps.shape[0] == 0:
+        return []
+    return backend_module(backend).transform(taps, n, dtype, options)
 
 
 class Plan(NamedTuple):
@@ -164,8 +179,7 @@ def _plan(
     n, taps = sizes["N"], sizes["Nk"]
     mode = _mode(CONTRACT, causal, n, taps)
     for name, value in (("return_state", return_state), ("batch_invariant", batch_invariant)):
-        if not isinstance(value, bool):
-            raise TypeError(f"fft_conv: {name} is {type(value).__name__}; it must be a bool")
+        flag(CONTRACT, name, value)
     keep = _keep(CONTRACT, freq_keep)
     for name, wanted in (("initial_state", initial_state is not None), ("return_state", return_state)):
         CONTRACT.require(not wanted or mode == CAUSAL, f"{name} needs causal=True: other filters have no past to keep")
@@ -199,15 +213,14 @@ def _check_spectrum(cached: tuple[Any, ...], u: Tensor, causal: Any, keep: float
 
 
 def _mode(contract: Contract, causal: Any, n: Any, taps: Any) -> str:
-    if not isinstance(causal, bool):
-        raise TypeError(f"{contract.operator}: causal is {type(causal).__name__}; it must be a bool")
+    flag(contract, "causal", causal)
     contract.require(taps >= 1, "k has no taps; it must have at least one")
     if causal:
         return CAUSAL
     if taps == 2 * n - 1:
         return TWO_SIDED
     contract.require(
-        taps <= n,
+        taps <= n or n == 0,  # of no steps, on which no filter does anything
         f"k has {taps} taps and N is {n}; without causal it must have up to N (circular) or 2 N - 1 (two-sided)",
     )
     return CIRCULAR

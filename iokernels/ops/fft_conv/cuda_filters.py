@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .options import Options, one_period, one_period_adjoint, unplaced
+from .real_fft import irfft, rfft
 from .tuning_cuda import factors
 
 
@@ -51,8 +52,8 @@ def state_gradient(g: Tensor, k: Tensor) -> Tensor:
     """``sum_s k_(s+m) g_s``, at m = Nk - 1, ..., 1: ``[B, H, Nk - 1]`` of g ``[B, H, up to Nk - 1]``."""
     width = k.shape[1] - 1
     length = 1 << max(g.shape[2] + width, 1).bit_length()
-    product = torch.fft.rfft(k, n=length) * torch.fft.rfft(g, n=length).conj_physical()
-    return torch.fft.irfft(product, n=length)[..., 1 : width + 1].flip(-1)
+    product = rfft(k, n=length) * rfft(g, n=length).conj_physical()
+    return irfft(product, n=length)[..., 1 : width + 1].flip(-1)
 
 
 def _normalized(wide: Tensor) -> list[Tensor]:

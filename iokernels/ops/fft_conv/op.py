@@ -14,14 +14,14 @@ from torch import Tensor
 from iokernels.runtime.once import differentiable_once
 from iokernels.runtime.registration import lazily, register
 
-from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options
+from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, without_empty_state
 
 backend_module = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
 """The module of a backend: ``forward``, ``backward`` and ``transform``."""
 
 
 def _forward(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, *options: Any) -> Tensor:
-    return backend_module(backend).forward(u, k, transform, Options(*options))
+    return backend_module(backend).forward(u, k, transform, without_empty_state(Options(*options)))
 
 
 def _forward_fake(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, *options: Any) -> Tensor:
@@ -31,7 +31,11 @@ def _forward_fake(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, *
 def _backward(
     dy: Tensor, u: Tensor, k: Tensor, transform: list[Tensor], needs: list[bool], backend: str, *options: Any
 ) -> tuple[Tensor, ...]:
-    grads = backend_module(backend).backward(dy, u, k, transform, Options(*options), Needs(*needs))
+    opts = without_empty_state(Options(*options))
+    grads = backend_module(backend).backward(dy, u, k, transform, opts, Needs(*needs))
+    if needs[-1] and grads.initial_state is None:  # of a filter of one tap, which has no past
+        past = options[TENSOR_OPTIONS - 1]
+        grads = grads._replace(initial_state=past.new_empty(past.shape))
     # An operator returns tensors only: an empty one stands for a gradient that nobody needs.
     return tuple(u.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -84,7 +88,17 @@ class _FFTConv(torch.autograd.Function):
 
 
 def convolve(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, options: Options) -> Tensor:
-    """Run the operator, differentiably where an input wants a gradient. Returns y ``[B, H, N]``."""
+    """Run the operator, differentiably where an input wants a gradient. Returns y ``[B, H, N]``.
+
+    An exported graph holds no ``autograd.Function``, so what it holds is an operator that knows its gradient. Elsewhere
+    the way around it saves a dispatch.
+    """
+    if torch.compiler.is_exporting():
+        return exported_op(u, k, transform, backend, *options)
+    return _differentiable(u, k, transform, backend, *options)
+
+
+def _differentiable(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, *options: Any) -> Tensor:
     tensors = options[:TENSOR_OPTIONS]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, k, *tensors)):
         if torch.compiler.is_compiling():
@@ -92,3 +106,11 @@ def convolve(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, option
             tensors = tuple(None if x is None else x.view_as(x) for x in tensors)
         return _FFTConv.apply(u, k, *tensors, transform, backend, options[TENSOR_OPTIONS:])
     return forward_op(u, k, transform, backend, *options)
+
+
+exported_op = register(
+    f"fft_conv(Tensor u, Tensor k, Tensor[] transform, str backend, {OPTIONS_SCHEMA}) -> Tensor",
+    impl=_forward,
+    fake=_forward_fake,
+)
+torch.library.impl("iokernels::fft_conv", "Autograd")(_differentiable)

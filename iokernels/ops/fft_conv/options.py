@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .real_fft import irfft, rfft
+
 CAUSAL, CIRCULAR, TWO_SIDED = "causal", "circular", "two_sided"
 
 
@@ -33,6 +35,12 @@ class Options(NamedTuple):
     mode: str = CAUSAL
     keep: float = 1.0
     batch_invariant: bool = False
+
+
+def without_empty_state(options: Options) -> Options:
+    """The options of a backend, to which the state of a filter of one tap, of no steps, is none."""
+    past = options.initial_state
+    return options._replace(initial_state=None) if past is not None and past.shape[2] == 0 else options
 
 
 OPTIONS_SCHEMA = (
@@ -75,11 +83,14 @@ class KernelSpectrum(NamedTuple):
     """A filter with its transform, made by :func:`~iokernels.ops.fft_conv.kernel_spectrum`; accepted as ``k``.
 
     It serves calls of length ``n`` on ``backend`` with the same mode and ``freq_keep``. ``transform`` is the backend's
-    own: on ``torch`` one complex tensor, on ``triton`` the permuted planes and their scale.
+    own: on ``torch`` one complex tensor, on ``triton`` the permuted planes and their scale. It holds the taps that
+    reach an output, of which an initial state makes more: ``with_state`` serves those calls, and is the same where
+    Nk <= n.
     """
 
     taps: Tensor  # [H, Nk], detached
     transform: list[Tensor]
+    with_state: list[Tensor]
     n: int
     causal: bool
     keep: float
@@ -149,7 +160,7 @@ def unplaced(x: Tensor, taps: int, n: int, options: Options) -> Tensor:
 def band_limited(period: Tensor, keep: float) -> Tensor:
     """One period of a filter without its upper frequencies. Linear and its own adjoint."""
     length = period.shape[-1]
-    return torch.fft.irfft(torch.fft.rfft(period)[..., : kept_bins(keep, length)], n=length)
+    return irfft(rfft(period)[..., : kept_bins(keep, length)], n=length)
 
 
 def one_period(k: Tensor, n: int, length: int, options: Options) -> Tensor:

@@ -41,13 +41,14 @@ from .options import (
 )
 from .portable_lengths import Cut, cut
 from .portable_rows import Part, Rows, pieces, tiles
+from .real_fft import irfft, rfft
 
 
 def transform(k: Tensor, n: int, dtype: torch.dtype, options: Options) -> list[Tensor]:
     """The spectrum of a filter ``[H, Nk]`` for inputs of length n: complex ``[H, L/2 + 1]``, or the kept ones."""
     k = k.to(state_dtype(dtype))
     length = cut(n, effective_taps(n, k.shape[1], options), options).length
-    spectrum = torch.fft.rfft(placed(k, length, n, options))
+    spectrum = rfft(placed(k, length, n, options))
     return [spectrum[:, : kept_bins(options.keep, length)].contiguous() if options.keep < 1.0 else spectrum]
 
 
@@ -131,7 +132,7 @@ def _other_gradients(
         inputs = _blocks(x, plan)
         if grads.k is not None:
             dw = g.unflatten(2, (count, plan.step))
-            dw = torch.fft.rfft(torch.nn.functional.pad(dw, (plan.overlap, 0)))
+            dw = rfft(torch.nn.functional.pad(dw, (plan.overlap, 0)))
             filters[rows.heads] += dw.mul_(inputs.conj_physical()).sum((0, 2))
         if grads.post_gate is not None:
             w = _inverse(inputs.mul_(spectrum[rows.heads, None]), plan, plan.overlap)[..., : stop - start]
@@ -148,15 +149,15 @@ def _spectrum(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options)
 
 def _blocks(x: Tensor, plan: Cut) -> Tensor:
     """Transforms ``[b, h, blocks, frequencies]`` of x ``[b, h, time]``."""
-    return torch.fft.rfft(x.unfold(2, plan.length, plan.step))
+    return rfft(x.unfold(2, plan.length, plan.step))
 
 
 def _inverse(product: Tensor, plan: Cut, first: int) -> Tensor:
     """``[b, h, time]``: of every block the results from ``first`` on that are its own."""
-    return torch.fft.irfft(product, n=plan.length)[..., first : first + plan.step].flatten(2)
+    return irfft(product, n=plan.length)[..., first : first + plan.step].flatten(2)
 
 
 def _taps(filters: Tensor, taps: int, n: int, plan: Cut, options: Options) -> Tensor:
     """The gradient of the taps ``[H, Nk]`` from its frequencies."""
-    period = torch.fft.irfft(filters, n=plan.length)
+    period = irfft(filters, n=plan.length)
     return unplaced(period, taps, n, options)

@@ -6,6 +6,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .options import CAUSAL, CIRCULAR, TWO_SIDED, Options, band_length
+from .real_fft import is_rough
 
 SHORT = 8
 """A filter at least so many times shorter than the sequence is run in blocks."""
@@ -27,7 +28,7 @@ class Cut(NamedTuple):
 def cut(n: int, taps: int, options: Options) -> Cut:
     """The transforms for sequences of n and a filter of so many effective taps."""
     if options.mode == CAUSAL and options.keep == 1.0 and n >= 2 * LEAST_BLOCK and n >= SHORT * taps:
-        length = max(LEAST_BLOCK, 1 << (4 * taps - 1).bit_length())
+        length = good_length(max(LEAST_BLOCK, 1 << (4 * taps - 1).bit_length()))
         return Cut(length, length, taps - 1, length - taps + 1, True)
     past = 0 if options.initial_state is None else options.initial_state.shape[2]
     if options.mode == CIRCULAR:
@@ -41,11 +42,14 @@ def cut(n: int, taps: int, options: Options) -> Cut:
 
 @cache
 def good_length(least: int) -> int:
-    """The least even number from ``least`` on whose only prime factors are 2, 3 and 5: what FFT libraries are fast at.
+    """The least even number from ``least`` on whose only prime factors are 2, 3 and 5, what FFT libraries are fast at,
+    and whose transforms are exact (:func:`.real_fft.is_rough`).
 
     At least 2, so that a real transform has a last frequency of its own.
     """
     best = 1 << max(least - 1, 1).bit_length()
+    if is_rough(best):
+        best = best // 8 * 9
     fives = 1
     while fives < best:
         threes = fives
@@ -53,7 +57,8 @@ def good_length(least: int) -> int:
             candidate = 2 * threes
             while candidate < least:
                 candidate *= 2
-            best = min(best, candidate)
+            if not is_rough(candidate):
+                best = min(best, candidate)
             threes *= 3
         fives *= 5
     return best

@@ -13,6 +13,7 @@ from torch import Tensor
 from .options import TWO_SIDED, Gradients, Options, effective_taps, kept_bins, state_dtype, unplaced
 from .portable_lengths import Cut
 from .portable_rows import Part, tiles
+from .real_fft import irfft, rfft
 
 
 def forward(u: Tensor, k: Tensor, spectrum: Tensor | None, options: Options, plan: Cut) -> Tensor:
@@ -25,11 +26,11 @@ def forward(u: Tensor, k: Tensor, spectrum: Tensor | None, options: Options, pla
         v = part.fill_inputs(x[:count], plan.overlap)
         if spectrum is None:
             _place(rows.of_heads(k), x[count], n, options)
-        frequencies = _kept(torch.fft.rfft(x), options, plan)
+        frequencies = _kept(rfft(x), options, plan)
         if options.skip is None:
             x = v = None  # their memory serves the way back
         mine = frequencies[count] if spectrum is None else rows.of_heads(spectrum)
-        w = torch.fft.irfft(frequencies[:count].mul_(mine), n=plan.length)[..., plan.overlap : plan.width]
+        w = irfft(frequencies[:count].mul_(mine), n=plan.length)[..., plan.overlap : plan.width]
         part.finish(w, v, 0, n, options.post_gate, y)
     return y
 
@@ -56,7 +57,7 @@ def backward(
         if known is None:
             _place(rows.of_heads(k), x[2 * count], n, options)
         first = 0 if reads_v else count  # of the rows that are transformed
-        frequencies = _kept(torch.fft.rfft(x[first:]), options, plan)
+        frequencies = _kept(rfft(x[first:]), options, plan)
         of_v, of_g = frequencies[: count - first], frequencies[count - first : 2 * count - first]
         mine = frequencies[-1] if known is None else rows.of_heads(known)
         products = None
@@ -70,7 +71,7 @@ def backward(
         if products is not None:
             torch.sum(products, 0, out=frequencies[-1])
         unused = 0 if grads.post_gate is not None else count - first
-        results = torch.fft.irfft(frequencies[unused:], n=plan.length)
+        results = irfft(frequencies[unused:], n=plan.length)
         first += unused
         if grads.post_gate is not None:
             part.finish(results[:count, :, plan.overlap : plan.width], v, 0, n, dy, grads.post_gate)

@@ -19,6 +19,10 @@ def convolve(u: Tensor, k: Tensor, options: Options) -> Tensor:
     n = u.shape[2]
     k = k.to(u.dtype)
     v = u if options.pre_gate is None else options.pre_gate * u
+    if n == 0:
+        past = options.initial_state
+        nothing = v * k[:, :1] if past is None else v * k[:, :1] + past.to(u.dtype).sum(2, keepdim=True)
+        return _finished(nothing, v, options)
     first_lag = 1 - n if options.mode == TWO_SIDED else 0
     if options.keep < 1.0:
         k, first_lag = _band_limited(k, n, options)
@@ -30,8 +34,12 @@ def convolve(u: Tensor, k: Tensor, options: Options) -> Tensor:
         past = options.initial_state.to(u.dtype)
         lag = torch.arange(n, device=u.device)[:, None] + torch.arange(past.shape[2], 0, -1, device=u.device)
         w = w + einsum(_toeplitz(k, lag), past, "h t s, b h s -> b h t")
+    return _finished(w, v, options)
+
+
+def _finished(w: Tensor, v: Tensor, options: Options) -> Tensor:
     if options.skip is not None:
-        w = w + options.skip.to(u.dtype)[:, None] * v
+        w = w + options.skip.to(v.dtype)[:, None] * v
     return w if options.post_gate is None else options.post_gate * w
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from iokernels.runtime.offsets import check_offsets, readable
 from iokernels.runtime.plans import Plans, remembered
 
 from . import short_reference
+from .arguments import check_own_memory, flag, places
 from .short_op import convolve, step_op
 from .short_options import ShortOptions
 
@@ -38,7 +40,7 @@ STEP = Contract(
     "short_conv_step",
     x=Spec("B H", FLOATS),
     weight=Spec("H W", FLOATS),
-    state=Spec("S H W-1", same_dtype_as="x"),
+    state=Spec("S H W-1", FLOATS),
     bias=Spec("H", FLOATS, optional=True),
     state_indices=Spec("B", (torch.int32,), optional=True),
 )
@@ -135,8 +137,9 @@ def short_conv_step(
     Args:
         x: ``[B, H]``, the new inputs, of the dtypes that :func:`short_conv` takes.
         weight: ``[H, W]``, the dtype of x or float32.
-        state: ``[B, H, W - 1]``, the dtype of x, any strides: the inputs before, the oldest first, as
-            :func:`short_conv` returns them. **Shifted in place**: x becomes the newest.
+        state: ``[B, H, W - 1]``, the dtype of x, or float32 for 16-bit x; any strides that give each element a place
+            of its own: the inputs before, the oldest first, as :func:`short_conv` returns them. **Shifted in place**: x
+            becomes the newest.
         bias: ``[H]``, the dtype of x or float32.
         activation: None, ``"silu"`` or ``"swish"``.
         state_indices: int32 ``[B]``: row b uses ``state[state_indices[b]]``, and state has any number of rows. Rows
@@ -150,14 +153,19 @@ def short_conv_step(
     Raises:
         TypeError, ValueError, UnsupportedError: as :func:`short_conv`.
 
-    Without gradients. On ``triton`` it is one launch, allocates the result only, and may be captured in a CUDA graph.
+    Under autocast x, weight and bias are cast to the autocast dtype. Without gradients. On ``triton`` it is one launch,
+    allocates the result only, and may be captured in a CUDA graph.
     """
+    x, weight, bias = autocast(x, weight, bias)
     plan = remembered(
         _PLANS,
         _step_plan,
-        (activation, dispatch.requested(backend)),
+        (activation, dispatch.requested(backend), places(state)),
         (x, weight, state, bias, state_indices),
     )
+    if state.is_neg():
+        # The memory of a negated view holds the negative of its numbers: with x and weight negated, the same sums.
+        x, weight, state = x.neg(), weight.neg(), torch._neg_view(state)
     if state_indices is not None:
         _check_indices(state_indices, state.shape[0])
     if plan.backend == "reference":
@@ -228,11 +236,10 @@ def _plan(
 ) -> ShortPlan:  # fmt: skip
     silu = _silu(contract, activation)
     width = weight.shape[1]
-    contract.require(width >= 1 and weight.shape[0] >= 1, f"weight has shape {list(weight.shape)}; it has no taps")
+    contract.require(width >= 1, f"weight has shape {list(weight.shape)}; it has no taps")
     _same_or_single(contract, x, weight=weight, bias=bias)
     left, right = _padding(contract, padding, width)
-    if not isinstance(return_state, bool):
-        raise TypeError(f"{contract.operator}: return_state is {type(return_state).__name__}; it must be a bool")
+    flag(contract, "return_state", return_state)
     contract.require(
         (initial_state is None and not return_state) or (left, right) == (width - 1, 0),
         f"padding is {padding!r}; initial_state and return_state need causal padding",
@@ -241,21 +248,27 @@ def _plan(
 
 
 def _step_plan(
-    activation: Any, backend: str | None, x: Tensor, weight: Tensor, state: Tensor, bias: Any, state_indices: Any
+    activation: Any, backend: str | None, strides: Any, x: Tensor, weight: Tensor, state: Tensor, bias: Any,
+    state_indices: Any,
 ) -> ShortPlan:  # fmt: skip
     known = _known(weight)
     if state_indices is None and isinstance(x, Tensor) and x.dim() == 2:
         known["S"] = x.shape[0]
     STEP.check(known, x=x, weight=weight, state=state, bias=bias, state_indices=state_indices)
     width = weight.shape[1]
-    STEP.require(width >= 1 and weight.shape[0] >= 1, f"weight has shape {list(weight.shape)}; it has no taps")
+    STEP.require(width >= 1, f"weight has shape {list(weight.shape)}; it has no taps")
     _same_or_single(STEP, x, weight=weight, bias=bias)
+    if state.dtype != x.dtype and (state.dtype, x.dtype.itemsize) != (torch.float32, 2):
+        wide = " or float32" if x.dtype.itemsize == 2 else ""
+        raise TypeError(f"short_conv_step: state is {short(state.dtype)}; it must be {short(x.dtype)}, as x is{wide}")
+    if strides is not None:
+        check_own_memory(STEP, "state", state)
     return ShortPlan(_choose(STEP, backend, x, weight), width - 1, 0, _silu(STEP, activation), True)
 
 
 def _silu(contract: Contract, activation: Any) -> bool:
     contract.require(
-        activation is None or activation in ("silu", "swish"),
+        activation is None or (isinstance(activation, str) and activation in ("silu", "swish")),
         f"activation is {activation!r}; it must be None, 'silu' or 'swish'",
     )
     return activation is not None
@@ -274,13 +287,15 @@ def _padding(contract: Contract, padding: Any, width: int) -> tuple[int, int]:
     words = {"causal": (width - 1, 0), "same": ((width - 1) // 2, width - 1 - (width - 1) // 2), "valid": (0, 0)}
     if isinstance(padding, str) and padding in words:
         return words[padding]
-    sides: Any = (padding, padding) if isinstance(padding, int) else padding
-    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
-    if not pair or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+    sides: Any = padding if isinstance(padding, (tuple, list)) else (padding, padding)
+    try:
+        if any(isinstance(side, (bool, Tensor)) for side in sides):
+            raise TypeError
+        left, right = map(operator.index, sides)
+    except (TypeError, ValueError):
         raise TypeError(
             f"{contract.operator}: padding is {padding!r}; it must be 'causal', 'same', 'valid', an int or two ints"
-        )
-    left, right = sides
+        ) from None
     contract.require(
         0 <= left < width and 0 <= right < width,
         f"padding is {padding!r}; each side must be from 0 to {width - 1}, one less than the taps",

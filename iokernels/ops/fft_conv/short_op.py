@@ -125,8 +125,27 @@ class _ShortConv(torch.autograd.Function):
 
 
 def convolve(x: Tensor, weight: Tensor, backend: str, options: ShortOptions) -> tuple[Tensor, Tensor]:
-    """Run the operator, differentiably where an input wants a gradient. Returns (out, final state)."""
+    """Run the operator, differentiably where an input wants a gradient. Returns (out, final state).
+
+    An exported graph holds no ``autograd.Function``, so what it holds is an operator that knows its gradient. Elsewhere
+    the way around it saves a dispatch.
+    """
+    if torch.compiler.is_exporting():
+        return exported_op(x, weight, backend, *options)
+    return _differentiable(x, weight, backend, *options)
+
+
+def _differentiable(x: Tensor, weight: Tensor, backend: str, *numbers: Any) -> tuple[Tensor, Tensor]:
+    options = ShortOptions(*numbers)
     tensors = (x, weight, options.bias, options.initial_state)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _ShortConv.apply(*tensors, backend, options)  # pyright: ignore[reportReturnType]
     return forward_op(x, weight, backend, *options)
+
+
+exported_op = register(
+    f"short_conv(Tensor x, Tensor weight, str backend, {OPTIONS_SCHEMA}) -> (Tensor out, Tensor final_state)",
+    impl=_forward,
+    fake=_forward_fake,
+)
+torch.library.impl("iokernels::short_conv", "Autograd")(_differentiable)

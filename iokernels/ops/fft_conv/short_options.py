@@ -69,9 +69,7 @@ def empty_rows(x: Tensor, length: Any) -> Tensor:
     """An uninitialised ``[B, H, length]`` in the memory order of x, so that a ``[B, N, H]`` model gets its layout back
     without a copy."""
     batch, channels, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((batch, length, channels)).transpose(1, 2)
-    return x.new_empty((batch, channels, length))
+    return _empty(x, batch, channels, length)
 
 
 def empty_state(x: Tensor, width: int, options: ShortOptions) -> Tensor:
@@ -80,9 +78,14 @@ def empty_state(x: Tensor, width: int, options: ShortOptions) -> Tensor:
     if not options.return_state:
         return x.new_empty(0)
     rows = x.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1
+    return _empty(x, rows, x.shape[1], width - 1)
+
+
+def _empty(x: Tensor, batch: Any, channels: Any, length: Any) -> Tensor:
+    """Not a transposed view of another tensor: autograd lets nobody change a view that an operator returns."""
     if x.stride(1) < x.stride(2):
-        return x.new_empty((rows, width - 1, x.shape[1])).transpose(1, 2)
-    return x.new_empty((rows, x.shape[1], width - 1))
+        return x.new_empty_strided((batch, channels, length), (length * channels, 1, channels))
+    return x.new_empty((batch, channels, length))
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from iokernels.runtime.offsets import on_host
 
-from .short_options import ShortOptions, out_length
+from .short_options import ShortOptions, empty_rows, empty_state, out_length
 
 
 def convolve(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
     """(out, final state), as :class:`ShortOptions` says; the state is empty where it is not asked for."""
     if options.cu_seqlens is None:
         return _dense(x, weight, options)
+    if options.cu_seqlens.is_meta:
+        return empty_rows(x, x.shape[2]), empty_state(x, weight.shape[1], options)
     packed = options._replace(cu_seqlens=None)
+    # In rows of no sequence zeros that are, where there is no sequence at all, functions of x and weight still.
+    nothing = (x[:, :, :0].sum() + weight[:, :0].sum()).to(x.dtype)
     outs, states = [], []
     bounds = on_host("short_conv", "cu_seqlens", options.cu_seqlens)
     for sequence, (start, stop) in enumerate(pairwise(bounds)):
@@ -28,8 +32,8 @@ def convolve(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, 
         out, final = _dense(x[:, :, start:stop], weight, packed._replace(initial_state=state))
         outs.append(out)
         states.append(final)
-    outs.append(torch.zeros_like(x[:, :, bounds[-1] :]))
-    return torch.cat(outs, dim=2), torch.cat(states) if states else x.new_empty(0)
+    outs.append(torch.zeros_like(x[:, :, bounds[-1] :]) + nothing)
+    return torch.cat(outs, dim=2), torch.cat(states) if states else empty_state(x, weight.shape[1], options)
 
 
 def _dense(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
@@ -54,6 +58,8 @@ def step(
 ) -> Tensor:
     """One more row: returns the output and writes the new state over the old one."""
     out = torch.zeros_like(x)
+    if x.is_meta:
+        return out
     rows = range(x.shape[0]) if state_indices is None else on_host("short_conv_step", "state_indices", state_indices)
     for i, row in enumerate(rows):
         if row >= 0:

@@ -11,15 +11,19 @@ channel instead of O(L Nk), and a token costs O(log^2 L) on average; one in L wa
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.autocast import autocast
+from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 
 from .api import fft_conv
+from .arguments import check_own_memory, kind, whole
 from .options import state_dtype
+from .real_fft import irfft, rfft
 
 STEP = Contract(
     "fft_conv_step",
@@ -74,8 +78,12 @@ class LazyState:
             return torch.einsum("bhs,hts->bht", v, self.k[:, side + now[:, None] - now])
         spectrum = self._spectra.get(side)
         if spectrum is None:
-            spectrum = self._spectra[side] = torch.fft.rfft(self.k[:, : 2 * side])
-        return torch.fft.irfft(torch.fft.rfft(v, n=2 * side).mul_(spectrum), n=2 * side)[..., side:]
+            spectrum = self._spectra[side] = rfft(self.k[:, : 2 * side])
+        return irfft(rfft(v, n=2 * side).mul_(spectrum), n=2 * side)[..., side:]
+
+
+# It is read by torch.load's default, which makes nothing of a class that it was not told of.
+torch.serialization.add_safe_globals([LazyState])
 
 
 def lazy_state(
@@ -85,18 +93,21 @@ def lazy_state(
 
     Args:
         k: ``[H, Nk]``, a causal filter. It is copied.
-        batch: sequences, at least 1.
+        batch: sequences, B.
         length: the most tokens that will be made, at least 1. Memory: ``4 B H length`` numbers.
         dtype: of the tokens; that of k if None. Sums are float32, float64 for float64.
         initial_state: ``[B, H, Nk - 1]``, the gated inputs before the first, as ``fft_conv(return_state=True)`` gives.
 
+    Returns:
+        A state that shares no memory with the arguments. ``torch.save`` writes it and ``torch.load`` reads it by their
+        defaults, once iokernels is imported.
+
     Raises:
         TypeError, ValueError: the message names the argument.
     """
-    for name, value in (("batch", batch), ("length", length)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"lazy_state: {name} is {type(value).__name__}; it must be an int")
-        LAZY.require(value >= 1, f"{name} is {value}; it must be at least 1")
+    batch, length = whole(LAZY, "batch", batch, least=0), whole(LAZY, "length", length, least=1)
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"lazy_state: dtype is {dtype!r}; it must be None or {' or '.join(map(short, FLOATS))}")
     sizes = LAZY.check(k=k, initial_state=initial_state)
     LAZY.require(sizes["Nk"] >= 1, "k has no taps; it must have at least one")
     sums = state_dtype(k.dtype if dtype is None else dtype)
@@ -107,8 +118,17 @@ def lazy_state(
         LAZY.require(past.shape == wanted, f"initial_state has shape {list(past.shape)}; it must have {list(wanted)}")
         if past.shape[2]:
             nothing = past.new_zeros(batch, k.shape[0], length)
-            state.sums.copy_(fft_conv(nothing, k.detach().to(sums), initial_state=past))
+            with torch.no_grad(), _without_autocast(k):
+                state.sums.copy_(fft_conv(nothing, k.detach().to(sums), initial_state=past))
     return state
+
+
+def _without_autocast(x: Tensor) -> Any:
+    """Sums are as exact within autocast as without, where it would round what they are made of."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 @torch.no_grad()
@@ -127,8 +147,9 @@ def fft_conv_step(
         u: ``[B, H]``, the input of this step, in any floating dtype.
         k: ``[H, Nk]``, the filter. With a :class:`LazyState` it is the state's own copy that counts; pass the same.
         state: changed in place. Either the window of past inputs, float32 (float64 for float64 inputs) ``[B, H,
-            Nk - 1]``, as ``fft_conv(return_state=True)`` returns it, which costs Nk products a token; or what
-            :func:`lazy_state` made, which costs O(log^2 N) a token on average, for filters as long as the sequence.
+            Nk - 1]``, as ``fft_conv(return_state=True)`` returns it, which costs Nk products a token, each element in
+            a place of its own; or what :func:`lazy_state` made, which costs O(log^2 N) a token on average, for filters
+            as long as the sequence.
         pre_gate: ``[B, H]``, dtype of u; so is ``post_gate``.
         post_gate: as :func:`fft_conv`.
         skip: ``[H]``, as :func:`fft_conv`.
@@ -139,25 +160,41 @@ def fft_conv_step(
     Raises:
         TypeError, ValueError: the message names the argument. ValueError too when a lazy state is full.
 
-    Runs in PyTorch on any device. A step is bound by reading the window, or by the host; there is nothing for a kernel
-    of its own to save but launches.
+    Under autocast u and the gates are cast to the autocast dtype, as by :func:`fft_conv`; sums stay float32. Runs in
+    PyTorch on any device. A step is bound by reading the window, or by the host; there is nothing for a kernel of its
+    own to save but launches.
     """
+    u, pre_gate, post_gate = autocast(u, pre_gate, post_gate)
     lazy = isinstance(state, LazyState)
+    if not lazy and not isinstance(state, Tensor):
+        raise TypeError(f"fft_conv_step: state is {kind(state)}; it must be a torch.Tensor or a LazyState")
     window: Any = state.inputs if lazy else state
     sizes = STEP.check(u=u, k=k, state=window, pre_gate=pre_gate, post_gate=post_gate, skip=skip)
     sums = state_dtype(u.dtype)
     if window.dtype != sums:
         raise TypeError(f"fft_conv_step: state is {window.dtype}; it must be {sums} for inputs of {u.dtype}")
-    v = u.to(sums) if pre_gate is None else u.to(sums) * pre_gate
     if isinstance(state, LazyState):
         STEP.require(state.position < state.length, f"state is full: it was made for {state.length} tokens")
-        w = state.step(v)
     else:
+        STEP.require(sizes["Nk"] >= 1, "k has no taps; it must have at least one")
         width = sizes["Nk"] - 1
         STEP.require(sizes["Past"] == width, f"state has {sizes['Past']} steps; it must have Nk - 1 = {width}")
+        check_own_memory(STEP, "state", state)
+    with _without_autocast(u):
+        return _step(u, k, state, pre_gate, post_gate, skip, sums)
+
+
+def _step(
+    u: Tensor, k: Tensor, state: Tensor | LazyState, pre_gate: Tensor | None, post_gate: Tensor | None,
+    skip: Tensor | None, sums: torch.dtype,
+) -> Tensor:  # fmt: skip
+    v = u.to(sums) if pre_gate is None else u.to(sums) * pre_gate
+    if isinstance(state, LazyState):
+        w = state.step(v)
+    else:
         taps = k.to(sums)
         w = taps[:, 0] * v
-        if width:
+        if taps.shape[1] > 1:
             w = w + torch.linalg.vecdot(taps[:, 1:].flip(1), state)
             state.copy_(torch.cat([state[:, :, 1:], v[:, :, None]], dim=2))
     if skip is not None:

@@ -1,0 +1,77 @@
+"""Checks of arguments that are no tensors, and of tensors that are written."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iokernels.runtime.contracts import Contract
+
+MOST = 2**48
+"""No tensor has more elements along a dimension."""
+
+
+def whole(contract: Contract, name: str, value: Any, *, least: int, most: int = MOST) -> Any:
+    """``value`` as an int from ``least`` to ``most``, or raise. NumPy's integers are integers, and a size that is being
+    traced stays symbolic."""
+    if not isinstance(value, torch.SymInt):
+        try:
+            if isinstance(value, (bool, Tensor)):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{contract.operator}: {name} is {kind(value)}; it must be an int") from None
+    contract.require(value >= least, f"{name} is {value}; it must be at least {least}")
+    contract.require(value <= most, f"{name} is {value}; it must be at most {most}")
+    return value
+
+
+def flag(contract: Contract, name: str, value: Any) -> bool:
+    """``value`` if it is a bool, or raise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{contract.operator}: {name} is {kind(value)}; it must be a bool")
+    return value
+
+
+def kind(value: Any) -> str:
+    """What ``value`` is, for a message: NumPy calls its types as Python does."""
+    made = type(value)
+    return made.__name__ if made.__module__ in ("builtins", "torch") else f"{made.__module__}.{made.__name__}"
+
+
+def places(x: Any) -> tuple[int, ...] | None:
+    """The strides of a tensor that is written, by which the outcome of :func:`check_own_memory` is remembered; None
+    where every element has a place of its own already."""
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_contiguous():
+        return None
+    return x.stride()
+
+
+def check_own_memory(contract: Contract, name: str, x: Tensor) -> None:
+    """Refuse a tensor of which two elements are one place of memory: what is written to one of them would be lost."""
+    if not x.is_contiguous() and _overlaps(x.shape, x.stride()):
+        raise ValueError(
+            f"{contract.operator}: {name} has shape {list(x.shape)} and strides {list(x.stride())}, so that elements "
+            f"share memory, and it is written; pass a copy, {name}.clone()"
+        )
+
+
+def _overlaps(shape: Any, strides: Any) -> bool:
+    steps = sorted((step, size) for step, size in zip(strides, shape, strict=True) if size != 1)
+    reach = 0  # of the dimensions with smaller strides
+    for step, size in steps:
+        if step <= reach:
+            break
+        reach += step * (size - 1)
+    else:
+        return False
+    if any(step == 0 for step, _ in steps) or torch.compiler.is_compiling():
+        return True
+    # Dimensions that interleave, which may miss one another all the same.
+    places = torch.zeros((), dtype=torch.int64)
+    for step, size in steps:
+        places = places[..., None] + torch.arange(size) * step
+    return places.unique().numel() < places.numel()
