@@ -48,9 +48,8 @@ VARLEN = Contract(
 MAX_HEAD_DIM = 256
 """Widest head that the kernels hold on chip."""
 
-_MOST = torch.finfo(torch.float32).max
-_CAP = 1e30
-"""What ``softcap * tanh(s / softcap)`` can be computed for in float32, with room for scale and log2 e."""
+_LEAST, _MOST = 1e-30, 1e30
+"""Magnitudes that scale and softcap may have in float32, with room for each other and log2 e."""
 
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 """Dtypes that the kernels in CUDA C++ take."""
@@ -312,11 +311,11 @@ def _plan(
     else:
         scale = contract.number("scale", scale)
         if single and not -_MOST <= scale <= _MOST:
-            raise ValueError(f"{contract.operator}: scale is {scale}; it must be within the range of float32")
+            raise ValueError(f"{contract.operator}: scale is {scale}; it must be within +-{_MOST} (float32)")
     softcap = contract.number("softcap", softcap, least=0.0)
-    if single and softcap != 0.0 and not 1 / _CAP <= softcap <= _CAP:
+    if single and softcap != 0.0 and not _LEAST <= softcap <= _MOST:
         raise ValueError(
-            f"{contract.operator}: softcap is {softcap}; it must be 0, or between {1 / _CAP} and {_CAP} (float32)"
+            f"{contract.operator}: softcap is {softcap}; it must be 0, or from {_LEAST} to {_MOST} (float32)"
         )
     dropout_p = contract.number("dropout_p", dropout_p, least=0.0, below=1.0)
     widths = {"D": sizes["D"], "Dv": sizes["Dv"]}

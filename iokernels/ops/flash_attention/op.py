@@ -102,7 +102,9 @@ class _FlashAttention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         needs = Needs(*ctx.needs_input_grad[:5])
-        grads = backward_op(dout, dstatistics, q, k, v, out, statistics, list(needs), ctx.backend, *tensors, *ctx.numbers)
+        grads = backward_op(
+            dout, dstatistics, q, k, v, out, statistics, list(needs), ctx.backend, *tensors, *ctx.numbers
+        )
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 

@@ -45,7 +45,6 @@ class Options(NamedTuple):
     max_seqlen_q: int = 0  # used only when packed
     max_seqlen_k: int = 0
 
-
     @property
     def keeps_tail(self) -> bool:
         """Whether a forward pass also keeps what rounding took from the LSE (:func:`empty_statistics`)."""
