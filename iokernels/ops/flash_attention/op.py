@@ -67,8 +67,8 @@ forward_op = register(
 )
 
 backward_op = register(
-    "flash_attention_bwd(Tensor dout, Tensor? dstatistics, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, "
-    f"bool[] needs, str backend, {OPTIONS_SCHEMA}) "
+    "flash_attention_bwd(Tensor dout, Tensor? dstatistics, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor statistics, bool[] needs, str backend, {OPTIONS_SCHEMA}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
     impl=_backward,
     fake=_backward_fake,

@@ -134,8 +134,13 @@ def lse_and_tail(statistics: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """``bias``, for scores in ``dtype``: what is finite there stays finite, and ``finfo(float64).min`` is no -inf."""
+    """``bias``, for scores in ``dtype``: what is finite stays finite there, and ``finfo(float64).min`` is no -inf.
+
+    The derivative is that of the identity, also where the range ends.
+    """
     if bias.dtype != torch.float64 or dtype == torch.float64:
         return bias
     most = torch.finfo(dtype).max
-    return torch.where(bias.isfinite(), bias.clamp(-most, most), bias).to(dtype)
+    finite, value = bias.isfinite(), bias.detach()
+    nothing = torch.where(finite, bias - value, 0.0)
+    return (torch.where(finite, value.clamp(-most, most), value) + nothing).to(dtype)

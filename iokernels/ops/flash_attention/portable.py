@@ -141,7 +141,7 @@ def runs_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
         and options.softcap == 0.0
         and options.window_left == -1
         and (options.window_right == -1 or (options.window_right == 0 and seqlen_q in (1, seqlen_k)))
-        and (options.scale > 0.0 or not _causal(q, options))
+        and (options.scale > 1e-30 or not _causal(q, options))  # which is 0 to a kernel in float32
         and q.shape[3] == v.shape[3]
         and q.numel() > 0
         and seqlen_k > 0

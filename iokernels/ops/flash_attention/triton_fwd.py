@@ -5,10 +5,11 @@ the largest score m so far, the denominator l and the unnormalised output acc, a
 
     m' = max(m, max_j s_j)    p_j = 2^(s_j - m')    l' = 2^(m - m') l + sum_j p_j    acc' = 2^(m - m') acc + p v
 
-and at the end out = acc / l, lse = ln 2 (m + log2 l); with natural scores, m + ln l, and what rounding it lost. The Nq x Nk scores never leave the chip.
+and at the end out = acc / l, lse = ln 2 (m + log2 l); of natural scores lse = m + ln l, and its tail, what rounding it
+lost. The Nq x Nk scores never leave the chip.
 
-FLOPs: 2 Nq Nk (D + Dv) a head, of what the window shows. Bytes that blocks request: q, out and lse (with its tail) once; k and v once
-for each block of rows, that is Nq / BLOCK_M times, of what the window shows. Blocks of keys that every row sees run
+FLOPs: 2 Nq Nk (D + Dv) a head, of what the window shows. Bytes that blocks request: q, out and lse (with a tail) once;
+k and v once for each block of rows, Nq / BLOCK_M times, of what the window shows. Blocks of keys that every row sees run
 first, without a mask; the edges of the window and the tail follow with one. Causal grids start with the longest rows.
 """
 

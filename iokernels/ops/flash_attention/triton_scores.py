@@ -2,8 +2,8 @@
 
 Scores leave :func:`tile_scores` in base 2 (multiplied by log2 e), because ``exp2`` is the instruction that the
 hardware has. Where a bias or slopes are added to them they stay natural until the LSE or the maximum is subtracted:
-log2 e times ``finfo.min``, with which people pad, is -inf. A tile may lie as [queries, keys] or as [keys, queries]: the index arguments ``rows`` and ``keys`` are
-two-dimensional and say which, so each formula is written once.
+log2 e times ``finfo.min``, with which people pad, is -inf. A tile may lie as [queries, keys] or as [keys, queries]:
+the index arguments ``rows`` and ``keys`` are two-dimensional and say which, so each formula is written once.
 
 Bytes beside those that each kernel names: of a bias and a mask, the elements of every visited block; 4 of an ALiBi
 slope and 8 of the dropout seed whenever a block turns to a head; 16 of offsets a block of packed sequences.

@@ -50,8 +50,8 @@ def attention_weights(
     # exp(-inf - -inf) would be NaN in a row without keys.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     weights = torch.exp(scores - lse[..., None])
-    # Beside a bias of -1e9 rounding takes from the LSE how many keys share the row. Their weights sum to 1: a sink would
-    # have to be as far from 0 to take part.
+    # Beside a bias of -1e9 rounding takes from the LSE how many keys share the row. Their weights sum to 1: a sink
+    # would have to be as far from 0 to take part.
     total = weights.sum(-1, keepdim=True)
     far = (lse.abs() > _FAR)[..., None] & (total > 0.0)
     return (weights / total.masked_fill(~far, 1.0)).to(q.dtype)
