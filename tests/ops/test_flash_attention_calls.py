@@ -43,8 +43,28 @@ def test_slopes_that_are_a_parameter_are_taken_where_no_gradients_are_recorded(b
     # The accepted calls do not vouch for these.
     with pytest.raises(ValueError, match="alibi_slopes requires a gradient"):
         flash_attention(q, k, v, alibi_slopes=slopes, backend=backend)
-    with pytest.raises(ValueError, match="flash_attention_varlen: alibi_slopes requires a gradient"):
+    with pytest.raises(ValueError, match=r"flash_attention_varlen: alibi_slopes requires a gradient"):
         flash_attention_varlen(**packed(alibi_slopes=slopes, backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_a_bias_larger_than_the_sequences_has_no_gradient_beyond_them(backend: str) -> None:
+    """The longest lengths are bounds, and the bias has their size."""
+    bias = torch.zeros(12, 11, requires_grad=True)
+    out = flash_attention_varlen(**packed(bias=bias, max_seqlen_q=12, max_seqlen_k=11, backend=backend))
+    (dbias,) = torch.autograd.grad(out.square().sum(), bias)
+    assert dbias[:5, :5].abs().min() > 0
+    assert not dbias[5:].any()
+    assert not dbias[:, 5:].any()
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"bias": torch.zeros(5, 9)}], ids=["causal", "bias"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_no_heads_of_queries_are_no_work(backend: str, options: dict[str, Any]) -> None:
+    q, k = torch.zeros(1, 0, 5, 16, requires_grad=True), torch.zeros(1, 2, 9, 16, requires_grad=True)
+    out = flash_attention(q, k, k, **options, backend=backend)
+    assert out.shape == q.shape
+    assert not torch.autograd.grad(out.sum(), k)[0].any()
 
 
 # ---- torch.compile -------------------------------------------------------------------------------------------------
@@ -56,17 +76,14 @@ def two_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @COMPILES
-@pytest.mark.parametrize("budget", [1.0, 0.5, 0.01])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_recomputing_backward_pass_drops_the_same_weights(
-    backend: str, budget: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend == "inductor" and budget != 0.01:
-        budget = 0.3
-    monkeypatch.setattr(functorch_config, "activation_memory_budget", budget)
+@pytest.mark.parametrize(
+    ("backend", "budget"), [("aot_eager", 1.0), ("aot_eager", 0.5), ("aot_eager", 0.01), ("inductor", 0.2)]
+)
+def test_a_recomputing_backward_pass_drops_the_same_weights(backend: str, budget: float) -> None:
     torch.compiler.reset()
     q, k, v = inputs(1, 2, 32, 8, gradients=True)
-    out = torch.compile(two_layers, backend=backend, fullgraph=True)(q, k, v)
+    with functorch_config.patch(activation_memory_budget=budget):
+        out = torch.compile(two_layers, backend=backend, fullgraph=True)(q, k, v)
     torch.manual_seed(77)
     (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
     torch.testing.assert_close((dv * v).sum(), out.sum())
@@ -74,15 +91,15 @@ def test_a_recomputing_backward_pass_drops_the_same_weights(
 
 
 @COMPILES
-def test_dropout_without_any_saved_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functorch_config, "activation_memory_budget", 0.0)
+def test_dropout_without_any_saved_memory_is_refused() -> None:
     torch.compiler.reset()
     compiled = torch.compile(two_layers, backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match="dropout_p is above 0 and activation_memory_budget is 0") as raised:
-        compiled(*inputs(gradients=True))
-    assert UnsupportedError.__name__ in str(raised.value)
-    with torch.no_grad():
-        assert compiled(*inputs()).isfinite().all()
+    with functorch_config.patch(activation_memory_budget=0.0):
+        with pytest.raises(Exception, match="dropout_p is above 0 and activation_memory_budget is 0") as raised:
+            compiled(*inputs(gradients=True))
+        assert UnsupportedError.__name__ in str(raised.value)
+        with torch.no_grad():
+            assert compiled(*inputs()).isfinite().all()
     torch.compiler.reset()
 
 
@@ -101,8 +118,8 @@ def test_layers_of_one_graph_drop_different_weights() -> None:
 
 
 @COMPILES
-def test_the_longest_length_may_be_a_traced_item(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_the_longest_length_may_be_a_traced_item() -> None:
     torch.compiler.reset()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
@@ -131,7 +148,7 @@ def test_numpy_integers_and_bools_are_integers_and_bools() -> None:
     assert torch.equal(flash_attention_varlen(**call, deterministic=np.bool_(False)), expected)
     with pytest.raises(TypeError, match="causal is ndarray; it must be a bool"):
         flash_attention(*inputs(), causal=np.ones(2, dtype=bool))
-    with pytest.raises(TypeError, match="max_seqlen_q is .*; it must be an int"):
+    with pytest.raises(TypeError, match=r"max_seqlen_q is .*; it must be an int"):
         flash_attention_varlen(**packed(max_seqlen_q=np.float64(5)))
 
 

@@ -113,7 +113,9 @@ def empty_in_order_of(x: Tensor, width: Any) -> Tensor:
     """An uninitialised tensor [B, H, N, width] of x's dtype and device: heads inside the sequence if x has them so."""
     batch, heads, length, _ = x.shape
     if x.stride(1) < x.stride(2):
-        return x.new_empty((batch, length, heads, width)).transpose(1, 2)
+        # Not a transposed view: autograd forbids views that a Function returns to be changed in place.
+        row = heads * width
+        return x.new_empty_strided((batch, heads, length, width), (length * row, width, row, 1))
     return x.new_empty((batch, heads, length, width))
 
 

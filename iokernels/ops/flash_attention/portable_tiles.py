@@ -53,8 +53,8 @@ class Tiles:
         self.block_m, self.block_n = block_sizes(self.batch * self.heads, self.rows, windowed=self.windowed)
 
     def row_blocks(self) -> Iterator[slice]:
-        """The blocks of query rows; none where the batch is empty."""
-        if self.batch == 0:
+        """The blocks of query rows; none where there is no batch or no head."""
+        if self.batch * self.heads == 0:
             return
         for start in range(0, self.rows, self.block_m):
             yield slice(start, min(start + self.block_m, self.rows))

@@ -132,8 +132,8 @@ def _tile_gradient(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dS of one tile of one head, whose statistics begin at element ``first``, before the factor of a softcap: a bias is
-    added after the cap."""
+    """dS of one tile of one head, whose statistics begin at element ``first``, before the factor of a softcap: a bias
+    is added after the cap."""
     local_m, local_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     offs_d, offs_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     rows, keys = first_row + local_m, first_key + local_n

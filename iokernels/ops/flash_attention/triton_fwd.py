@@ -9,8 +9,9 @@ and at the end out = acc / l, lse = ln 2 (m + log2 l); of natural scores lse = m
 lost. The Nq x Nk scores never leave the chip.
 
 FLOPs: 2 Nq Nk (D + Dv) a head, of what the window shows. Bytes that blocks request: q, out and lse (with a tail) once;
-k and v once for each block of rows, Nq / BLOCK_M times, of what the window shows. Blocks of keys that every row sees run
-first, without a mask; the edges of the window and the tail follow with one. Causal grids start with the longest rows.
+k and v once for each block of rows, Nq / BLOCK_M times, of what the window shows. Blocks of keys that every row sees
+run first, without a mask; the edges of the window and the end of the keys follow with one. Causal grids start with the
+longest rows.
 """
 
 from __future__ import annotations

@@ -64,10 +64,13 @@ def backward(
     dv = empty_in_order_of(v, v.shape[3]) if needs.k or needs.v else None
     dbias = torch.empty(options.bias.shape, dtype=options.bias.dtype, device=q.device) if needs.bias else None
     # A tensor of which no block is launched, or some rows belong to no sequence, is not written throughout.
-    nothing = launch.seqlen_q == 0 or launch.seqlen_k == 0 or launch.sequences == 0
-    for grad in (dq, dk, dv, dbias):
-        if grad is not None and (nothing or (launch.features.varlen and grad is not dbias)):
+    nothing = launch.seqlen_q == 0 or launch.seqlen_k == 0 or launch.sequences == 0 or launch.heads == 0
+    for grad in (dq, dk, dv):
+        if grad is not None and (nothing or launch.features.varlen):
             grad.zero_()
+    # The longest lengths of a packed call are bounds; the blocks end with the tensors.
+    if dbias is not None and (nothing or dbias.shape[2] > launch.seqlen_q or dbias.shape[3] > launch.seqlen_k):
+        dbias.zero_()
 
     with guard(q.device):
         _launch_delta(launch, out, dout, dlse, delta)
