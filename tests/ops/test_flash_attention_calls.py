@@ -75,7 +75,7 @@ def two_layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attention(torch.nn.functional.gelu(q), k, flash_attention(q, k, v, dropout_p=0.5), dropout_p=0.5)
 
 
-@COMPILES
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # and inductor's own
 @pytest.mark.parametrize(
     ("backend", "budget"), [("aot_eager", 1.0), ("aot_eager", 0.5), ("aot_eager", 0.01), ("inductor", 0.2)]
 )
