@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from iokernels.bench.accounts import Account, Bytes
 from iokernels.ops.flash_attention.tuning import Config
 
-_STATISTIC = 4  # bytes of an lse or a delta
+_STATISTIC = 4  # bytes of an lse, its tail or a delta
 _OFFSETS = 16  # the begin and end of a packed sequence's queries and keys, int32
 _SLOPE = 4  # of ALiBi, float32
 _SEED = 8  # of dropout, int64
@@ -70,6 +70,11 @@ class Problem:
     def per_head(self) -> int:
         """Bytes that a block reads when it turns to a head of a sequence."""
         return self.alibi * _SLOPE + self.dropout * _SEED
+
+    @property
+    def statistics(self) -> int:
+        """Bytes of what a forward pass keeps of a row: its lse, and a tail where something is added to the scores."""
+        return _STATISTIC * (2 if self.bias_batch or self.alibi else 1)
 
     @property
     def bias_bytes(self) -> int:
@@ -134,7 +139,7 @@ def forward(problem: Problem, config: Config) -> Account:
     """q, out and lse once; k and v once for each block of rows that sees them."""
     q = problem.rows * problem.head_dim * problem.itemsize
     blocks = problem.heads * sum(_blocks(n, config.block_m) for n, _ in problem.lengths)
-    written = problem.rows * (problem.value_dim * problem.itemsize + _STATISTIC)
+    written = problem.rows * (problem.value_dim * problem.itemsize + problem.statistics)
     sink = problem.sinks * problem.itemsize
     once = q + problem.keys * problem.pair + problem.options_once + problem.heads * sink
     return Account(
@@ -153,7 +158,7 @@ def backward_delta(problem: Problem) -> Account:
 
 def backward_dq(problem: Problem, config: Config) -> Account:
     """q, dO, lse, delta and dq once; k and v once for each block of rows that sees them."""
-    own = problem.rows * (problem.pair + 2 * _STATISTIC)
+    own = problem.rows * (problem.pair + problem.statistics + _STATISTIC)
     written = problem.rows * problem.head_dim * problem.itemsize
     return Account(
         "bwd",
@@ -172,7 +177,7 @@ def backward_dkv(problem: Problem, config: Config) -> Account:
             loaded += visited
             scores += visited * min(config.block_n, nk - first_key)
             turns += steps
-    row = problem.pair + 2 * _STATISTIC
+    row = problem.pair + problem.statistics + _STATISTIC
     repeated = problem.heads * (loaded * row + scores * problem.per_score + turns * problem.per_head)
     own = problem.keys * problem.pair
     offsets = problem.kv_heads * grid * problem.packed * _OFFSETS
@@ -186,7 +191,7 @@ def backward_dkv(problem: Problem, config: Config) -> Account:
 def backward_dbias(problem: Problem, config: Config) -> Account:
     """dbias once; for every tile of it and every sequence and head that the tile was added to, q, dO, lse and delta
     of its rows, k and v of its keys, and what bias and mask hold for it. No tile is left out for a window."""
-    row, own = problem.pair + 2 * _STATISTIC, problem.bias_bytes
+    row, own = problem.pair + problem.statistics + _STATISTIC, problem.bias_bytes
     read = 0
     for n, nk in problem.lengths:
         row_tiles, key_tiles = _blocks(problem.longest[0], config.block_m), _blocks(problem.longest[1], config.block_n)

@@ -9,7 +9,7 @@ import torch
 from iokernels.bench.case import Compilation, Pass
 from iokernels.bench.cases.flash_attention_shapes import VOCABULARY, lengths
 from iokernels.bench.shape import Shape
-from iokernels.ops.flash_attention.options import Needs, Options
+from iokernels.ops.flash_attention.options import Needs, Options, empty_statistics
 from iokernels.ops.flash_attention.tuning import KERNELS
 
 
@@ -63,7 +63,7 @@ def launch(shape: Shape, dtype: torch.dtype, which: Pass) -> None:
     from iokernels.ops.flash_attention import triton_launch
 
     q, k, v, options = meta_call(shape, dtype)
-    out, lse = q.new_empty(*q.shape[:3], shape.dv), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = q.new_empty(*q.shape[:3], shape.dv), empty_statistics(q, options)
     if which != "bwd":
         out, lse = triton_launch.forward(q, k, v, options)
     if which != "fwd":

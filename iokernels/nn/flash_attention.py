@@ -185,10 +185,18 @@ class FlashAttention(nn.Module):
             ``[B, num_heads, Nq, Nk]``, without B for a single sequence. One more column for each of add_bias_kv and
             add_zero_attn.
 
+        With batch_first, query, key and value may also be nested tensors ``[B, N*, E]``, which is what
+        :class:`torch.nn.TransformerEncoder` makes of padded ones in evaluation: they are padded for the call, the
+        output is nested as query is, and weights are 0 in the rows of the padding.
+
         Where this differs from torch's module: a row that may see no key gets an attention result of 0 (its output is
-        the bias of the output projection) where torch may give NaN; the weights are those before dropout; nested
-        tensors are not taken; bad shapes raise ValueError.
+        the bias of the output projection) where torch may give NaN; the weights are those before dropout; bad shapes
+        raise ValueError.
         """
+        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         batched = isinstance(query, Tensor) and query.dim() == 3
         in_order = self.batch_first or not batched
         mask, bias, causal = self._checked(query, key, value, key_padding_mask, attn_mask, is_causal, batched)
@@ -216,6 +224,47 @@ class FlashAttention(nn.Module):
         weights = torch.cat([weights, *(torch.exp(s - lse)[..., None].to(weights.dtype) for s in added)], dim=-1)
         weights = weights.mean(dim=1) if average_attn_weights else weights
         return out, weights if batched else weights.squeeze(0)
+
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
+        attn_mask: Tensor | None, average_attn_weights: bool, is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """:meth:`forward` of nested tensors: padded, with a mask that hides the padding, and cut again."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor) or not x.is_nested or x.dim() != 3 or not self.batch_first:
+                raise TypeError(
+                    "FlashAttention: query, key and value must all be nested tensors [B, N*, E] where one of them is, "
+                    f"with batch_first=True; {name} is {'nested' if getattr(x, 'is_nested', False) else 'not nested'}, "
+                    f"batch_first is {self.batch_first}"
+                )
+        _CONTRACT.require(
+            key_padding_mask is None, "key_padding_mask is given with nested tensors, which have their own lengths"
+        )
+        rows = [len(x) for x in query.unbind()]
+        keys = rows if key is query else [len(x) for x in key.unbind()]
+        _CONTRACT.require(
+            len(rows) == len(keys) and (rows == keys or (not self.causal and self.window is None)),
+            f"query has sequences of {rows} rows and key of {keys}; they must be as many, and as long where the module "
+            "is causal or has a window",
+        )
+        padded = {id(x): torch.nested.to_padded_tensor(x, 0.0) for x in (query, key, value)}
+        lengths = torch.tensor(keys, device=key.device)
+        hidden = torch.arange(max(keys, default=0), device=key.device) >= lengths[:, None]
+        out, weights = self.forward(
+            *(padded[id(x)] for x in (query, key, value)), hidden, need_weights, attn_mask, average_attn_weights,
+            is_causal,
+        )  # fmt: skip
+        cut = [x[:length] for x, length in zip(out.unbind(), rows, strict=True)]
+        if query.layout == torch.jagged:
+            made = torch.nested.nested_tensor_from_jagged(torch.cat(cut), query.offsets())
+        else:
+            made = torch.nested.as_nested_tensor(cut)
+        if weights is not None:
+            beyond = torch.arange(out.shape[1], device=out.device) >= torch.tensor(rows, device=out.device)[:, None]
+            weights = weights.masked_fill(
+                beyond[(..., None) if weights.dim() == 3 else (slice(None), None, ..., None)], 0
+            )
+        return made, weights
 
     def _checked(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, attn_mask: Tensor | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from iokernels.runtime.plans import Plans, remembered
 from . import reference
 from .op import attend
 from .options import Options
+from .seed import draw as draw_seed
 
 _SCORES = "B|1 Hq|1 Nq|1 Nk|1"
 _OPTIONAL = {
@@ -45,6 +47,9 @@ VARLEN = Contract(
 
 MAX_HEAD_DIM = 256
 """Widest head that the kernels hold on chip."""
+
+_LEAST, _MOST = 1e-30, 1e30
+"""Magnitudes that scale and softcap may have in float32, with room for each other and log2 e."""
 
 CUDA_DTYPES = (torch.float16, torch.bfloat16)
 """Dtypes that the kernels in CUDA C++ take."""
@@ -87,7 +92,7 @@ def flash_attention(
         bias: added to the scores (after scale and softcap), broadcastable to ``[B, Hq, Nq, Nk]``, any floating dtype.
             Differentiable; memory for its gradient is that of its own shape.
         alibi_slopes: float32 ``[Hq]`` or ``[B, Hq]``; adds ``-slope * |i + off - j|``. Not differentiable: express
-            learnable slopes as ``bias``.
+            learnable slopes as ``bias``. A parameter is taken where no gradients are recorded.
         sinks: ``[Hq]``, any floating dtype: a logit per head that takes part in the softmax and has no value.
             Differentiable.
         dropout_p: probability in [0, 1) with which an attention weight is dropped; survivors are scaled by
@@ -170,6 +175,7 @@ def flash_attention_varlen(
         out 0 and lse -inf.
     """
     q, k, v = autocast(q, k, v)
+    max_seqlen_q, max_seqlen_k = _python_int(max_seqlen_q), _python_int(max_seqlen_k)
     plan = remembered(
         _PLANS,
         _varlen_plan,
@@ -201,9 +207,10 @@ def flash_attention_varlen(
 class Plan(NamedTuple):
     """What validation makes of a call: a function of metadata alone, so it is remembered.
 
-    After the backend, fields of :class:`Options` in their order.
+    After the first two, fields of :class:`Options` in their order.
     """
 
+    operator: str
     backend: str
     scale: float
     window_left: int
@@ -219,11 +226,14 @@ def _run(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Any, sinks: Any, mask: Any, alibi_slopes: Any,
     cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_seqlen_q: int = 0, max_seqlen_k: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    seed = None
-    if plan.dropout_p > 0.0:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        # Not a matter of the plan, which knows no grad mode.
+        raise ValueError(
+            f"{plan.operator}: alibi_slopes requires a gradient, which is not computed; pass learnable slopes as bias"
+        )
+    seed = draw_seed(q.device) if plan.dropout_p > 0.0 else None
     options = Options(
-        bias, sinks, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *plan[1:], max_seqlen_q, max_seqlen_k
+        bias, sinks, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *plan[2:], max_seqlen_q, max_seqlen_k
     )
     if plan.backend == "reference":
         return reference.attend(q, k, v, options)
@@ -248,11 +258,18 @@ def _varlen_plan(
 ) -> Plan:  # fmt: skip
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            raise TypeError(f"{VARLEN.operator}: {name} is {type(value).__name__}; it must be an int")
-        if value < 0:  # not require(): torch.compile cannot format a symbol, and would have to for the message
+            how = f": pass {name}.item()" if isinstance(value, Tensor) else ""
+            raise TypeError(f"{VARLEN.operator}: {name} is {type(value).__name__}; it must be an int{how}")
+        if torch.compiler.is_compiling():
+            torch._check(value >= 0)  # a symbol that a traced .item() made cannot be asked, only told
+        elif value < 0:
             raise ValueError(f"{VARLEN.operator}: {name} is {value}; it must be at least 0")
+        elif value >= 2**63:
+            raise ValueError(f"{VARLEN.operator}: {name} does not fit 64 bits; it must be below 2 ** 63")
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if isinstance(offsets, Tensor) and offsets.dim() == 1:
+            if offsets.dtype == torch.int64:
+                raise TypeError(f"{VARLEN.operator}: {name} is int64; it must be int32: pass {name}.int()")
             VARLEN.require(
                 offsets.shape[0] >= 1, f"{name} is empty; it must have one entry more than there are sequences"
             )
@@ -277,23 +294,29 @@ def _plan(
     contract.require(
         width > 0 and sizes["Dv"] > 0, f"head widths are {width} and {sizes['Dv']}; they must be at least 1"
     )
-    if not isinstance(causal, bool):
+    if not _is_bool(causal):
         raise TypeError(f"{contract.operator}: causal is {type(causal).__name__}; it must be a bool")
-    if deterministic is not None and not isinstance(deterministic, bool):
+    if deterministic is not None and not _is_bool(deterministic):
         raise TypeError(
             f"{contract.operator}: deterministic is {type(deterministic).__name__}; it must be a bool or None"
         )
-    alibi_slopes = changes["alibi_slopes"]
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
-        raise ValueError(
-            f"{contract.operator}: alibi_slopes requires a gradient, which is not computed; "
-            "pass learnable slopes as bias"
-        )
+    if softcap is None:
+        raise TypeError(f"{contract.operator}: softcap is NoneType; it must be a number: 0.0 turns it off")
     left, right = contract.window(window)
     if causal:
         right = 0
-    scale = contract.number("scale", width**-0.5 if scale is None else scale)
+    single = q.dtype != torch.float64
+    if scale is None:
+        scale = contract.number("scale", width**-0.5)
+    else:
+        scale = contract.number("scale", scale)
+        if single and not -_MOST <= scale <= _MOST:
+            raise ValueError(f"{contract.operator}: scale is {scale}; it must be within +-{_MOST} (float32)")
     softcap = contract.number("softcap", softcap, least=0.0)
+    if single and softcap != 0.0 and not _LEAST <= softcap <= _MOST:
+        raise ValueError(
+            f"{contract.operator}: softcap is {softcap}; it must be 0, or from {_LEAST} to {_MOST} (float32)"
+        )
     dropout_p = contract.number("dropout_p", dropout_p, least=0.0, below=1.0)
     widths = {"D": sizes["D"], "Dv": sizes["Dv"]}
     backend = dispatch.choose(
@@ -307,7 +330,7 @@ def _plan(
             "reference": lambda: None,
         },
     )
-    return Plan(backend, scale, left, right, softcap, dropout_p)
+    return Plan(contract.operator, backend, scale, left, right, softcap, dropout_p)
 
 
 def _cuda_refusal(q: Tensor, widths: dict[str, Any], changes: dict[str, Any]) -> str | None:
@@ -331,6 +354,16 @@ def _check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> None
         VARLEN.require(
             most <= longest, f"max_seqlen_{name[-1]} is {longest}, and the longest sequence of {name} has {most} rows"
         )
+
+
+def _is_bool(x: Any) -> bool:
+    """Python's own or NumPy's."""
+    return isinstance(x, bool) or (getattr(x, "dtype", None) == "bool" and getattr(x, "ndim", 1) == 0)
+
+
+def _python_int(x: Any) -> Any:
+    """A NumPy integer, as an int; whatever else, as it is."""
+    return int(x) if type(x) is not int and isinstance(x, Integral) and not isinstance(x, bool) else x
 
 
 def _four_dims(x: Any) -> Any:

@@ -14,12 +14,12 @@ from iokernels.runtime.device import guard, spec_of
 from iokernels.runtime.launch import Argument, Constant, Int64, cuda_kernel
 
 from . import tuning_cuda as tuning
-from .options import Gradients, Needs, Options, empty_in_order_of, empty_lse, empty_out
+from .options import Gradients, Needs, Options, empty_in_order_of, empty_out, empty_statistics
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse). See :class:`Options` for the arguments."""
-    out, lse = empty_out(q, v), empty_lse(q)
+    """Returns (out, lse), the kernels having neither bias nor slopes. See :class:`Options` for the arguments."""
+    out, lse = empty_out(q, v), empty_statistics(q, options)
     launch = Launch(q, k, v, options)
     if launch.packed:
         # Rows that belong to no sequence are visited by no block.

@@ -14,7 +14,16 @@ from torch import Tensor
 from iokernels.runtime.once import differentiable_once
 from iokernels.runtime.registration import lazily, register
 
-from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, empty_in_order_of, empty_lse, empty_out
+from .options import (
+    OPTIONS_SCHEMA,
+    TENSOR_OPTIONS,
+    Needs,
+    Options,
+    empty_in_order_of,
+    empty_out,
+    empty_statistics,
+    lse_and_tail,
+)
 
 _backend = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
 
@@ -24,20 +33,20 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tu
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
-    return empty_out(q, v), empty_lse(q)
+    return empty_out(q, v), empty_statistics(q, Options(*options))
 
 
 def _backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dstatistics: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
     needs: list[bool], backend: str, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    grads = _backend(backend).backward(dout, dlse, q, k, v, out, lse, Options(*options), Needs(*needs))
+    grads = _backend(backend).backward(dout, dstatistics, q, k, v, out, statistics, Options(*options), Needs(*needs))
     # An operator returns tensors only: an empty one stands for a gradient that nobody needs.
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dstatistics: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
     needs: list[bool], backend: str, *options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need, opts = Needs(*needs), Options(*options)
@@ -51,14 +60,15 @@ def _backward_fake(
 
 
 forward_op = register(
-    f"flash_attention_fwd(Tensor q, Tensor k, Tensor v, str backend, {OPTIONS_SCHEMA}) -> (Tensor out, Tensor lse)",
+    f"flash_attention_fwd(Tensor q, Tensor k, Tensor v, str backend, {OPTIONS_SCHEMA}) "
+    "-> (Tensor out, Tensor statistics)",
     impl=_forward,
     fake=_forward_fake,
 )
 
 backward_op = register(
-    "flash_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"bool[] needs, str backend, {OPTIONS_SCHEMA}) "
+    "flash_attention_bwd(Tensor dout, Tensor? dstatistics, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor statistics, bool[] needs, str backend, {OPTIONS_SCHEMA}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
     impl=_backward,
     fake=_backward_fake,
@@ -78,21 +88,23 @@ class _FlashAttention(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options = Options(bias, sinks, *options[2:])
-        out, lse = forward_op(q, k, v, backend, *options)
-        ctx.save_for_backward(q, k, v, out, lse, *options[:TENSOR_OPTIONS])
+        out, statistics = forward_op(q, k, v, backend, *options)
+        ctx.save_for_backward(q, k, v, out, statistics, *options[:TENSOR_OPTIONS])
         ctx.backend = backend
         ctx.numbers = options[TENSOR_OPTIONS:]
-        ctx.set_materialize_grads(False)  # dlse stays None in the common case that nobody uses the LSE
-        return out, lse
+        ctx.set_materialize_grads(False)  # it stays None in the common case that nobody uses the LSE
+        return out, statistics
 
     @staticmethod
     @differentiable_once("flash_attention")
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dstatistics: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, statistics, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         needs = Needs(*ctx.needs_input_grad[:5])
-        grads = backward_op(dout, dlse, q, k, v, out, lse, list(needs), ctx.backend, *tensors, *ctx.numbers)
+        grads = backward_op(
+            dout, dstatistics, q, k, v, out, statistics, list(needs), ctx.backend, *tensors, *ctx.numbers
+        )
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
@@ -107,8 +119,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> t
     ):
         if torch.compiler.is_compiling():
             k, v, options = _distinct(k, v, options)
-        return _FlashAttention.apply(q, k, v, options.bias, options.sinks, backend, options)
-    return forward_op(q, k, v, backend, *options)
+        out, statistics = _FlashAttention.apply(q, k, v, options.bias, options.sinks, backend, options)
+    else:
+        out, statistics = forward_op(q, k, v, backend, *options)
+    return out, lse_and_tail(statistics)[0]
 
 
 def _distinct(k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:

@@ -45,6 +45,11 @@ class Options(NamedTuple):
     max_seqlen_q: int = 0  # used only when packed
     max_seqlen_k: int = 0
 
+    @property
+    def keeps_tail(self) -> bool:
+        """Whether a forward pass also keeps what rounding took from the LSE (:func:`empty_statistics`)."""
+        return self.bias is not None or self.alibi_slopes is not None
+
 
 OPTIONS_SCHEMA = (
     "Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? alibi_slopes, Tensor? dropout_seed, "
@@ -108,10 +113,36 @@ def empty_in_order_of(x: Tensor, width: Any) -> Tensor:
     """An uninitialised tensor [B, H, N, width] of x's dtype and device: heads inside the sequence if x has them so."""
     batch, heads, length, _ = x.shape
     if x.stride(1) < x.stride(2):
-        return x.new_empty((batch, length, heads, width)).transpose(1, 2)
+        # Not a transposed view: autograd forbids views that a Function returns to be changed in place.
+        row = heads * width
+        return x.new_empty_strided((batch, heads, length, width), (length * row, width, row, 1))
     return x.new_empty((batch, heads, length, width))
 
 
-def empty_lse(q: Tensor) -> Tensor:
-    """An uninitialised log-sum-exp [B, Hq, Nq]."""
-    return q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+def empty_statistics(q: Tensor, options: Options) -> Tensor:
+    """Uninitialised statistics of the rows: the log-sum-exp [B, Hq, Nq], or [2, B, Hq, Nq] where something is added to
+    the scores.
+
+    A bias may be as large as the dtype allows (-1e9 and ``finfo.min`` are how people pad), and then rounding takes from
+    the LSE all that tells exp(s - lse) how many keys share a row. The second half, the tail, is what it took.
+    """
+    shape = q.shape[:3]
+    return q.new_empty((2, *shape) if options.keeps_tail else shape, dtype=lse_dtype(q.dtype))
+
+
+def lse_and_tail(statistics: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The two halves of :func:`empty_statistics`, each [B, Hq, Nq]; the second is None where there is none."""
+    return (statistics, None) if statistics.dim() == 3 else (statistics[0], statistics[1])
+
+
+def narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """``bias``, for scores in ``dtype``: what is finite stays finite there, and ``finfo(float64).min`` is no -inf.
+
+    The derivative is that of the identity, also where the range ends.
+    """
+    if bias.dtype != torch.float64 or dtype == torch.float64:
+        return bias
+    most = torch.finfo(dtype).max
+    finite, value = bias.isfinite(), bias.detach()
+    nothing = torch.where(finite, bias - value, 0.0)
+    return (torch.where(finite, value.clamp(-most, most), value) + nothing).to(dtype)

@@ -27,6 +27,7 @@ are not repeated. PyTorch's own CPU kernel runs the calls for which it is the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,7 +35,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import TENSOR_OPTIONS, Gradients, Needs, Options, empty_in_order_of, empty_lse, empty_out, of_sequence
+from .options import (
+    TENSOR_OPTIONS,
+    Gradients,
+    Needs,
+    Options,
+    empty_in_order_of,
+    empty_out,
+    empty_statistics,
+    lse_and_tail,
+    of_sequence,
+)
 from .portable_bwd import Sums, backward_tiles
 from .portable_tiles import Tiles
 
@@ -43,36 +54,44 @@ _ATEN_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Attention as :class:`Options` defines it: ``(out [B, Hq, Nq, Dv], lse [B, Hq, Nq])``.
+    """Attention as :class:`Options` defines it: out [B, Hq, Nq, Dv] and :func:`empty_statistics`.
 
     Packed sequences are run one after the other; their offsets are read on the host.
     """
-    out, lse = empty_out(q, v), empty_lse(q)
+    out, statistics = empty_out(q, v), empty_statistics(q, options)
+    lse, tail = lse_and_tail(statistics)
     if runs_in_aten(q, k, v, options):
         for member in _members(q, k):
-            made, statistics = _ATEN_FORWARD(q[:, member], k, v, 0.0, _causal(q, options), scale=options.scale)
+            made, made_lse = _ATEN_FORWARD(q[:, member], k, v, 0.0, _causal(q, options), scale=options.scale)
             out[:, member].copy_(made)
-            lse[:, member].copy_(statistics)
-    elif options.cu_seqlens_q is None:
-        _forward_tiles(Tiles(q, k, v, options), q, k, v, out, lse)
+            lse[:, member].copy_(made_lse)
+        if not _aten_may_err(q, k, lse, options):
+            return out, statistics
+    if options.cu_seqlens_q is None:
+        _forward_tiles(Tiles(q, k, v, options), q, k, v, out, lse, tail)
     else:
         out.zero_()
         lse.fill_(float("-inf"))
+        if tail is not None:
+            tail.zero_()
         for part in _sequences(q, k, options):
             rows, keys = part.rows, part.keys
             q_part, k_part, v_part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
             tiles = Tiles(q_part, k_part, v_part, part.options, part.index, part.seqlen_q)
-            _forward_tiles(tiles, q_part, k_part, v_part, out[:, :, rows], lse[:, :, rows])
-    return out, lse
+            tail_part = None if tail is None else tail[:, :, rows]
+            _forward_tiles(tiles, q_part, k_part, v_part, out[:, :, rows], lse[:, :, rows], tail_part)
+    return out, statistics
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: Options,
-    needs: Needs,
+    dout: Tensor, dstatistics: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
+    options: Options, needs: Needs,
 ) -> Gradients:  # fmt: skip
     """The gradients that ``needs`` names, given those of out and, where the loss uses it, of lse."""
-    if dlse is None and runs_backward_in_aten(q, k, v, options):
-        dout = dout if _rows_are_contiguous(dout) else dout.contiguous()
+    lse, tail = lse_and_tail(statistics)
+    dlse = None if dstatistics is None else lse_and_tail(dstatistics)[0]
+    if dlse is None and runs_backward_in_aten(q, k, v, options) and not _aten_may_err(q, k, lse, options):
+        dout, out = (x if _rows_are_contiguous(x) else x.contiguous() for x in (dout, out))
         return _backward_in_aten(dout, q, k, v, out, lse, options, needs)
 
     dq, dk, dv = (
@@ -80,7 +99,7 @@ def backward(
     )
     sums = Sums.zeros(q, options, needs)
     if options.cu_seqlens_q is None:
-        backward_tiles(Tiles(q, k, v, options), dout, dlse, q, k, v, out, lse, dq, dk, dv, sums)
+        backward_tiles(Tiles(q, k, v, options), dout, dlse, q, k, v, out, lse, tail, dq, dk, dv, sums)
     else:
         for grad in (dq, dk, dv):
             if grad is not None:
@@ -97,6 +116,7 @@ def backward(
                 v_part,
                 out[:, :, rows],
                 lse[:, :, rows],
+                None if tail is None else tail[:, :, rows],
                 None if dq is None else dq[:, :, rows],
                 None if dk is None else dk[:, :, keys],
                 None if dv is None else dv[:, :, keys],
@@ -110,8 +130,9 @@ def backward(
 def runs_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     """Whether PyTorch's CPU flash kernel computes the same function of these arguments.
 
-    It knows no windows, aligns a causal mask at the start, and takes rows for contiguous and apart without looking at
-    their strides. Every row must have a key. Grouped heads are one call a member (:func:`_members`).
+    It knows no windows, aligns a causal mask at the start, masks before it scales (which a scale that is not positive
+    turns over), and takes rows for contiguous and apart without looking at their strides. Every row must have a key.
+    Grouped heads are one call a member (:func:`_members`).
     """
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     return (
@@ -120,6 +141,7 @@ def runs_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
         and options.softcap == 0.0
         and options.window_left == -1
         and (options.window_right == -1 or (options.window_right == 0 and seqlen_q in (1, seqlen_k)))
+        and (options.scale > 1e-30 or not _causal(q, options))  # which is 0 to a kernel in float32
         and q.shape[3] == v.shape[3]
         and q.numel() > 0
         and seqlen_k > 0
@@ -159,6 +181,19 @@ def runs_backward_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
     return q.dtype in (torch.float32, torch.float64) and runs_in_aten(q, k, v, options)
 
 
+def _aten_may_err(q: Tensor, k: Tensor, lse: Tensor, options: Options) -> bool:
+    """Whether the kernel may have met a score that is not finite, of which it makes 0 or a finite number in silence.
+
+    It then leaves an LSE that is 0 or not finite (found by trying, in every dtype); an LSE of 0 is also that of one key
+    whose score is 0. So the rows are looked at first, two passes over the LSE, and q and k only where one of them is
+    such: no product can pass the range of float32 where the largest magnitudes do not.
+    """
+    if math.isfinite((lse / lse).sum().item()):
+        return False
+    largest = [x.abs().amax().double().item() for x in (q, k)]
+    return not largest[0] * largest[1] * q.shape[3] * max(abs(options.scale), 1.0) < torch.finfo(torch.float32).max
+
+
 def _causal(q: Tensor, options: Options) -> bool:
     """A single row at the end of the keys sees them all."""
     return options.window_right == 0 and q.shape[2] > 1
@@ -168,16 +203,25 @@ def _rows_are_contiguous(x: Tensor) -> bool:
     return x.stride(3) == 1 and x.stride(2) >= x.shape[3]
 
 
-def _forward_tiles(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Fill out [B, Hq, Nq, Dv] and lse [B, Hq, Nq], views of any strides."""
+def _forward_tiles(
+    tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tail: Tensor | None
+) -> None:  # fmt: skip
+    """Fill out [B, Hq, Nq, Dv], lse [B, Hq, Nq] and what rounding takes from it, views of any strides."""
     for rows in tiles.row_blocks():
-        block_out, block_lse = _forward_rows(tiles, tiles.queries(q, rows), k, v, rows)
+        block_out, highest, above = _forward_rows(tiles, tiles.queries(q, rows), k, v, rows)
         out[:, :, rows].copy_(block_out)
+        block_lse = highest + above
         lse[:, :, rows].copy_(block_lse)
+        if tail is not None:
+            lost = (highest - block_lse).add_(above)
+            tail[:, :, rows].copy_(lost.masked_fill_(block_lse == float("-inf"), 0.0))
 
 
-def _forward_rows(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Online softmax of one block of rows, q [B * Hkv, G * m, D]: (out [B, Hq, m, Dv], lse [B, Hq, m])."""
+def _forward_rows(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Online softmax of one block of rows, q [B * Hkv, G * m, D].
+
+    Returns out [B, Hq, m, Dv], and two terms [B, Hq, m] whose sum is the lse: the highest score, and log of the sum.
+    """
     shape = (tiles.batch, tiles.heads, rows.stop - rows.start, 1)
     sinks = tiles.options.sinks
     if sinks is None:
@@ -205,11 +249,11 @@ def _forward_rows(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, rows: slice) ->
             acc = torch.bmm(weights.view(*flat), values)
         else:
             acc.mul_(decay.reshape(flat)).baddbmm_(weights.view(*flat), values)
-    lse = (highest + torch.log(total)).squeeze(-1)
+    highest, above = highest.squeeze(-1), torch.log(total).squeeze(-1)
     if acc is None:
-        return q.new_zeros((1, 1, 1, 1)).expand(*shape[:3], v.shape[3]), lse
+        return q.new_zeros((1, 1, 1, 1)).expand(*shape[:3], v.shape[3]), highest, above
     total = total.masked_fill(total == 0.0, 1.0).mul_(1.0 - tiles.options.dropout_p)
-    return acc.view(*shape[:3], -1).div_(total), lse
+    return acc.view(*shape[:3], -1).div_(total), highest, above
 
 
 class _Sequence(NamedTuple):

@@ -35,7 +35,7 @@ class Sums(NamedTuple):
 
 def backward_tiles(
     tiles: Tiles, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, sums: Sums,
+    tail: Tensor | None, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, sums: Sums,
 ) -> None:  # fmt: skip
     """Fill dq, dk and dv (views of any strides, None where not needed) and add to the sums."""
     blocks = tiles.batch * tiles.kv_heads
@@ -46,13 +46,15 @@ def backward_tiles(
         # exp(s - inf) is 0 for any score: a row without a key takes part in nothing, whatever its gradients hold.
         keyless = block_lse == float("-inf")
         block_lse = block_lse.masked_fill(keyless, float("inf"))
+        block_tail = None if tail is None else tail[:, :, rows, None]
         block_dout = dout[:, :, rows].to(tiles.dtype)
         delta = (block_dout * out[:, :, rows]).sum(-1, keepdim=True)
         if dlse is not None:
             delta -= dlse[:, :, rows, None]
         delta.masked_fill_(keyless, 0.0)
         if sums.sinks is not None and tiles.options.sinks is not None:
-            sink_weight = torch.exp(tiles.options.sinks.to(tiles.dtype).view(1, -1, 1, 1) - block_lse)
+            sink_scores = tiles.options.sinks.to(tiles.dtype).view(1, -1, 1, 1).expand(block_lse.shape).clone()
+            sink_weight = _weights(sink_scores, block_lse, block_tail)
             sums.sinks.sub_((sink_weight * delta).sum((0, 2, 3)))
         block_dq = _backward_rows(
             tiles,
@@ -62,6 +64,7 @@ def backward_tiles(
             v,
             tiles.folded(dout, rows),
             block_lse,
+            block_tail,
             delta,
             dq is not None,
             dk_sum,
@@ -76,8 +79,8 @@ def backward_tiles(
 
 
 def _backward_rows(
-    tiles: Tiles, rows: slice, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, delta: Tensor,
-    wants_dq: bool, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None,
+    tiles: Tiles, rows: slice, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse: Tensor, tail: Tensor | None,
+    delta: Tensor, wants_dq: bool, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Add one block of rows to dk, dv [B * Hkv, Nk, width] and dbias; return its dq [B * Hkv, G * m, D] (else zeros).
 
@@ -91,7 +94,7 @@ def _backward_rows(
     for keys in tiles.key_blocks(rows):
         k_block = tiles.block(k, keys)
         scores, slope = tiles.scores(q, k_block, rows, keys)
-        weights = scores.sub_(lse).exp_()
+        weights = _weights(scores, lse, tail)
         kept = tiles.kept(rows, keys)
         if dv is not None:
             dropped = weights if kept is None else (weights * kept).div_(1.0 - tiles.options.dropout_p)
@@ -116,3 +119,11 @@ def _backward_rows(
         if dk is not None:
             dk[:, keys].baddbmm_(dscores.transpose(1, 2), q)
     return dq
+
+
+def _weights(scores: Tensor, lse: Tensor, tail: Tensor | None) -> Tensor:
+    """``exp(scores - lse - tail)``, in the place of the scores. Two subtractions: the sum would round to the LSE."""
+    scores.sub_(lse)
+    if tail is not None:
+        scores.sub_(tail)
+    return scores.exp_()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_tile
-from .options import Options, lse_dtype
+from .options import Options, lse_dtype, narrowed
 
 _TILE_ELEMENTS = 2**20
 """Scores in one tile, all heads together: 4 MiB in float32, which stay in a second-level or shared cache."""
@@ -53,8 +53,8 @@ class Tiles:
         self.block_m, self.block_n = block_sizes(self.batch * self.heads, self.rows, windowed=self.windowed)
 
     def row_blocks(self) -> Iterator[slice]:
-        """The blocks of query rows; none where the batch is empty."""
-        if self.batch == 0:
+        """The blocks of query rows; none where there is no batch or no head."""
+        if self.batch * self.heads == 0:
             return
         for start in range(0, self.rows, self.block_m):
             yield slice(start, min(start + self.block_m, self.rows))
@@ -96,7 +96,7 @@ class Tiles:
             slope = 1.0 - scores.square()
             scores.mul_(options.softcap)
         if options.bias is not None:
-            scores += self.part(options.bias, rows, keys)
+            scores += narrowed(self.part(options.bias, rows, keys), self.dtype)
         sees_all = self._sees_all(rows, keys)
         if options.alibi_slopes is not None or not sees_all:
             distance = self._row_minus_key(rows, keys)

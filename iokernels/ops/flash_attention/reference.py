@@ -1,6 +1,7 @@
 """The oracle: attention as its formula reads, with the whole N x N matrix in memory.
 
-Works in the dtype of its inputs (use float64 to judge others), on any device, and is differentiable to any order.
+Computes in float32, in float64 for float64 inputs (use that to judge others), on any device, and is differentiable to
+any order.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from torch import Tensor
 from iokernels.runtime.offsets import on_host
 
 from .dropout import keep_mask
-from .options import Options, lse_dtype, of_sequence
+from .options import Options, lse_dtype, narrowed, of_sequence
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as :class:`Options` defines it. Returns (out, lse) like the operator."""
-    if options.cu_seqlens_q is None:
-        return _attend_dense(q, k, v, options)
-    return _attend_packed(q, k, v, options)
+    attend_in = _attend_dense if options.cu_seqlens_q is None else _attend_packed
+    out, lse = attend_in(*(x.to(lse_dtype(q.dtype)) for x in (q, k, v)), options)
+    return out.to(q.dtype), lse
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options, first_seque
     if options.softcap > 0.0:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if options.bias is not None:
-        scores = scores + options.bias.to(scores.dtype)
+        scores = scores + narrowed(options.bias, scores.dtype).to(scores.dtype)
     distance = _row_minus_key(seqlen_q, seqlen_k, q.device)
     if options.alibi_slopes is not None:
         slopes = options.alibi_slopes.to(scores.dtype)
@@ -51,17 +52,11 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options, first_seque
     empty = denominator == 0.0
     denominator = denominator.masked_fill(empty, 1.0)
     lse = (highest + torch.log(denominator)).masked_fill(empty, float("-inf"))
-
-    if q.dtype == torch.float32:
-        # exp(s - lse), from which every backward pass recomputes the weights. In exact arithmetic it is the same; its
-        # rounding grows with the logits, and a reference without it would hold kernels to what none can reach. In half
-        # precision the LSE itself would be too coarse.
-        weights = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
-    else:
-        weights = weights / denominator[..., None]
+    # Not exp(s - lse): rounding grows with the LSE, and beside a mask of -1e9 takes log of the number of keys from it.
+    weights = weights / denominator[..., None]
     if options.dropout_p > 0.0:
         weights = weights * _kept(q, k, options, first_sequence) / (1.0 - options.dropout_p)
-    return einsum(weights, v, "b h i j, b h j d -> b h i d"), lse.to(lse_dtype(q.dtype))
+    return einsum(weights, v, "b h i j, b h j d -> b h i d"), lse
 
 
 def _row_minus_key(seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
@@ -114,5 +109,5 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[T
         lses.append(lse)
     rest = q.shape[2] - starts_q[-1]
     outs.append(q.new_zeros((1, q.shape[1], rest, v.shape[3])))
-    lses.append(q.new_full((1, q.shape[1], rest), float("-inf"), dtype=lse_dtype(q.dtype)))
+    lses.append(q.new_full((1, q.shape[1], rest), float("-inf")))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

@@ -1,6 +1,7 @@
 """FlashAttention-2 backward in Triton (Dao, 2023, arXiv:2307.08691, algorithm 2, as three kernels without atomics).
 
-The scores are recomputed from q, k and the saved lse. With dO the gradient of out and P_ij = 2^(s_ij - lse_i log2 e):
+The scores are recomputed from q, k and the saved lse. With dO the gradient of out and P_ij = 2^(s_ij - lse_i log2 e)
+(of natural scores exp(s_ij - lse_i - tail_i)):
 
     delta_i = dO_i . out_i - dlse_i                  (kernel 1: dlse is the gradient of lse, 0 where nobody uses it)
     dP_ij   = dO_i . v_j                             (dropped or scaled like P where there is dropout)
@@ -70,29 +71,37 @@ def flash_attention_bwd_delta_kernel(
 
 
 @triton.jit
-def load_statistics(lse_ptr, delta_ptr, local_m, rows, seqlen_q):
-    """lse in base 2 and delta of a block of rows.
+def load_statistics(lse_ptr, tail_ptr, delta_ptr, first, local_m, rows, seqlen_q, FEATURES: tl.constexpr):
+    """lse in the unit of the scores, its tail in base 2 (0 where there is none) and delta of a block of rows, which
+    begins at element ``first`` of each.
 
     A row that sees no key (lse = -inf), and a row past the end, get lse = inf: then 2^(s - lse) is 0 even for
     s = -inf, and nothing flows through them.
     """
-    lse = tl.load(lse_ptr + local_m, mask=rows < seqlen_q, other=float("inf"))
-    delta = tl.load(delta_ptr + local_m, mask=rows < seqlen_q, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
+    lse = tl.load(lse_ptr + first + local_m, mask=rows < seqlen_q, other=float("inf"))
+    delta = tl.load(delta_ptr + first + local_m, mask=rows < seqlen_q, other=0.0)
+    if FEATURES.natural:
+        tail = tl.load(tail_ptr + first + local_m, mask=rows < seqlen_q, other=0.0) * LOG2E
+    else:
+        lse = lse * LOG2E
+        tail = tl.zeros_like(lse)
+    return tl.where(lse == float("-inf"), float("inf"), lse), tail, delta
 
 
 @triton.jit
-def weights(scores, lse_log2, numbers, FEATURES: tl.constexpr):
-    """P from base-2 scores. ``lse_log2`` is broadcastable to the tile."""
+def weights(scores, lse, tail, numbers, FEATURES: tl.constexpr):
+    """P. ``lse`` and ``tail``, as :func:`load_statistics` returns them, are broadcastable to the tile."""
     if FEATURES.fold_scale:
-        return tl.exp2(scores * numbers.qk_scale - lse_log2)
+        return tl.exp2(scores * numbers.qk_scale - lse)
+    elif FEATURES.natural:
+        return tl.exp2((scores - lse) * LOG2E - tail)
     else:
-        return tl.exp2(scores - lse_log2)
+        return tl.exp2(scores - lse)
 
 
 @triton.jit
 def _walk_keys(
-    dq, q, dout, lse_log2, delta, start, stop, first_row,
+    dq, q, dout, lse, tail, delta, start, stop, first_row,
     k_ptr, stride_k, v_ptr, stride_v, numbers, head, dropout_scale,
     FEATURES: tl.constexpr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -111,7 +120,7 @@ def _walk_keys(
         v = load_tile(v_block, v_offsets, keys, offs_v, numbers.seqlen_k, VALUE_DIM, BLOCK_V, MASKED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores, slope = tile_scores(qk, offs_m[:, None], keys[None, :], numbers, head, FEATURES, MASKED)
-        p = weights(scores, lse_log2[:, None], numbers, FEATURES)
+        p = weights(scores, lse[:, None], tail[:, None], numbers, FEATURES)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if FEATURES.dropout:
             kept = keep_mask(head, numbers.dropout_threshold, first_row, first_key, BLOCK_M, BLOCK_N, False)
@@ -135,6 +144,7 @@ def flash_attention_bwd_dq_kernel(
     v_ptr,  # [B, Hkv, Nk, Dv]
     dout_ptr,  # [B, Hq, Nq, Dv]
     lse_ptr,  # float32 [B, Hq, Nq]
+    tail_ptr,  # like lse, or None
     delta_ptr,  # float32 [B, Hq, Nq]
     dq_ptr,  # [B, Hq, Nq, D]
     cu_seqlens_q_ptr,  # int32 [S + 1] or None
@@ -160,7 +170,7 @@ def flash_attention_bwd_dq_kernel(
     total_k,
     scale,
     qk_scale,
-    softcap_log2,
+    softcap,
     window_left,
     window_right,
     dropout_threshold,
@@ -181,7 +191,7 @@ def flash_attention_bwd_dq_kernel(
     start_k, length_k = locate(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, FEATURES.varlen)
     if first_row < length_q:
         batch = 0 if FEATURES.varlen else sequence
-        numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap_log2, window_left, window_right, dropout_threshold)
+        numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap, window_left, window_right, dropout_threshold)
         scoring = head_scores(
             bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr,
             sequence, head, heads, FEATURES,
@@ -197,28 +207,25 @@ def flash_attention_bwd_dq_kernel(
         dout_block = at_head(dout_ptr, stride_dout, batch, head, start_q + first_row)
         dout_offsets = tile_offsets(stride_dout, local_m, offs_v, WIDE)
         dout = load_tile(dout_block, dout_offsets, offs_m, offs_v, length_q, VALUE_DIM, BLOCK_V, True)
-        lse_log2, delta = load_statistics(
-            at_head(lse_ptr, stride_lse, batch, head, start_q + first_row),
-            at_head(delta_ptr, stride_lse, batch, head, start_q + first_row),
-            local_m, offs_m, length_q,
-        )  # fmt: skip
+        first = at_head(0, stride_lse, batch, head, start_q + first_row)
+        lse, tail, delta = load_statistics(lse_ptr, tail_ptr, delta_ptr, first, local_m, offs_m, length_q, FEATURES)
 
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         last_row = tl.minimum(first_row + BLOCK_M, length_q) - 1
         start, full_start, full_stop, stop = key_range(first_row, last_row, numbers, FEATURES, BLOCK_N)
         dq = _walk_keys(
-            dq, q, dout, lse_log2, delta, full_start, full_stop, first_row,
+            dq, q, dout, lse, tail, delta, full_start, full_stop, first_row,
             k_head, stride_k, v_head, stride_v, numbers, scoring, dropout_scale,
             FEATURES, False, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
         )  # fmt: skip
         if FEATURES.left:
             dq = _walk_keys(
-                dq, q, dout, lse_log2, delta, start, full_start, first_row,
+                dq, q, dout, lse, tail, delta, start, full_start, first_row,
                 k_head, stride_k, v_head, stride_v, numbers, scoring, dropout_scale,
                 FEATURES, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
             )  # fmt: skip
         dq = _walk_keys(
-            dq, q, dout, lse_log2, delta, full_stop, stop, first_row,
+            dq, q, dout, lse, tail, delta, full_stop, stop, first_row,
             k_head, stride_k, v_head, stride_v, numbers, scoring, dropout_scale,
             FEATURES, True, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
         )  # fmt: skip

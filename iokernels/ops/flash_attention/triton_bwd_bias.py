@@ -32,6 +32,7 @@ def flash_attention_bwd_dbias_kernel(
     v_ptr,  # [B, Hkv, Nk, Dv]
     dout_ptr,  # [B, Hq, Nq, Dv]
     lse_ptr,  # float32 [B, Hq, Nq]
+    tail_ptr,  # like lse, or None
     delta_ptr,  # float32 [B, Hq, Nq]
     dbias_ptr,  # [B|1, Hq|1, Nq|1, Nk|1]
     cu_seqlens_q_ptr,  # int32 [S + 1] or None
@@ -57,7 +58,7 @@ def flash_attention_bwd_dbias_kernel(
     total_q,
     total_k,
     qk_scale,
-    softcap_log2,
+    softcap,
     window_left,
     window_right,
     dropout_threshold,
@@ -91,7 +92,7 @@ def flash_attention_bwd_dbias_kernel(
         start_q, length_q = locate(cu_seqlens_q_ptr, sequence, seqlen_q, total_q, FEATURES.varlen)
         start_k, length_k = locate(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, FEATURES.varlen)
         batch = 0 if FEATURES.varlen else sequence
-        numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap_log2, window_left, window_right, dropout_threshold)
+        numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap, window_left, window_right, dropout_threshold)
         for head in range(0 if ONE_HEAD else pid_h, heads if ONE_HEAD else pid_h + 1):
             scoring = head_scores(
                 bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr,
@@ -99,14 +100,13 @@ def flash_attention_bwd_dbias_kernel(
             )  # fmt: skip
             q_head = at_head(q_ptr, stride_q, batch, head, start_q)
             dout_head = at_head(dout_ptr, stride_dout, batch, head, start_q)
-            lse_head = at_head(lse_ptr, stride_lse, batch, head, start_q)
-            delta_head = at_head(delta_ptr, stride_lse, batch, head, start_q)
+            first = at_head(0, stride_lse, batch, head, start_q)
             k_head = at_head(k_ptr, stride_k, batch, head // group, start_k)
             v_head = at_head(v_ptr, stride_v, batch, head // group, start_k)
             for block_m in range(0 if ONE_ROW else pid_m, row_blocks if ONE_ROW else pid_m + 1):
                 for block_n in range(0 if ONE_KEY else pid_n, key_blocks if ONE_KEY else pid_n + 1):
                     acc += _tile_gradient(
-                        q_head, stride_q, dout_head, stride_dout, lse_head, delta_head, k_head, stride_k,
+                        q_head, stride_q, dout_head, stride_dout, lse_ptr, tail_ptr, delta_ptr, first, k_head, stride_k,
                         v_head, stride_v, numbers, scoring, dropout_scale, block_m * BLOCK_M, block_n * BLOCK_N,
                         FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
                     )  # fmt: skip
@@ -126,13 +126,14 @@ def flash_attention_bwd_dbias_kernel(
 
 @triton.jit
 def _tile_gradient(
-    q_ptr, stride_q, dout_ptr, stride_dout, lse_ptr, delta_ptr, k_ptr, stride_k, v_ptr, stride_v,
+    q_ptr, stride_q, dout_ptr, stride_dout, lse_ptr, tail_ptr, delta_ptr, first, k_ptr, stride_k, v_ptr, stride_v,
     numbers, head, dropout_scale, first_row, first_key,
     FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dS of one tile of one head, before the factor of a softcap: a bias is added after the cap."""
+    """dS of one tile of one head, whose statistics begin at element ``first``, before the factor of a softcap: a bias
+    is added after the cap."""
     local_m, local_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     offs_d, offs_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     rows, keys = first_row + local_m, first_key + local_n
@@ -147,8 +148,10 @@ def _tile_gradient(
     k = load_tile(k_block, k_offsets, keys, offs_d, numbers.seqlen_k, HEAD_DIM, BLOCK_D, True)
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     scores, _ = tile_scores(qk, rows[:, None], keys[None, :], numbers, head, FEATURES, True)
-    lse_log2, delta = load_statistics(lse_ptr + first_row, delta_ptr + first_row, local_m, rows, numbers.seqlen_q)
-    p = weights(scores, lse_log2[:, None], numbers, FEATURES)
+    lse, tail, delta = load_statistics(
+        lse_ptr, tail_ptr, delta_ptr, first + first_row, local_m, rows, numbers.seqlen_q, FEATURES
+    )
+    p = weights(scores, lse[:, None], tail[:, None], numbers, FEATURES)
     dout = load_tile(dout_block, dout_offsets, rows, offs_v, numbers.seqlen_q, VALUE_DIM, BLOCK_V, True)
     v = load_tile(v_block, v_offsets, keys, offs_v, numbers.seqlen_k, VALUE_DIM, BLOCK_V, True)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)

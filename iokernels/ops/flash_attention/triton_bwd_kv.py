@@ -23,6 +23,7 @@ def flash_attention_bwd_dkv_kernel(
     v_ptr,  # [B, Hkv, Nk, Dv]
     dout_ptr,  # [B, Hq, Nq, Dv]
     lse_ptr,  # float32 [B, Hq, Nq]
+    tail_ptr,  # like lse, or None
     delta_ptr,  # float32 [B, Hq, Nq]
     dk_ptr,  # [B, Hkv, Nk, D]
     dv_ptr,  # [B, Hkv, Nk, Dv]
@@ -50,7 +51,7 @@ def flash_attention_bwd_dkv_kernel(
     total_k,
     scale,
     qk_scale,
-    softcap_log2,
+    softcap,
     window_left,
     window_right,
     dropout_threshold,
@@ -80,7 +81,7 @@ def flash_attention_bwd_dkv_kernel(
     start_k, length_k = locate(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, FEATURES.varlen)
     if first_key < length_k:
         batch = 0 if FEATURES.varlen else sequence
-        numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap_log2, window_left, window_right, dropout_threshold)
+        numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap, window_left, window_right, dropout_threshold)
 
         local_n, offs_d, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
         keys = first_key + local_n
@@ -107,11 +108,8 @@ def flash_attention_bwd_dkv_kernel(
             q = load_tile(q_block, q_offsets, rows, offs_d, length_q, HEAD_DIM, BLOCK_D, True)
             dout_block = at_head(dout_ptr, stride_dout, batch, head, start_q + first_row)
             dout = load_tile(dout_block, dout_offsets, rows, offs_v, length_q, VALUE_DIM, BLOCK_V, True)
-            lse_log2, delta = load_statistics(
-                at_head(lse_ptr, stride_lse, batch, head, start_q + first_row),
-                at_head(delta_ptr, stride_lse, batch, head, start_q + first_row),
-                local_m, rows, length_q,
-            )  # fmt: skip
+            first = at_head(0, stride_lse, batch, head, start_q + first_row)
+            lse, tail, delta = load_statistics(lse_ptr, tail_ptr, delta_ptr, first, local_m, rows, length_q, FEATURES)
             scoring = head_scores(
                 bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr,
                 sequence, head, heads, FEATURES,
@@ -122,7 +120,7 @@ def flash_attention_bwd_dkv_kernel(
                 if (first_row < full_start) | (first_row >= full_stop):
                     shown = visible(rows[None, :], keys[:, None], numbers, FEATURES)
                     scores = tl.where(shown, scores, float("-inf"))
-            p = weights(scores, lse_log2[None, :], numbers, FEATURES)
+            p = weights(scores, lse[None, :], tail[None, :], numbers, FEATURES)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             p_dropped = p
             if FEATURES.dropout:

@@ -5,11 +5,13 @@ the largest score m so far, the denominator l and the unnormalised output acc, a
 
     m' = max(m, max_j s_j)    p_j = 2^(s_j - m')    l' = 2^(m - m') l + sum_j p_j    acc' = 2^(m - m') acc + p v
 
-and at the end out = acc / l, lse = ln 2 (m + log2 l). The Nq x Nk scores never leave the chip.
+and at the end out = acc / l, lse = ln 2 (m + log2 l); of natural scores lse = m + ln l, and its tail, what rounding it
+lost. The Nq x Nk scores never leave the chip.
 
-FLOPs: 2 Nq Nk (D + Dv) a head, of what the window shows. Bytes that blocks request: q, out and lse once; k and v once
-for each block of rows, that is Nq / BLOCK_M times, of what the window shows. Blocks of keys that every row sees run
-first, without a mask; the edges of the window and the tail follow with one. Causal grids start with the longest rows.
+FLOPs: 2 Nq Nk (D + Dv) a head, of what the window shows. Bytes that blocks request: q, out and lse (with a tail) once;
+k and v once for each block of rows, Nq / BLOCK_M times, of what the window shows. Blocks of keys that every row sees
+run first, without a mask; the edges of the window and the end of the keys follow with one. Causal grids start with the
+longest rows.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import triton.language as tl
 
 from iokernels.ops.triton_tiles import LN2, LOG2E, at_head, at_row, load_tile, locate, store_tile, tile_offsets
 
-from .triton_scores import ScoreNumbers, head_scores, keep_mask, key_range, row_block, tile_scores
+from .triton_scores import ScoreNumbers, exponential, head_scores, keep_mask, key_range, row_block, tile_scores
 
 
 @triton.jit
@@ -51,8 +53,8 @@ def _walk_keys(
         if FEATURES.fold_scale:
             p = tl.exp2(scores * numbers.qk_scale - m_finite[:, None])
         else:
-            p = tl.exp2(scores - m_finite[:, None])
-        alpha = tl.exp2(m_i - m_finite)
+            p = exponential(scores - m_finite[:, None], FEATURES)
+        alpha = exponential(m_i - m_finite, FEATURES)
         m_i = m_new
         l_i = l_i * alpha + tl.sum(p, 1)
         if FEATURES.dropout:
@@ -76,6 +78,7 @@ def flash_attention_fwd_kernel(
     v_ptr,  # [B, Hkv, Nk, Dv]
     out_ptr,  # [B, Hq, Nq, Dv]
     lse_ptr,  # float32 [B, Hq, Nq], natural log
+    tail_ptr,  # like lse, or None
     cu_seqlens_q_ptr,  # int32 [S + 1] or None
     cu_seqlens_k_ptr,  # int32 [S + 1] or None
     sinks_ptr,  # [Hq] or None
@@ -98,7 +101,7 @@ def flash_attention_fwd_kernel(
     total_q,
     total_k,
     qk_scale,
-    softcap_log2,
+    softcap,
     window_left,
     window_right,
     dropout_threshold,
@@ -119,7 +122,7 @@ def flash_attention_fwd_kernel(
     start_k, length_k = locate(cu_seqlens_k_ptr, sequence, seqlen_k, total_k, FEATURES.varlen)
     if first_row < length_q:
         batch = 0 if FEATURES.varlen else sequence
-        numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap_log2, window_left, window_right, dropout_threshold)
+        numbers = ScoreNumbers(length_q, length_k, qk_scale, softcap, window_left, window_right, dropout_threshold)
         scoring = head_scores(
             bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr,
             sequence, head, heads, FEATURES,
@@ -139,7 +142,8 @@ def flash_attention_fwd_kernel(
         l_i = tl.zeros([BLOCK_M], tl.float32)
         if FEATURES.sinks:
             # A sink is one more logit, of a key without a value.
-            m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+            unit = 1.0 if FEATURES.natural else LOG2E
+            m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * unit
             l_i += 1.0
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
@@ -161,8 +165,15 @@ def flash_attention_fwd_kernel(
 
         # A row without a key has l = 0 (or only its sink) and acc = 0.
         denominator = tl.where(l_i == 0.0, 1.0, l_i)
-        lse = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(denominator)) * LN2)
         lse_block = at_head(lse_ptr, stride_lse, batch, head, start_q + first_row)
+        if FEATURES.natural:
+            above = tl.log2(denominator) * LN2
+            lse = tl.where(l_i == 0.0, float("-inf"), m_i + above)
+            tail = tl.where(lse == float("-inf"), 0.0, (m_i - lse) + above)
+            tail_block = at_head(tail_ptr, stride_lse, batch, head, start_q + first_row)
+            tl.store(tail_block + local_m, tail, mask=offs_m < length_q)
+        else:
+            lse = tl.where(l_i == 0.0, float("-inf"), (m_i + tl.log2(denominator)) * LN2)
         tl.store(lse_block + local_m, lse, mask=offs_m < length_q)
         if FEATURES.dropout:
             acc = acc * dropout_scale

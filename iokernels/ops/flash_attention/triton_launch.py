@@ -16,7 +16,7 @@ from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
 from .dropout import threshold
-from .options import Gradients, Needs, Options, empty_in_order_of, empty_lse, empty_out
+from .options import Gradients, Needs, Options, empty_in_order_of, empty_out, empty_statistics, lse_and_tail
 from .triton_bwd import flash_attention_bwd_delta_kernel, flash_attention_bwd_dq_kernel
 from .triton_bwd_bias import flash_attention_bwd_dbias_kernel
 from .triton_bwd_kv import flash_attention_bwd_dkv_kernel
@@ -26,42 +26,51 @@ from .tuning_space import TUNABLES
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Returns (out, lse). See :class:`Options` for the arguments."""
-    out, lse = empty_out(q, v), empty_lse(q)
+    """Returns out and the statistics (:func:`empty_statistics`). See :class:`Options` for the arguments."""
+    out, statistics = empty_out(q, v), empty_statistics(q, options)
+    lse, tail = lse_and_tail(statistics)
     launch = Launch(q, k, v, options)
     if launch.features.varlen:
         # Rows that belong to no sequence are visited by no block.
         out.zero_()
         lse.fill_(float("-inf"))
+        if tail is not None:
+            tail.zero_()
     config = launch.config("flash_attention_fwd", q)
     blocks = launch.sequences * launch.heads * triton.cdiv(launch.seqlen_q, config.block_m)
     if blocks > 0:
         with guard(q.device):
             flash_attention_fwd_kernel[(blocks,)](
-                q, k, v, out, lse, *launch.offsets, launch.sinks, *launch.tensors,
+                q, k, v, out, lse, tail, *launch.offsets, launch.sinks, *launch.tensors,
                 strides(q), strides(k), strides(v), strides(out), strides(lse),
                 *launch.sizes, *launch.numbers, launch.dropout_scale,
                 **launch.constants, **launch.tile(config, q, k, v, out), **launch.resources(config),
             )  # fmt: skip
-    return out, lse
+    return out, statistics
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dstatistics: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor,
     options: Options, needs: Needs,
 ) -> Gradients:  # fmt: skip
-    """Returns the gradients that ``needs`` asks for. ``dlse`` is None where nobody used the LSE."""
+    """Returns the gradients that ``needs`` asks for. ``dstatistics`` is None where nobody used the LSE."""
     launch = Launch(q, k, v, options)
+    # The kernels step through statistics by single elements.
+    lse, tail = lse_and_tail(statistics.contiguous())
+    dlse = None if dstatistics is None else lse_and_tail(dstatistics)[0]
     delta = torch.empty_like(lse)
     dq = empty_in_order_of(q, q.shape[3]) if needs.q else None
     dk = empty_in_order_of(k, k.shape[3]) if needs.k or needs.v else None
     dv = empty_in_order_of(v, v.shape[3]) if needs.k or needs.v else None
     dbias = torch.empty(options.bias.shape, dtype=options.bias.dtype, device=q.device) if needs.bias else None
     # A tensor of which no block is launched, or some rows belong to no sequence, is not written throughout.
-    nothing = launch.seqlen_q == 0 or launch.seqlen_k == 0 or launch.sequences == 0
-    for grad in (dq, dk, dv, dbias):
-        if grad is not None and (nothing or (launch.features.varlen and grad is not dbias)):
+    nothing = launch.seqlen_q == 0 or launch.seqlen_k == 0 or launch.sequences == 0 or launch.heads == 0
+    for grad in (dq, dk, dv):
+        if grad is not None and (nothing or launch.features.varlen):
             grad.zero_()
+    # The longest lengths of a packed call are bounds; the blocks end with the tensors.
+    if dbias is not None and (nothing or dbias.shape[2] > launch.seqlen_q or dbias.shape[3] > launch.seqlen_k):
+        dbias.zero_()
 
     with guard(q.device):
         _launch_delta(launch, out, dout, dlse, delta)
@@ -72,7 +81,7 @@ def backward(
             config = launch.config("flash_attention_bwd_dq", q)
             grid = (launch.sequences * launch.heads * triton.cdiv(launch.seqlen_q, config.block_m),)
             flash_attention_bwd_dq_kernel[grid](
-                q, k, v, dout, lse, delta, dq, *shared, strides(dq),
+                q, k, v, dout, lse, tail, delta, dq, *shared, strides(dq),
                 *launch.sizes, options.scale, *launch.numbers, launch.dropout_scale,
                 **launch.constants, **launch.tile(config, q, k, v, dout, dq), **launch.resources(config),
             )  # fmt: skip
@@ -80,7 +89,7 @@ def backward(
             config = launch.config("flash_attention_bwd_dkv", q)
             grid = (launch.sequences * k.shape[1] * triton.cdiv(launch.seqlen_k, config.block_n),)
             flash_attention_bwd_dkv_kernel[grid](
-                q, k, v, dout, lse, delta, dk, dv, *shared, strides(dk), strides(dv),
+                q, k, v, dout, lse, tail, delta, dk, dv, *shared, strides(dk), strides(dv),
                 *launch.sizes, options.scale, *launch.numbers, launch.dropout_scale,
                 **launch.constants, **launch.tile(config, q, k, v, dout, dk, dv), **launch.resources(config),
             )  # fmt: skip
@@ -90,7 +99,7 @@ def backward(
             tiles = [1 if one[2] else triton.cdiv(launch.seqlen_q, config.block_m),
                      1 if one[3] else triton.cdiv(launch.seqlen_k, config.block_n)]  # fmt: skip
             flash_attention_bwd_dbias_kernel[(dbias.shape[0] * dbias.shape[1] * math.prod(tiles),)](
-                q, k, v, dout, lse, delta, dbias, *shared, strides(dbias), launch.sequences,
+                q, k, v, dout, lse, tail, delta, dbias, *shared, strides(dbias), launch.sequences,
                 *launch.sizes, *launch.numbers, launch.dropout_scale, *one,
                 **launch.constants, **launch.tile(config, q, k, v, dout), **launch.resources(config),
             )  # fmt: skip
@@ -99,7 +108,7 @@ def backward(
         k=dk if needs.k else None,
         v=dv if needs.v else None,
         bias=dbias,
-        sinks=_sinks_gradient(options.sinks, lse, delta) if needs.sinks and options.sinks is not None else None,
+        sinks=_sinks_gradient(options.sinks, lse, tail, delta) if needs.sinks and options.sinks is not None else None,
     )
 
 
@@ -116,9 +125,10 @@ def _launch_delta(launch: Launch, out: Tensor, dout: Tensor, dlse: Tensor | None
     )  # fmt: skip
 
 
-def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _sinks_gradient(sinks: Tensor, lse: Tensor, tail: Tensor | None, delta: Tensor) -> Tensor:
     """A sink is a logit whose weight exp(sink - lse) has no value: dsink = -sum of weight * delta."""
-    weight = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+    logit = sinks.to(lse.dtype)[None, :, None] - lse
+    weight = torch.exp(logit if tail is None else logit - tail)
     # Rows of no sequence, or of a sink of -inf without keys, have lse = -inf and take no part.
     return -(weight * delta).masked_fill_(lse == float("-inf"), 0.0).sum((0, 2)).to(sinks.dtype)
 
@@ -133,7 +143,7 @@ class Launch:
         self.sequences = options.cu_seqlens_q.shape[0] - 1 if options.cu_seqlens_q is not None else batch
         self.seqlen_q = min(options.max_seqlen_q, rows) if varlen else rows
         self.seqlen_k = min(options.max_seqlen_k, keys) if varlen else keys
-        softcap, changes = options.softcap > 0.0, options.bias is not None or options.alibi_slopes is not None
+        softcap, changes = options.softcap > 0.0, options.keeps_tail
         self.features = Features(
             varlen=varlen,
             left=options.window_left >= 0,
@@ -144,7 +154,9 @@ class Launch:
             alibi=options.alibi_slopes is not None,
             sinks=options.sinks is not None,
             dropout=options.dropout_p > 0.0,
-            fold_scale=options.scale > 0.0 and not softcap and not changes,
+            natural=changes,
+            # In float32 the kernel would multiply -inf by a smaller scale than this as by 0.
+            fold_scale=options.scale > 1e-30 and not softcap and not changes,
         )
         # Vectors of a few elements, which the kernels index without strides.
         self.offsets = tuple(
@@ -152,11 +164,12 @@ class Launch:
         )
         self.sinks = None if options.sinks is None else options.sinks.contiguous()
         self.tensors = score_tensors(options)
+        unit = 1.0 if changes else math.log2(math.e)
         # In the order of every kernel's arguments.
         self.sizes = (self.heads, self.heads // k.shape[1], self.seqlen_q, self.seqlen_k, rows, keys)
         self.numbers = (
-            options.scale / options.softcap if softcap else options.scale * math.log2(math.e),
-            options.softcap * math.log2(math.e),
+            options.scale / options.softcap if softcap else options.scale * unit,
+            options.softcap * unit,
             clamp(options.window_left),
             clamp(options.window_right),
             threshold(options.dropout_p),

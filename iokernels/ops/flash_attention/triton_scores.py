@@ -1,8 +1,9 @@
 """What the forward and backward kernels share: where a sequence lies, and what the scores of a tile are.
 
 Scores leave :func:`tile_scores` in base 2 (multiplied by log2 e), because ``exp2`` is the instruction that the
-hardware has. A tile may lie as [queries, keys] or as [keys, queries]: the index arguments ``rows`` and ``keys`` are
-two-dimensional and say which, so each formula is written once.
+hardware has. Where a bias or slopes are added to them they stay natural until the LSE or the maximum is subtracted:
+log2 e times ``finfo.min``, with which people pad, is -inf. A tile may lie as [queries, keys] or as [keys, queries]:
+the index arguments ``rows`` and ``keys`` are two-dimensional and say which, so each formula is written once.
 
 Bytes beside those that each kernel names: of a bias and a mask, the elements of every visited block; 4 of an ALiBi
 slope and 8 of the dropout seed whenever a block turns to a head; 16 of offsets a block of packed sequences.
@@ -30,16 +31,18 @@ class Features(NamedTuple):
     alibi: bool
     sinks: bool
     dropout: bool
+    natural: bool  # bias or alibi: scores are in natural units, and the LSE has a tail (options.empty_statistics)
     fold_scale: bool  # forward: scale > 0 and nothing is added to q . k, so the scale can wait (see triton_fwd)
 
 
 class ScoreNumbers(NamedTuple):
-    """Numbers that shape scores. ``qk_scale`` is scale * log2 e, or scale / softcap where there is a softcap."""
+    """Numbers that shape scores. ``qk_scale`` is scale in the unit of the scores (log2 e, or 1 where they are natural),
+    or scale / softcap where there is a softcap, and ``softcap`` is in that unit."""
 
     seqlen_q: Any
     seqlen_k: Any
     qk_scale: Any
-    softcap_log2: Any  # softcap * log2 e
+    softcap: Any
     window_left: Any
     window_right: Any
     dropout_threshold: Any
@@ -52,7 +55,7 @@ class HeadScores(NamedTuple):
     stride_bias: Any
     mask_ptr: Any
     stride_mask: Any
-    slope_log2: Any  # ALiBi slope * log2 e
+    alibi_slope: Any
     seed: Any
     sequence_head: Any  # b * Hq + h
 
@@ -79,21 +82,21 @@ def head_scores(
 ):  # fmt: skip
     """Move the pointers to one head of one sequence, and read its ALiBi slope and the dropout seed."""
     # Zeros stand for what is absent: a function cannot return None among other values.
-    bias_head, mask_head, slope_log2, seed = 0, 0, 0.0, 0
+    bias_head, mask_head, alibi_slope, seed = 0, 0, 0.0, 0
     if FEATURES.bias:
         bias_head = at_head(bias_ptr, stride_bias, batch, head, 0)
     if FEATURES.mask:
         mask_head = at_head(mask_ptr, stride_mask, batch, head, 0)
     if FEATURES.alibi:
-        slope_log2 = tl.load(at_head(alibi_ptr, stride_alibi, batch, head, 0)) * LOG2E
+        alibi_slope = tl.load(at_head(alibi_ptr, stride_alibi, batch, head, 0))
     if FEATURES.dropout:
         seed = tl.load(seed_ptr)
-    return HeadScores(bias_head, stride_bias, mask_head, stride_mask, slope_log2, seed, batch * heads + head)
+    return HeadScores(bias_head, stride_bias, mask_head, stride_mask, alibi_slope, seed, batch * heads + head)
 
 
 @triton.jit
 def tile_scores(qk, rows, keys, numbers, head, FEATURES: tl.constexpr, MASKED: tl.constexpr):
-    """Base-2 scores of a tile of ``q . k``, -inf where hidden, and their derivative with respect to ``scale * q . k``
+    """Scores of a tile of ``q . k``, -inf where hidden, and their derivative with respect to ``scale * q . k``
     (1 where there is no softcap).
 
     MASKED says that the tile may cross the end of the keys or an edge of the window.
@@ -101,7 +104,7 @@ def tile_scores(qk, rows, keys, numbers, head, FEATURES: tl.constexpr, MASKED: t
     slope = 1.0
     if FEATURES.softcap:
         capped = tanh(qk * numbers.qk_scale)
-        scores = capped * numbers.softcap_log2
+        scores = capped * numbers.softcap
         slope = 1.0 - capped * capped
     elif FEATURES.fold_scale:
         scores = qk
@@ -110,16 +113,34 @@ def tile_scores(qk, rows, keys, numbers, head, FEATURES: tl.constexpr, MASKED: t
     inside = (rows < numbers.seqlen_q) & (keys < numbers.seqlen_k)
     if FEATURES.bias:
         offsets = rows.to(tl.int64) * head.stride_bias.n + keys.to(tl.int64) * head.stride_bias.d
-        scores += tl.load(head.bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        scores += narrowed(tl.load(head.bias_ptr + offsets, mask=inside, other=0.0))
     if FEATURES.alibi:
         distance = tl.abs(rows + (numbers.seqlen_k - numbers.seqlen_q) - keys)
-        scores -= head.slope_log2 * distance.to(tl.float32)
+        scores -= head.alibi_slope * distance.to(tl.float32)
     if FEATURES.mask:
         offsets = rows.to(tl.int64) * head.stride_mask.n + keys.to(tl.int64) * head.stride_mask.d
         scores = tl.where(tl.load(head.mask_ptr + offsets, mask=inside, other=0) != 0, scores, float("-inf"))
     if MASKED:
         scores = tl.where(visible(rows, keys, numbers, FEATURES), scores, float("-inf"))
     return scores, slope
+
+
+@triton.jit
+def narrowed(bias):
+    """A bias in float32; what is finite in float64 stays finite."""
+    if bias.dtype == tl.float64:
+        most = 3.4028234663852886e38
+        bias = tl.where(tl.abs(bias) < float("inf"), tl.minimum(tl.maximum(bias, -most), most), bias)
+    return bias.to(tl.float32)
+
+
+@triton.jit
+def exponential(difference, FEATURES: tl.constexpr):
+    """exp of a difference of scores."""
+    if FEATURES.natural:
+        return tl.exp2(difference * LOG2E)
+    else:
+        return tl.exp2(difference)
 
 
 @triton.jit

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_FAR = 2.0**14
+"""An LSE from which on float32 rounds it by more than a thousandth."""
+
 
 def attention_weights(
     q: Tensor,
@@ -46,4 +49,9 @@ def attention_weights(
             scores = scores.masked_fill(where, float("-inf"))
     # exp(-inf - -inf) would be NaN in a row without keys.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
-    return torch.exp(scores - lse[..., None]).to(q.dtype)
+    weights = torch.exp(scores - lse[..., None])
+    # Beside a bias of -1e9 rounding takes from the LSE how many keys share the row. Their weights sum to 1: a sink
+    # would have to be as far from 0 to take part.
+    total = weights.sum(-1, keepdim=True)
+    far = (lse.abs() > _FAR)[..., None] & (total > 0.0)
+    return (weights / total.masked_fill(~far, 1.0)).to(q.dtype)
