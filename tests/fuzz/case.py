@@ -13,7 +13,7 @@ from iokernels import UnsupportedError
 
 from .jitter import Jitter
 from .layouts import storage_of, written_elsewhere
-from .limits import FAST_EXPONENTIAL, UNIT, Verdict, judge
+from .limits import FAST_EXPONENTIAL, UNIT, judge
 
 Results = dict[str, Tensor]
 
@@ -26,8 +26,9 @@ class Wrong(Exception):
 class Case:
     """What a number means for an operator.
 
-    ``run`` takes ``args`` and calls the library; ``oracle`` takes the same with float64 tensors and knows only the
-    formula. Both return their results by name; of the oracle's, names with an underscore are for ``check``. ``args`` holds tensors, numbers and words.
+    ``run`` takes ``args``, tensors, numbers and words, and calls the library; ``oracle`` takes the same with float64
+    tensors and knows only the formula. Both return their results by name. Of the oracle's, names that begin with an
+    underscore are for ``check``.
     """
 
     operator: str
@@ -189,20 +190,14 @@ def _compare(
         if name.removeprefix("gradient of ") in case.cancels and name.startswith("gradient"):
             sums = sum(float((expected[n] * cotangents[n].double()).abs().sum()) for n in cotangents)
             least = 4.0 * UNIT[case.dtype] * sums
-        verdict = _judge_whole(case, name, found[name], x, [s[name] for s in of_this], work, promised, least)
+        verdict = judge(
+            found[name], x, [s[name] for s in of_this], work, rms=promised, least=least, slack=case.slack,
+            whole=promised is not None and (name in case.whole or name.startswith("gradient")),
+        )  # fmt: skip
         worst = max(worst, verdict.ratio)
         if verdict.ratio > 1.0:
             raise Wrong(f"{name}: {verdict}")
     return worst
-
-
-def _judge_whole(
-    case: Case, name: str, got: Tensor, x: Tensor, strays: list[Tensor], work: torch.dtype, rms: float | None,
-    least: float,
-) -> Verdict:  # fmt: skip
-    if rms is None or not (name in case.whole or name.startswith("gradient")):
-        return judge(got, x, strays, work, rms, least, case.slack)
-    return judge(got.reshape(-1), x.reshape(-1), [s.reshape(-1) for s in strays], work, rms, least, case.slack)
 
 
 def evaluate(

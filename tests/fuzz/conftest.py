@@ -67,8 +67,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section(f"fuzz, seeds from {option(config, 'seed', 0)}")
     for key in sorted(seconds):
         passed, failed = counts[(*key, "passed")], counts[(*key, "failed")]
+        each = 1000 * seconds[key] / (passed + failed)
         terminalreporter.line(
-            f"{key[0]:24} {key[1]:10} {passed:6} passed {failed:4} failed {1000 * seconds[key] / (passed + failed):8.1f} "
-            f"ms a case, at most {nearest[key]:.2f} of the error allowed"
+            f"{key[0]:24} {key[1]:10} {passed:6} passed {failed:4} failed {each:8.1f} ms a case, "
+            f"at most {nearest[key]:.2f} of the error allowed"
         )
     terminalreporter.line(f"IOKERNELS_EMULATE_ORDERS={os.environ.get('IOKERNELS_EMULATE_ORDERS', '1')}")

@@ -7,8 +7,9 @@ operators compute statistics and sums. How far these stray from the oracle is wh
 
     limit of a row = ROUNDINGS max(stray of the row, stray of the tensor / SHARE) + HALF_ULPS u |expected| + floor
 
-with u the unit roundoff of the result's dtype, and as floor the smallest normal number of the dtype of computation times
-u: what is smaller is flushed. The share of the tensor is there because a stray of few elements may be small by chance.
+with u the unit roundoff of the result's dtype, and as floor the smallest normal number of the dtype of computation (of
+float32 for all but float16) times u: what is smaller is flushed. The share of the tensor is there because a stray of
+few elements may be small by chance.
 
 Where an operator's page promises a relative root mean square instead (convolutions, recurrences), its half-precision
 results are held to that promise, and to nothing wider, plus what float32 roundings of the inputs do.
@@ -52,54 +53,44 @@ class Verdict:
 
 
 def judge(
-    got: Tensor, expected: Tensor, strays: list[Tensor], work: torch.dtype, rms: float | None, least: float,
-    slack: float = 1.0,
+    got: Tensor, expected: Tensor, strays: list[Tensor], work: torch.dtype, *, rms: float | None = None,
+    whole: bool = False, least: float = 0.0, slack: float = 1.0,
 ) -> Verdict:  # fmt: skip
     """Compare ``got`` with ``expected`` float64, which ``strays`` float64 show the condition of.
 
-    ``work`` is the dtype of computation, ``least`` an error that is allowed everywhere, ``slack`` a factor of what the
-    strays allow. With ``rms``, rows along the last dimension have that relative root mean square as their limit in
-    place of the strays of half precision. NaN and infinities of ``expected`` must be met.
+    ``work`` is the dtype of computation. With ``rms``, rows along the last dimension, or the ``whole`` tensor, have
+    that relative root mean square as their limit beside the strays. ``least`` is an error that is allowed everywhere,
+    ``slack`` a factor of what the strays allow. NaN and infinities of ``expected`` must be met.
     """
     got, expected = got.detach().double(), expected.detach()
+    if not expected.numel():
+        return Verdict(0.0, (), 0.0, 0.0, 0.0)
     finite = expected.isfinite()
     clean = torch.where(finite, expected, 0.0)
     stray = torch.zeros_like(expected)
     for other in strays:
         moved = torch.where(finite & other.isfinite(), other - clean, 0.0)
         stray = torch.maximum(stray, moved.abs())
+    rows = tuple(range(expected.dim())) if whole else (-1,) if expected.dim() else ()
     floor = torch.finfo(torch.float16 if work == torch.float16 else torch.float32).tiny
-    limit = slack * ROUNDINGS[work] * torch.maximum(_per_row(stray), _largest(stray) / SHARE)
-    limit = limit + HALF_ULPS[work] * UNIT[work] * _per_row(clean.abs()) + floor * UNIT[work] + least
+    limit = slack * ROUNDINGS[work] * torch.maximum(_most(stray, rows), stray.max() / SHARE)
+    limit = limit + HALF_ULPS[work] * UNIT[work] * _most(clean.abs(), rows) + floor * UNIT[work] + least
+    error = each = torch.where(finite, (got - clean).abs(), 0.0)
     if rms is not None:
-        limit = limit + rms * _row_rms(clean)
-    error = torch.where(finite, (got - clean).abs(), 0.0)
-    if rms is not None:
-        error = torch.where(finite, _row_rms(error), 0.0)
+        limit = limit + rms * _root_mean_square(clean, rows)
+        error = _root_mean_square(each, rows)
+    limit = limit.expand(expected.shape)
     ratio = torch.where(error == 0.0, 0.0, error / limit)
     same = (got == expected) | (got.isnan() & expected.isnan())
     ratio = torch.where(finite, ratio, torch.where(same, 0.0, float("inf"))).nan_to_num(nan=float("inf"))
-    if not ratio.numel():
-        return Verdict(0.0, (), 0.0, 0.0, 0.0)
-    worst = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
-    limit = limit.expand(ratio.shape)
-    return Verdict(
-        ratio[worst].item(), worst, got[worst].item(), expected[worst].item(), limit[worst].item() if worst else 0.0
-    )
+    candidates = torch.where(ratio == ratio.max(), each.nan_to_num(nan=float("inf")), -1.0)
+    worst = tuple(int(i) for i in torch.unravel_index(candidates.argmax(), ratio.shape))
+    return Verdict(ratio[worst].item(), worst, got[worst].item(), expected[worst].item(), limit[worst].item())
 
 
-def _largest(x: Tensor) -> Tensor:
-    return x.max() if x.numel() else x.new_zeros(())
+def _most(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.amax(dims, keepdim=True) if dims else x
 
 
-def _per_row(x: Tensor) -> Tensor:
-    """The largest of each row along the last dimension, in every place of the row."""
-    if not x.numel() or x.dim() == 0:
-        return x
-    return x.amax(-1, keepdim=True).expand_as(x)
-
-
-def _row_rms(x: Tensor) -> Tensor:
-    if not x.numel() or x.dim() == 0:
-        return x.abs()
-    return x.square().mean(-1, keepdim=True).sqrt().expand_as(x)
+def _root_mean_square(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.square().mean(dims, keepdim=True).sqrt() if dims else x.abs()

@@ -119,7 +119,7 @@ def _bias(d: Draw, shape: list[int], dtype: torch.dtype, backend: str) -> Tensor
         hidden = d.uniform(*shape) < 0.4
         if d.chance(0.5) and len(shape) >= 2:  # whole rows
             hidden = hidden | (d.uniform(*shape[:-1], 1) < 0.3)
-        bias = torch.where(hidden, low, 0.0 if d.chance(0.5) else bias)
+        bias = torch.where(hidden, torch.tensor(low, dtype=torch.float64), bias * d.pick((0.0, 1.0)))
     return d.laid_out("bias", bias.to(of), kind)
 
 

@@ -32,7 +32,7 @@ def draw(d: Draw) -> Case:
     }  # fmt: skip
     a: dict[str, Any] = {"backend": backend}
     tokens(d, a, sizes, dtype, form, 50 if slow else 140)
-    if d.values in ("normal", "constant"):
+    if d.values in ("normal", "constant", "zeros"):
         unit = torch.nn.functional.normalize(a["k"].double(), dim=-1)
         a["k"] = d.laid_out("k", unit.to(dtype), "of length 1")
     beta = d.uniform(*per_token(sizes, form)) * d.pick((0.1, 1.0, 2.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def packed(a: dict[str, Any]) -> dict[str, Tensor]:
     q, k, v = a["q"], a["k"], a["v"]
     starts, key_starts = a["cu_seqlens_q"].tolist(), a["cu_seqlens_k"].tolist()
     outs, lses = [], []
-    for s, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for s, (first, last) in enumerate(itertools.pairwise(starts)):
         one = {**a, "q": q[first:last].transpose(0, 1)[None]}
         for name, x in (("k", k), ("v", v)):
             one[name] = x[key_starts[s] : key_starts[s + 1]].transpose(0, 1)[None]

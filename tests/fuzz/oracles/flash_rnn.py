@@ -31,7 +31,7 @@ def _elman(x: Tensor, s: Tensor, states: list[Tensor]) -> list[Tensor]:
 def _slstm(x: Tensor, s: Tensor, states: list[Tensor]) -> list[Tensor]:
     i, f, z, o = (x + s).unbind(1)
     _, c, n, m = states
-    kept = torch.nn.functional.logsigmoid(f) + torch.where(n == 0, 0.0, m)
+    kept = torch.nn.functional.logsigmoid(f) + torch.where(n == 0, 0.0, m.detach())  # m is a constant
     kept = torch.where(n == 0, float("-inf"), kept)
     peak = torch.maximum(kept, i).detach()
     put, keep = torch.exp(i - peak), torch.where(n == 0, 0.0, torch.exp(torch.where(n == 0, 0.0, kept - peak)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def delta(a: dict[str, Any]) -> dict[str, Tensor]:
     beta = beta.to(q.dtype)
     ends = a["cu_seqlens"].tolist() if packed else list(range(q.shape[0] + 1))
     outs, states = [], []
-    for s, (i, j) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for s, (i, j) in enumerate(itertools.pairwise(ends)):
         own = [x[i:j].transpose(0, 1) if packed else x[s] for x in (q, k, v, beta)]
         kept = None
         if decay is not None:

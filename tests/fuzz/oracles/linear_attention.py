@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def linear(a: dict[str, Any]) -> dict[str, Tensor]:
     decay = a.get("log_decay")
     if packed:
         ends = a["cu_seqlens"].tolist()
-        sequences = [tuple(x[i:j].transpose(0, 1) for x in (q, k, v)) for i, j in zip(ends[:-1], ends[1:], strict=True)]
+        sequences = [tuple(x[i:j].transpose(0, 1) for x in (q, k, v)) for i, j in itertools.pairwise(ends)]
     else:
         sequences = [(q[b], k[b], v[b]) for b in range(q.shape[0])]
     width = q.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ def convolved(a: dict[str, Any]) -> dict[str, Tensor]:
         return _dense(a, a["x"], a.get("initial_state"))
     x, ends = a["x"], a["cu_seqlens"].tolist()
     outs, states = [], []
-    for s, (first, last) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for s, (first, last) in enumerate(itertools.pairwise(ends)):
         state = a.get("initial_state")
         found = _dense(a, x[first:last].t()[None], None if state is None else state[s : s + 1])
         outs.append(found["out"][0].t())
-        states.append(found["final_state"])
+        states += [found["final_state"]] if a.get("padding", "causal") == "causal" else []
     outs.append(torch.zeros_like(x[ends[-1] :]))
     state = torch.cat(states) if states else x.new_zeros(0, x.shape[1], a["weight"].shape[1] - 1)
     return {"out": torch.cat(outs), "final_state": state}
