@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from iokernels import UnsupportedError
+from iokernels.testing.layouts import storage_of, written_elsewhere
 
 from .jitter import Jitter
-from .layouts import storage_of, written_elsewhere
 from .limits import FAST_EXPONENTIAL, UNIT, judge
 
 Results = dict[str, Tensor]
@@ -60,6 +60,8 @@ class Case:
     """The results that have no gradient."""
     cancels: tuple[str, ...] = ()
     """The arguments whose gradient is a difference of sums over ``out * d out``, and has their rounding errors."""
+    sound: tuple[str, ...] = ()
+    """The arguments that ``run`` itself reads, so that they are never made wrong."""
     slack: float = 1.0
     """A factor of what the strays allow, for an operator whose intermediate values are larger than its results."""
     check: Callable[[Results, Results], None] | None = None

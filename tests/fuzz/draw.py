@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .layouts import LAYOUTS
+from iokernels.testing.layouts import LAYOUTS
 
 _T = TypeVar("_T")
 

@@ -7,9 +7,8 @@ operators compute statistics and sums. How far these stray from the oracle is wh
 
     limit of a row = ROUNDINGS max(stray of the row, stray of the tensor / SHARE) + HALF_ULPS u |expected| + floor
 
-with u the unit roundoff of the result's dtype, and as floor the smallest normal number of the dtype of computation (of
-float32 for all but float16) times u: what is smaller is flushed. The share of the tensor is there because a stray of
-few elements may be small by chance.
+with u the unit roundoff of the result's dtype, and as floor the smallest number of the dtype of computation: what is
+smaller is flushed. The share of the tensor is there because a stray of few elements may be small by chance.
 
 Where an operator's page promises a relative root mean square instead (convolutions, recurrences), its half-precision
 results are held to that promise, and to nothing wider, plus what float32 roundings of the inputs do.
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROUNDINGS = {torch.float16: 12.0, torch.bfloat16: 12.0, torch.float32: 24.0, torch.float64: 4096.0}
+ROUNDINGS = {torch.float16: 12.0, torch.bfloat16: 12.0, torch.float32: 32.0, torch.float64: 4096.0}
 """By the dtype of computation. In float32 the order of a sum shows, which half precision hides. Of float64 no more is
 asked than eleven digits: what is wrong there is wrong in the first ones."""
 SHARE = 16.0
@@ -33,6 +32,9 @@ HALF_ULPS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 16.0, torch
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 """The unit roundoff of each dtype: half of the gap behind 1."""
+
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-126}
+"""The least number that is not flushed; float16 is never flushed, and rounds to multiples of its own."""
 
 
 @dataclass
@@ -72,9 +74,8 @@ def judge(
         moved = torch.where(finite & other.isfinite(), other - clean, 0.0)
         stray = torch.maximum(stray, moved.abs())
     rows = tuple(range(expected.dim())) if whole else (-1,) if expected.dim() else ()
-    floor = torch.finfo(torch.float16 if work == torch.float16 else torch.float32).tiny
     limit = slack * ROUNDINGS[work] * torch.maximum(_most(stray, rows), stray.max() / SHARE)
-    limit = limit + HALF_ULPS[work] * UNIT[work] * _most(clean.abs(), rows) + floor * UNIT[work] + least
+    limit = limit + HALF_ULPS[work] * UNIT[work] * _most(clean.abs(), rows) + SMALLEST[work] + least
     error = each = torch.where(finite, (got - clean).abs(), 0.0)
     if rms is not None:
         limit = limit + rms * _root_mean_square(clean, rows)

@@ -36,6 +36,6 @@ def test_a_drawn_call_is_right(
 
 
 def _message(case: Case, seed: int, backend: str | None, what: str) -> str:
-    again = f"python -m pytest tests/fuzz --op {case.operator} --seed {seed} --cases 1"
+    again = f"python -m pytest tests/fuzz/test_fuzz.py --op {case.operator} --seed {seed} --cases 1"
     again += "" if backend is None else f" --backend {backend}"
     return f"{case.operator}, seed {seed}: {what}\n{case.describe()}\nagain: {again}"

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from iokernels.testing.layouts import LAYOUTS, storage_of, written_elsewhere
+
 from .case import Case, Wrong, evaluate, prove
 from .jitter import Jitter
-from .layouts import LAYOUTS, storage_of, written_elsewhere
 from .oracles import fft_conv, flash_attention, flash_rnn, gated_delta_rule, lean_attention, linear_attention
 from .registry import OPERATORS, make, shares
 
@@ -149,7 +150,7 @@ def _clean_case(operator: str) -> tuple[Case, torch.Generator]:
     for seed in range(300):
         case, d = make(operator, seed, "torch")
         plain = all(x.is_contiguous() and not x.is_neg() for x in case.args.values() if isinstance(x, Tensor))
-        if case.dtype != torch.float32 or not plain or d.values != "normal" or not case.dtypes and not case.writes:
+        if case.dtype != torch.float32 or not plain or d.values != "normal" or (not case.dtypes and not case.writes):
             continue
         expected = evaluate(case, case.args, {}, torch.float64)
         shown = [x for name, x in expected.items() if name in case.dtypes and x.isfinite().all()]

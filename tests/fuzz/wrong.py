@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iokernels.testing.layouts import storage_of
+
 from .case import Case, Wrong, outcome_is_named, prove, short
 from .draw import Draw
-from .layouts import storage_of
 
 
 def prove_wrong_call(case: Case, d: Draw) -> None:
@@ -18,7 +19,7 @@ def prove_wrong_call(case: Case, d: Draw) -> None:
     Raises:
         Wrong: another error, or a result where the formula has none or another one.
     """
-    name = d.pick([n for n in case.args if n not in ("return_lse", "backend")])
+    name = d.pick([n for n in case.args if n not in ("return_lse", "backend", *case.sound)])
     value = case.args[name]
     bad = _bad_tensor(d, value) if isinstance(value, Tensor) else _bad_value(d, value)
     case.args[name] = bad
@@ -49,32 +50,35 @@ def _plain(x: Tensor) -> bool:
 
 
 def _bad_tensor(d: Draw, x: Tensor) -> Any:
-    kind = d.pick(
-        ("longer", "longer", "shorter", "fewer dims", "more dims", "dtype", "None", "list", "word", "meta", "sparse")
-    )
-    if kind in ("longer", "shorter") and x.dim():
-        dim = d.random.randrange(x.dim())
-        if kind == "longer":
-            return torch.cat([x, x.narrow(dim, 0, 1) if x.shape[dim] else x.new_zeros(
-                [1 if i == dim else size for i, size in enumerate(x.shape)])], dim)  # fmt: skip
-        return x.narrow(dim, 0, x.shape[dim] - 1) if x.shape[dim] else x
-    if kind == "fewer dims":
-        return x.select(0, 0) if x.dim() and x.shape[0] else x.sum()
-    if kind == "more dims":
-        return x[None]
+    if x.dtype == torch.int32 and x.numel() and d.chance(0.5):
+        out_of_range = x.clone()
+        at = tuple(d.random.randrange(size) for size in x.shape)
+        out_of_range[at] = d.pick((-1, -2, 5, 64, 1000, 10**8, 2**28, 2**31 - 1, -(2**31)))
+        return out_of_range
+    kind = d.pick(("shape", "shape", "shape", "shape", "dtype", "None", "list", "word", "meta", "sparse"))
+    if kind == "shape":
+        return _of_another_shape(d, x)
     if kind == "dtype":
         of = [torch.int64, torch.complex64, torch.bool, torch.uint8]
         of += [torch.float32] if x.is_floating_point() and x.dtype != torch.float32 else [torch.float64]
         return x.to(d.pick(of))
-    if kind == "list":
-        return x.tolist()
-    if kind == "word":
-        return "q"
-    if kind == "meta":
-        return x.to("meta")
-    if kind == "sparse" and x.dim() and x.is_floating_point():
+    if kind == "sparse" and x.dim() and x.is_floating_point() and x.itemsize > 1:
         return x.to_sparse()
-    return None
+    return {"list": x.tolist(), "word": "q", "meta": x.to("meta")}.get(kind)
+
+
+def _of_another_shape(d: Draw, x: Tensor) -> Tensor:
+    """One entry more or less along a dimension, or a dimension more or less."""
+    kind = d.pick(("longer", "longer", "shorter", "fewer", "more")) if x.dim() else "more"
+    if kind == "more":
+        return x[None]
+    if kind == "fewer":
+        return x.select(0, 0) if x.shape[0] else x.new_zeros(x.shape[1:])
+    dim = d.random.randrange(x.dim())
+    if kind == "shorter" and x.shape[dim]:
+        return x.narrow(dim, 0, x.shape[dim] - 1)
+    again = x.narrow(dim, 0, 1) if x.shape[dim] else x.new_zeros([1 if i == dim else n for i, n in enumerate(x.shape)])
+    return torch.cat([x, again], dim)
 
 
 def _bad_value(d: Draw, value: Any) -> Any:
@@ -86,6 +90,7 @@ def _bad_value(d: Draw, value: Any) -> Any:
 
 def _shown(x: Any) -> str:
     if isinstance(x, Tensor):
-        return f"{x.dtype} {list(x.shape)} on {x.device}, {x.layout}"
+        values = f" {x.tolist()}" if x.dtype == torch.int32 and x.is_cpu and x.numel() <= 40 else ""
+        return f"{x.dtype} {list(x.shape)} on {x.device}, {x.layout}{values}"
     text = repr(x)
     return text if len(text) < 60 else f"{text[:50]}..."

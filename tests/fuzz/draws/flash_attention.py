@@ -134,7 +134,7 @@ def _poison(d: Draw, a: dict[str, Any], sizes: dict[str, int], packed: bool) -> 
     if packed:
         rest = [a[name].shape[0] - int(a[f"cu_seqlens_{name}"][-1]) for name in ("q", "k")]
         for name, extra in zip("qkv", (rest[0], rest[1], rest[1]), strict=True):
-            if extra and d.chance(0.5) and "strides [0" not in d.notes[name]:
+            if extra and d.chance(0.5) and 0 not in a[name].stride():
                 a[name][-extra:] = float("nan")
         return any(rest)
     if (
@@ -164,7 +164,7 @@ def _with_dropout(d: Draw, case: Case, sizes: dict[str, int]) -> None:
     with torch.no_grad():
         weights = case.run({**a, "v": units})["out"]
     # Survivors weigh 1 / (1 - p) as much, the others nothing.
-    factors = torch.where(weights.double() > 0.0, 1.0 / (1.0 - a["dropout_p"]), 0.0)
+    factors = (weights > 0.0).double() / (1.0 - a["dropout_p"])
     inner = case.oracle
 
     def with_factors(args: dict[str, Any]) -> dict[str, Tensor]:

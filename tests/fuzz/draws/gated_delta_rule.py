@@ -42,7 +42,7 @@ def draw(d: Draw) -> Case:
         a["scale"] = d.pick((1.0, 0.5, 0.0, -1.0, 2))
     shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
     if form == "step":
-        state(d, a, "state", shape, dtype, but=("expanded", "negated", "conjugated"))
+        state(d, a, "state", shape, dtype, but=("expanded",))
     elif d.chance(0.4):
         state(d, a, "initial_state", shape, dtype)
     of_state = torch.float64 if dtype == torch.float64 else torch.float32

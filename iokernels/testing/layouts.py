@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from iokernels.testing.poison import poison_
+from .poison import poison_
 
 _GUARD = 64
 """Elements before and after a tensor. A multiple of 64 keeps the alignment that the allocator gives."""
@@ -32,6 +32,7 @@ def in_order(x: Tensor, order: list[int], *, last: int = 1, gap: int = 0, offset
 
 
 def contiguous(x: Tensor, r: random.Random) -> Tensor:
+    """Row-major, aligned as the allocator does."""
     return in_order(x, list(range(x.dim())))
 
 
@@ -96,7 +97,7 @@ def conjugated(x: Tensor, r: random.Random) -> Tensor:
     return torch.complex(torch.full_like(x, float("nan")), -x).conj().imag
 
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Layout] = {  # by name; each takes a tensor and what it draws its gaps and orders from
     layout.__name__: layout
     for layout in (
         contiguous, offset, padded, strided, heads_last, permuted, turned, expanded, negated, conjugated

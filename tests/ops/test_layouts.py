@@ -1,0 +1,107 @@
+"""A result never depends on how its arguments lie in memory: strides, offsets, gaps, expansion and the bits of views.
+
+Every path of every operator (:mod:`.layout_paths`) is called with layouts that hypothesis draws for each argument, and
+once more with equal tensors that are contiguous.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iokernels.runtime import emulator
+from iokernels.testing.layouts import LAYOUTS, storage_of, written_elsewhere
+
+from .backends import CUDA
+from .layout_paths import PATHS, Path
+
+EXAMPLES = {"torch": 5, "triton": 2, "cuda": 1}
+LIMIT = {torch.float32: 2e-5, torch.float16: 4e-3}
+"""Of the largest element. Two paths may take a sum in two orders; none may take another element."""
+
+_RUNS = [
+    pytest.param(path, backend, id=f"{path}-{backend}", marks=CUDA.marks if backend == "cuda" else ())
+    for path in PATHS
+    for backend in path.backends
+]
+
+
+@pytest.mark.parametrize(("path", "backend"), _RUNS)
+def test_a_result_does_not_depend_on_the_layout(path: Path, backend: str) -> None:
+    @settings(
+        max_examples=EXAMPLES[backend], deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(data=st.data())
+    def holds(data: st.DataObject) -> None:
+        torch.manual_seed(0)
+        dtype = torch.float16 if backend == "cuda" else torch.float32
+        plain = {name: _cast(x, dtype) for name, x in path.arguments().items()}
+        laid_out = {name: _lay_out(path, data, name, x) for name, x in plain.items()}
+        # Expanding changes values; the others must not, and this copy has whatever they are now.
+        plain = {name: _copy(x) for name, x in laid_out.items()}
+        before = {name: storage_of(x) for name, x in laid_out.items() if isinstance(x, Tensor)}
+        with emulator.warp_order(0):
+            found, expected = (_results(path, backend, arguments) for arguments in (laid_out, plain))
+        for name, x in expected.items():
+            _close(name, found[name], x, LIMIT[dtype])
+        for name, bytes_before in before.items():
+            if name in path.writes:
+                assert not written_elsewhere(laid_out[name], bytes_before), f"wrote beside {name}"
+            else:
+                assert torch.equal(storage_of(laid_out[name]), bytes_before), f"modified {name}"
+
+    holds()
+
+
+def _lay_out(path: Path, data: st.DataObject, name: str, x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    layouts = [n for n in LAYOUTS if not (n == "expanded" and (name in path.writes or not x.is_floating_point()))]
+    if path.operator == "linear_attention_step" and name == "state":
+        layouts = ["contiguous", "offset"]  # it must be contiguous
+    layout = data.draw(st.sampled_from(layouts), label=name)
+    return LAYOUTS[layout](x, random.Random(data.draw(st.integers(0, 3), label=f"gaps of {name}")))
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+
+
+def _copy(x: Any) -> Any:
+    return x.resolve_neg().clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
+
+
+def _results(path: Path, backend: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """What a call gives, what it writes, and the gradients of its sum of squares."""
+    leaves = {}
+    if path.gradients:
+        differentiable = ("q", "k", "v", "bias", "sinks", "u", "x", "weight", "gates", "recurrent", "beta", "skip",
+                          "initial_state", "log_decay", "pre_gate", "post_gate")  # fmt: skip
+        leaves = {n: arguments[n].detach().requires_grad_() for n in differentiable if n in arguments}
+    with torch.set_grad_enabled(path.gradients):
+        found = path.call(**{**arguments, **leaves}, backend=backend)
+    outputs = [] if found is None else [found] if isinstance(found, Tensor) else list(found)
+    results = {f"result {i}": x.detach() for i, x in enumerate(outputs)}
+    if leaves:
+        loss = sum(torch.where(x.isfinite(), x, 0.0).float().square().sum() for x in outputs)
+        assert isinstance(loss, Tensor)
+        pulled: Iterable[Tensor] = torch.autograd.grad(loss, list(leaves.values()))
+        results |= {f"gradient of {name}": x for name, x in zip(leaves, pulled, strict=True)}
+    return results | {name: arguments[name] for name in path.writes}
+
+
+def _close(name: str, found: Tensor, expected: Tensor, limit: float) -> None:
+    found, expected = found.detach().double(), expected.detach().double()
+    finite = expected.isfinite()
+    assert torch.equal(finite, found.isfinite()), f"{name} is finite elsewhere"
+    error = (torch.where(finite, found - expected, 0.0)).abs().max().item()
+    largest = torch.where(finite, expected, 0.0).abs().max().item()
+    assert error <= limit * largest, f"{name} differs by {error:.3g}; its largest element is {largest:.3g}"
