@@ -9,7 +9,7 @@ from torch import Tensor
 
 from iokernels.testing.layouts import storage_of
 
-from .case import Case, Wrong, outcome_is_named, prove, short
+from .case import Case, Refused, Wrong, outcome_is_named, prove, short
 from .draw import Draw
 
 
@@ -21,7 +21,10 @@ def prove_wrong_call(case: Case, d: Draw) -> None:
     """
     name = d.pick([n for n in case.args if n not in ("return_lse", "backend", *case.sound)])
     value = case.args[name]
-    bad = _bad_tensor(d, value) if isinstance(value, Tensor) else _bad_value(d, value)
+    if name in case.writes and d.chance(0.4) and max(value.shape, default=0) > 1:
+        bad = _expanded(d, value)
+    else:
+        bad = _bad_tensor(d, value) if isinstance(value, Tensor) else _bad_value(d, value)
     case.args[name] = bad
     case.notes[name] = f"{_shown(bad)}, wrong"
     case.gradients = ()
@@ -39,7 +42,7 @@ def prove_wrong_call(case: Case, d: Draw) -> None:
     # Accepted: then it has to be right.
     try:
         prove(case, d.generator, twice=False)
-    except Wrong:
+    except (Wrong, Refused):
         raise
     except Exception as error:
         raise Wrong(f"{name} is accepted, and the formula has no result for it ({short(error)})") from error
@@ -65,6 +68,12 @@ def _bad_tensor(d: Draw, x: Tensor) -> Any:
     if kind == "sparse" and x.dim() and x.is_floating_point() and x.itemsize > 1:
         return x.to_sparse()
     return {"list": x.tolist(), "word": "q", "meta": x.to("meta")}.get(kind)
+
+
+def _expanded(d: Draw, x: Tensor) -> Tensor:
+    """x with several elements at one address, where nothing can be written."""
+    dim = d.pick([dim for dim, size in enumerate(x.shape) if size > 1])
+    return x.narrow(dim, 0, 1).clone().expand_as(x)
 
 
 def _of_another_shape(d: Draw, x: Tensor) -> Tensor:

@@ -49,7 +49,14 @@ def test_a_result_does_not_depend_on_the_layout(path: Path, backend: str) -> Non
         plain = {name: _copy(x) for name, x in laid_out.items()}
         before = {name: storage_of(x) for name, x in laid_out.items() if isinstance(x, Tensor)}
         with emulator.warp_order(0):
-            found, expected = (_results(path, backend, arguments) for arguments in (laid_out, plain))
+            expected = _results(path, backend, plain)
+            try:
+                found = _results(path, backend, laid_out)
+            except ValueError as error:
+                # A tensor that is written to may be refused for its negative bit, and for nothing else.
+                if any(laid_out[name].is_neg() and name in str(error) for name in path.writes):
+                    return
+                raise
         for name, x in expected.items():
             _close(name, found[name], x, LIMIT[dtype])
         for name, bytes_before in before.items():
