@@ -87,7 +87,7 @@ def negated(x: Tensor, r: random.Random) -> Tensor:
     """A view whose negative bit is set: what lies in memory is ``-x``."""
     if not x.is_floating_point() or x.itemsize == 1:  # PyTorch negates no eight-bit numbers
         return contiguous(x, r)
-    return torch._neg_view(contiguous(-x, r))
+    return torch._neg_view(contiguous(-x, r))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def conjugated(x: Tensor, r: random.Random) -> Tensor:

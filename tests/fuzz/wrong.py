@@ -21,7 +21,10 @@ def prove_wrong_call(case: Case, d: Draw) -> None:
     """
     name = d.pick([n for n in case.args if n not in ("return_lse", "backend", *case.sound)])
     value = case.args[name]
-    if name in case.writes and d.chance(0.4) and max(value.shape, default=0) > 1:
+    twins = [n for n in case.writes if n != name and name in case.writes and case.args[n].shape == value.shape]
+    if twins and d.chance(0.2):
+        bad = case.args[twins[0]]  # two names for one tensor that is written to
+    elif name in case.writes and d.chance(0.4) and max(value.shape, default=0) > 1:
         bad = _expanded(d, value)
     else:
         bad = _bad_tensor(d, value) if isinstance(value, Tensor) else _bad_value(d, value)

@@ -1,4 +1,4 @@
-"""One call for each path that an operator can take, with contiguous tensors: :mod:`.test_layouts` lays them out anew."""
+"""One call for each path that an operator can take, with contiguous tensors: :mod:`.test_layouts` lays them out."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _() -> dict[str, Any]:
 
 def _sparse(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, sink: Tensor, window: Tensor, backend: str,
-    **more: Tensor,
+    **more: Any,
 ) -> Any:  # fmt: skip
     keys = k.shape[2] if "block_table" not in more else more["block_table"].shape[1] * k.shape[2]
     index = BlockIndex(indices, counts, 16, 8, sink, window, q.shape[2], keys)

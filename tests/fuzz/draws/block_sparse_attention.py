@@ -42,6 +42,8 @@ def draw(d: Draw) -> Case:
     a["return_lse"] = True
     differentiable = backend == "reference" or not cached
     wanted = tuple(n for n in "qkv" if d.chance(0.85)) if differentiable and d.chance(0.6) else ()
+    if not wanted and d.chance(0.1):
+        d.spoil_a_row("q", a["q"])
     return Case(
         "block_sparse_attention", run, oracle.sparse, a, d.notes, dtype,
         {"out": dtype, "lse": torch.float64 if dtype == torch.float64 else torch.float32},

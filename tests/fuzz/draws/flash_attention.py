@@ -137,18 +137,8 @@ def _poison(d: Draw, a: dict[str, Any], sizes: dict[str, int], packed: bool) -> 
             if extra and d.chance(0.5) and 0 not in a[name].stride():
                 a[name][-extra:] = float("nan")
         return any(rest)
-    if (
-        d.chance(0.12)
-        and not a.get("dropout_p")
-        and sizes["B"] * sizes["Nq"] > 1
-        and 0 not in a["q"].stride()
-        and a["q"].numel()
-    ):
-        row = d.random.randrange(sizes["Nq"])
-        a["q"][d.random.randrange(sizes["B"]), d.random.randrange(sizes["Hq"]), row] = d.pick(
-            (float("nan"), float("nan"), float("inf"))
-        )
-        d.notes["q"] += f", row {row} of one head NaN or inf"
+    if d.chance(0.12) and not a.get("dropout_p"):
+        d.spoil_a_row("q", a["q"])
     return False
 
 

@@ -44,7 +44,7 @@ def delta(a: dict[str, Any]) -> dict[str, Tensor]:
             else:
                 kept = decay[i:j].transpose(0, 1) if packed else decay[s]
         state = q.new_zeros(v.shape[1], q.shape[-1], v.shape[-1]) if initial is None else initial[s]
-        out, state = walk(a, *own, kept, state)
+        out, state = walk(a, own[0], own[1], own[2], own[3], kept, state)
         outs.append(out.transpose(0, 1) if packed else out)
         states.append(state)
     state = torch.stack(states) if states else q.new_zeros(0, v.shape[1], q.shape[-1], v.shape[-1])
