@@ -170,7 +170,7 @@ def _() -> dict[str, Any]:
     return {**_attention(4, 20, 20), "budget": 64}
 
 
-@path(iokernels.hip_attention, "searched")
+@path(iokernels.hip_attention, "searched", ("torch",))
 def _() -> dict[str, Any]:
     return {**_attention(4, 70, 70), "budget": 16, "sink": 4, "window": 8, "block_q": 32}
 
@@ -189,12 +189,12 @@ def _packed(tokens: int) -> dict[str, Any]:
 
 @path(iokernels.linear_attention, "plain", _ALL)
 def _() -> dict[str, Any]:
-    return {**_tokens(40), "return_state": True, "initial_state": torch.randn(2, 4, 8, 6)}
+    return {**_tokens(20), "return_state": True, "initial_state": torch.randn(2, 4, 8, 6)}
 
 
 @path(iokernels.linear_attention, "decay-a-head", _ALL)
 def _() -> dict[str, Any]:
-    return {**_tokens(40), "log_decay": -torch.rand(4)}
+    return {**_tokens(20), "log_decay": -torch.rand(4)}
 
 
 @path(iokernels.linear_attention, "decay-a-token")
@@ -204,7 +204,7 @@ def _() -> dict[str, Any]:
 
 @path(iokernels.linear_attention, "packed", _ALL)
 def _() -> dict[str, Any]:
-    return {**_packed(40), "log_decay": -torch.rand(40, 4), "initial_state": torch.randn(3, 4, 8, 6)}
+    return {**_packed(20), "log_decay": -torch.rand(20, 4), "initial_state": torch.randn(3, 4, 8, 6)}
 
 
 @path(iokernels.linear_attention_step, "one", gradients=False, writes=("state",))
@@ -214,13 +214,13 @@ def _() -> dict[str, Any]:
 
 @path(iokernels.gated_delta_rule, "dense")
 def _() -> dict[str, Any]:
-    more = {"beta": torch.rand(2, 4, 35), "log_decay": -torch.rand(2, 4, 35)}
-    return {**_tokens(35), **more, "initial_state": torch.randn(2, 4, 8, 6), "return_state": True}
+    more = {"beta": torch.rand(2, 4, 19), "log_decay": -torch.rand(2, 4, 19)}
+    return {**_tokens(19), **more, "initial_state": torch.randn(2, 4, 8, 6), "return_state": True}
 
 
 @path(iokernels.gated_delta_rule, "packed")
 def _() -> dict[str, Any]:
-    return {**_packed(35), "beta": torch.rand(35, 4), "log_decay": -torch.rand(4)}
+    return {**_packed(19), "beta": torch.rand(19, 4), "log_decay": -torch.rand(4)}
 
 
 @path(iokernels.gated_delta_rule_step, "two", gradients=False, writes=("state",))

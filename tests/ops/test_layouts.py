@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,12 +38,13 @@ def test_a_result_does_not_depend_on_the_layout(path: Path, backend: str) -> Non
     @settings(
         max_examples=EXAMPLES[backend], deadline=None, derandomize=True, database=None,
         suppress_health_check=[HealthCheck.too_slow],
+        phases=(Phase.explicit, Phase.generate),  # to shrink a failure of an interpreted kernel takes minutes
     )  # fmt: skip
     @given(data=st.data())
     def holds(data: st.DataObject) -> None:
         torch.manual_seed(0)
         dtype = torch.float16 if backend == "cuda" else torch.float32
-        plain = {name: _cast(x, dtype) for name, x in path.arguments().items()}
+        plain = {name: _cast(path, name, x, dtype) for name, x in path.arguments().items()}
         laid_out = {name: _lay_out(path, data, name, x) for name, x in plain.items()}
         # Expanding changes values; the others must not, and this copy has whatever they are now.
         plain = {name: _copy(x) for name, x in laid_out.items()}
@@ -78,8 +79,9 @@ def _lay_out(path: Path, data: st.DataObject, name: str, x: Any) -> Any:
     return LAYOUTS[layout](x, random.Random(data.draw(st.integers(0, 3), label=f"gaps of {name}")))
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+def _cast(path: Path, name: str, x: Any, dtype: torch.dtype) -> Any:
+    of_state = name == "initial_state" and path.operator in ("linear_attention", "flash_rnn")  # float32 always
+    return x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 and not of_state else x
 
 
 def _copy(x: Any) -> Any:
