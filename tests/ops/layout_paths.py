@@ -177,8 +177,8 @@ def _() -> dict[str, Any]:
 
 def _tokens(tokens: int, width: int = 8) -> dict[str, Any]:
     return {
-        "q": torch.randn(2, 2, tokens, width) / 3, "k": torch.nn.functional.normalize(torch.randn(2, 2, tokens, width)),
-        "v": torch.randn(2, 4, tokens, 6),
+        "q": torch.randn(2, 1, tokens, width) / 3, "k": torch.nn.functional.normalize(torch.randn(2, 1, tokens, width)),
+        "v": torch.randn(2, 2, tokens, 6),
     }  # fmt: skip
 
 
@@ -189,43 +189,43 @@ def _packed(tokens: int) -> dict[str, Any]:
 
 @path(iokernels.linear_attention, "plain", _ALL)
 def _() -> dict[str, Any]:
-    return {**_tokens(20), "return_state": True, "initial_state": torch.randn(2, 4, 8, 6)}
+    return {**_tokens(20), "return_state": True, "initial_state": torch.randn(2, 2, 8, 6)}
 
 
 @path(iokernels.linear_attention, "decay-a-head", _ALL)
 def _() -> dict[str, Any]:
-    return {**_tokens(20), "log_decay": -torch.rand(4)}
+    return {**_tokens(20), "log_decay": -torch.rand(2)}
 
 
 @path(iokernels.linear_attention, "decay-a-token")
 def _() -> dict[str, Any]:
-    return {**_tokens(9), "log_decay": -torch.rand(2, 4, 9), "normalize": True, "feature_map": "taylor"}
+    return {**_tokens(9), "log_decay": -torch.rand(2, 2, 9), "normalize": True}
 
 
 @path(iokernels.linear_attention, "packed", _ALL)
 def _() -> dict[str, Any]:
-    return {**_packed(20), "log_decay": -torch.rand(20, 4), "initial_state": torch.randn(3, 4, 8, 6)}
+    return {**_packed(20), "log_decay": -torch.rand(20, 2), "initial_state": torch.randn(3, 2, 8, 6)}
 
 
 @path(iokernels.linear_attention_step, "one", gradients=False, writes=("state",))
 def _() -> dict[str, Any]:
-    return {**_tokens(1), "state": torch.randn(2, 4, 8, 6), "log_decay": -torch.rand(2, 4, 1)}
+    return {**_tokens(1), "state": torch.randn(2, 2, 8, 6), "log_decay": -torch.rand(2, 2, 1)}
 
 
 @path(iokernels.gated_delta_rule, "dense")
 def _() -> dict[str, Any]:
-    more = {"beta": torch.rand(2, 4, 19), "log_decay": -torch.rand(2, 4, 19)}
-    return {**_tokens(19), **more, "initial_state": torch.randn(2, 4, 8, 6), "return_state": True}
+    more = {"beta": torch.rand(2, 2, 19), "log_decay": -torch.rand(2, 2, 19)}
+    return {**_tokens(19), **more, "initial_state": torch.randn(2, 2, 8, 6), "return_state": True}
 
 
 @path(iokernels.gated_delta_rule, "packed")
 def _() -> dict[str, Any]:
-    return {**_packed(19), "beta": torch.rand(19, 4), "log_decay": -torch.rand(4)}
+    return {**_packed(19), "beta": torch.rand(19, 2), "log_decay": -torch.rand(2)}
 
 
 @path(iokernels.gated_delta_rule_step, "two", gradients=False, writes=("state",))
 def _() -> dict[str, Any]:
-    return {**_tokens(2), "beta": torch.rand(2, 4, 2), "state": torch.randn(2, 4, 8, 6)}
+    return {**_tokens(2), "beta": torch.rand(2, 2, 2), "state": torch.randn(2, 2, 8, 6)}
 
 
 @path(iokernels.fft_conv, "short", _ALL)

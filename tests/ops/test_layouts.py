@@ -22,7 +22,9 @@ from iokernels.testing.layouts import LAYOUTS, storage_of, written_elsewhere
 from .backends import CUDA
 from .layout_paths import PATHS, Path
 
-EXAMPLES = {"torch": 5, "triton": 2, "cuda": 1}
+EXAMPLES = {"torch": 5, "triton": 2, "cuda": 2}
+_ORDER = ("strided", *(name for name in LAYOUTS if name != "strided"))
+"""The first is what hypothesis tries first, for all arguments at once."""
 LIMIT = {torch.float32: 2e-5, torch.float16: 4e-3}
 """Of the largest element. Two paths may take a sum in two orders; none may take another element."""
 
@@ -35,6 +37,8 @@ _RUNS = [
 
 @pytest.mark.parametrize(("path", "backend"), _RUNS)
 def test_a_result_does_not_depend_on_the_layout(path: Path, backend: str) -> None:
+    of_plain: dict[str, Tensor] = {}  # the results of the contiguous tensors, which most examples share
+
     @settings(
         max_examples=EXAMPLES[backend], deadline=None, derandomize=True, database=None,
         suppress_health_check=[HealthCheck.too_slow],
@@ -46,11 +50,12 @@ def test_a_result_does_not_depend_on_the_layout(path: Path, backend: str) -> Non
         dtype = torch.float16 if backend == "cuda" else torch.float32
         plain = {name: _cast(path, name, x, dtype) for name, x in path.arguments().items()}
         laid_out = {name: _lay_out(path, data, name, x) for name, x in plain.items()}
-        # Expanding changes values; the others must not, and this copy has whatever they are now.
-        plain = {name: _copy(x) for name, x in laid_out.items()}
         before = {name: storage_of(x) for name, x in laid_out.items() if isinstance(x, Tensor)}
+        # Expanding changes values: then the same call is made with what they are now.
+        same = all(torch.equal(x, laid_out[name]) for name, x in plain.items() if isinstance(x, Tensor))
         with emulator.warp_order(0):
-            expected = _results(path, backend, plain)
+            expected = of_plain if same else {}
+            expected |= expected or _results(path, backend, {name: _copy(x) for name, x in laid_out.items()})
             try:
                 found = _results(path, backend, laid_out)
             except ValueError as error:
@@ -72,11 +77,16 @@ def test_a_result_does_not_depend_on_the_layout(path: Path, backend: str) -> Non
 def _lay_out(path: Path, data: st.DataObject, name: str, x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
-    layouts = [n for n in LAYOUTS if not (n == "expanded" and (name in path.writes or not x.is_floating_point()))]
+    layouts = [n for n in _ORDER if n != "expanded" or _may_expand(path, name, x)]
     if path.operator == "linear_attention_step" and name == "state":
         layouts = ["contiguous", "offset"]  # it must be contiguous
     layout = data.draw(st.sampled_from(layouts), label=name)
     return LAYOUTS[layout](x, random.Random(data.draw(st.integers(0, 3), label=f"gaps of {name}")))
+
+
+def _may_expand(path: Path, name: str, x: Tensor) -> bool:
+    """Nothing can be written to an expanded tensor, and numbers that say where things lie stay as they are."""
+    return name not in path.writes and (x.is_floating_point() or bool((x == x.flatten()[0]).all()))
 
 
 def _cast(path: Path, name: str, x: Any, dtype: torch.dtype) -> Any:
