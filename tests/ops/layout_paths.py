@@ -58,7 +58,7 @@ def _() -> dict[str, Any]:
 
 @path(iokernels.flash_attention, "causal-groups", _ALL)
 def _() -> dict[str, Any]:
-    return {**_attention(4, 33, 33), "causal": True}
+    return {**_attention(4, 19, 19), "causal": True}
 
 
 @path(iokernels.flash_attention, "one-row", _ALL)
@@ -68,8 +68,8 @@ def _() -> dict[str, Any]:
 
 @path(iokernels.flash_attention, "every-option")
 def _() -> dict[str, Any]:
-    options = {"mask": torch.rand(2, 1, 9, 21) > 0.2, "bias": torch.randn(4, 9, 21), "sinks": torch.randn(4)}
-    return {**_attention(4, 9, 21), **options, "alibi_slopes": torch.rand(4), "window": (9, 3), "softcap": 20.0}
+    options = {"mask": torch.rand(2, 1, 9, 13) > 0.2, "bias": torch.randn(2, 9, 13), "sinks": torch.randn(2)}
+    return {**_attention(2, 9, 13), **options, "alibi_slopes": torch.rand(2), "window": (9, 3), "softcap": 20.0}
 
 
 @path(iokernels.flash_attention_varlen, "ragged", _ALL)
@@ -144,14 +144,14 @@ _sparse.__name__ = "block_sparse_attention"
 
 @path(_sparse, "lists")
 def _() -> dict[str, Any]:
-    lists = {"indices": torch.randint(0, 2, (2, 2, 3, 2), dtype=torch.int32).cumsum(-1, dtype=torch.int32)}
-    counts = torch.tensor([[[1, 0, -1], [2, 1, 1]], [[-1, 1, 1], [0, -1, 0]]], dtype=torch.int32)
+    lists = {"indices": torch.randint(0, 2, (2, 2, 2, 2), dtype=torch.int32).cumsum(-1, dtype=torch.int32)}
+    counts = torch.tensor([[[0, -1], [2, 1]], [[-1, 1], [1, -1]]], dtype=torch.int32)
     lists["indices"][..., 1] += 1
     heads = {"counts": counts, "sink": i32(1, 3), "window": i32(4, 0)}
     return {
-        "q": torch.randn(2, 4, 35, 8),
-        "k": torch.randn(2, 2, 37, 8),
-        "v": torch.randn(2, 2, 37, 6),
+        "q": torch.randn(2, 2, 20, 8),
+        "k": torch.randn(2, 2, 25, 8),
+        "v": torch.randn(2, 2, 25, 6),
         **lists,
         **heads,
     }
@@ -167,7 +167,7 @@ def _() -> dict[str, Any]:
 
 @path(iokernels.hip_attention, "everything")
 def _() -> dict[str, Any]:
-    return {**_attention(4, 20, 20), "budget": 64}
+    return {**_attention(2, 18, 18), "budget": 64}
 
 
 @path(iokernels.hip_attention, "searched", ("torch",))

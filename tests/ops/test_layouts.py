@@ -1,7 +1,7 @@
 """A result never depends on how its arguments lie in memory: strides, offsets, gaps, expansion and the bits of views.
 
-Every path of every operator (:mod:`.layout_paths`) is called with layouts that hypothesis draws for each argument, and
-once more with equal tensors that are contiguous.
+Every path of every operator (:mod:`.layout_paths`) is called with each argument in turn in each layout, then with
+layouts that hypothesis draws for all of them, and beside that with equal tensors that are contiguous.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from iokernels.testing.layouts import LAYOUTS, storage_of, written_elsewhere
 from .backends import CUDA
 from .layout_paths import PATHS, Path
 
-EXAMPLES = {"torch": 5, "triton": 2, "cuda": 2}
-_ORDER = ("strided", *(name for name in LAYOUTS if name != "strided"))
-"""The first is what hypothesis tries first, for all arguments at once."""
+EXAMPLES = {"torch": 8, "triton": 2, "cuda": 2}
+
+Results = dict[str, Tensor]
 LIMIT = {torch.float32: 2e-5, torch.float16: 4e-3}
 """Of the largest element. Two paths may take a sum in two orders; none may take another element."""
 
@@ -35,53 +35,74 @@ _RUNS = [
 ]
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if "torch" in path.backends], ids=str)
+def test_a_result_does_not_depend_on_the_layout_of_one_argument(path: Path) -> None:
+    """The others contiguous, as a path that asks for some of the tensors has it."""
+    of_plain: Results = {}
+    for name in _tensors(path):
+        for layout in _layouts(path, name):
+            _check(path, "torch", {name: (layout, 0)}, of_plain)
+
+
 @pytest.mark.parametrize(("path", "backend"), _RUNS)
 def test_a_result_does_not_depend_on_the_layout(path: Path, backend: str) -> None:
-    of_plain: dict[str, Tensor] = {}  # the results of the contiguous tensors, which most examples share
+    of_plain: Results = {}
+    layout = {
+        name: st.tuples(st.sampled_from(_layouts(path, name)), st.integers(0, 3)) for name in _tensors(path)
+    }  # fmt: skip
 
     @settings(
         max_examples=EXAMPLES[backend], deadline=None, derandomize=True, database=None,
         suppress_health_check=[HealthCheck.too_slow],
         phases=(Phase.explicit, Phase.generate),  # to shrink a failure of an interpreted kernel takes minutes
     )  # fmt: skip
-    @given(data=st.data())
-    def holds(data: st.DataObject) -> None:
-        torch.manual_seed(0)
-        dtype = torch.float16 if backend == "cuda" else torch.float32
-        plain = {name: _cast(path, name, x, dtype) for name, x in path.arguments().items()}
-        laid_out = {name: _lay_out(path, data, name, x) for name, x in plain.items()}
-        before = {name: storage_of(x) for name, x in laid_out.items() if isinstance(x, Tensor)}
-        # Expanding changes values: then the same call is made with what they are now.
-        same = all(torch.equal(x, laid_out[name]) for name, x in plain.items() if isinstance(x, Tensor))
-        with emulator.warp_order(0):
-            expected = of_plain if same else {}
-            expected |= expected or _results(path, backend, {name: _copy(x) for name, x in laid_out.items()})
-            try:
-                found = _results(path, backend, laid_out)
-            except ValueError as error:
-                # A tensor that is written to may be refused for its negative bit, and for nothing else.
-                if any(laid_out[name].is_neg() and name in str(error) for name in path.writes):
-                    return
-                raise
-        for name, x in expected.items():
-            _close(name, found[name], x, LIMIT[dtype])
-        for name, bytes_before in before.items():
-            if name in path.writes:
-                assert not written_elsewhere(laid_out[name], bytes_before), f"wrote beside {name}"
-            else:
-                assert torch.equal(storage_of(laid_out[name]), bytes_before), f"modified {name}"
+    @given(layouts=st.fixed_dictionaries(layout))
+    def holds(layouts: dict[str, tuple[str, int]]) -> None:
+        _check(path, backend, layouts, of_plain)
 
     holds()
 
 
-def _lay_out(path: Path, data: st.DataObject, name: str, x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    layouts = [n for n in _ORDER if n != "expanded" or _may_expand(path, name, x)]
+def _check(path: Path, backend: str, layouts: dict[str, tuple[str, int]], of_plain: Results) -> None:
+    """Call with the arguments laid out, and contiguous. ``of_plain`` keeps the results of the unchanged values."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if backend == "cuda" else torch.float32
+    plain = {name: _cast(path, name, x, dtype) for name, x in path.arguments().items()}
+    laid_out = dict(plain)
+    for name, (layout, gaps) in layouts.items():
+        laid_out[name] = LAYOUTS[layout](plain[name], random.Random(gaps))
+    before = {name: storage_of(x) for name, x in laid_out.items() if isinstance(x, Tensor)}
+    # Expanding changes values: then the same call is made with what they are now.
+    same = all(torch.equal(x, laid_out[name]) for name, x in plain.items() if isinstance(x, Tensor))
+    with emulator.warp_order(0):
+        expected = of_plain if same else {}
+        expected |= expected or _results(path, backend, {name: _copy(x) for name, x in laid_out.items()})
+        try:
+            found = _results(path, backend, laid_out)
+        except ValueError as error:
+            # A tensor that is written to may be refused for its negative bit, and for nothing else.
+            if any(laid_out[name].is_neg() and name in str(error) for name in path.writes):
+                return
+            raise
+    for name, x in expected.items():
+        _close(f"{name} with {layouts}", found[name], x, LIMIT[dtype])
+    for name, bytes_before in before.items():
+        if name in path.writes:
+            assert not written_elsewhere(laid_out[name], bytes_before), f"wrote beside {name} with {layouts}"
+        else:
+            assert torch.equal(storage_of(laid_out[name]), bytes_before), f"modified {name} with {layouts}"
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return {name: x for name, x in path.arguments().items() if isinstance(x, Tensor)}
+
+
+def _layouts(path: Path, name: str) -> list[str]:
+    """The layouts that an argument may have, the most unusual first: hypothesis begins with that of all arguments."""
     if path.operator == "linear_attention_step" and name == "state":
-        layouts = ["contiguous", "offset"]  # it must be contiguous
-    layout = data.draw(st.sampled_from(layouts), label=name)
-    return LAYOUTS[layout](x, random.Random(data.draw(st.integers(0, 3), label=f"gaps of {name}")))
+        return ["contiguous", "offset"]  # it must be contiguous
+    found = ["strided", *(layout for layout in LAYOUTS if layout != "strided")]
+    return found if _may_expand(path, name, _tensors(path)[name]) else [n for n in found if n != "expanded"]
 
 
 def _may_expand(path: Path, name: str, x: Tensor) -> bool:
@@ -98,7 +119,7 @@ def _copy(x: Any) -> Any:
     return x.resolve_neg().clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
 
 
-def _results(path: Path, backend: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _results(path: Path, backend: str, arguments: dict[str, Any]) -> Results:
     """What a call gives, what it writes, and the gradients of its sum of squares."""
     leaves = {}
     if path.gradients:
