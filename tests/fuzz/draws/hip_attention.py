@@ -83,6 +83,7 @@ def _room_for_all(d: Draw, a: dict[str, Any], keys: int) -> None:
         a["budget"] += a["window"]
     for name in ("budget", "sink", "window"):
         a[name] += d.pick((0, 0, 0, 1, 100))
+    a["budget"] = max(a["budget"], 8)  # a block of keys
 
 
 def _exact(d: Draw, a: dict[str, Any], dtype: torch.dtype) -> Case:
