@@ -6,9 +6,11 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CASES = $(shell $(BIN)/python -c 'from iokernels.bench.cases import CASES; print(*CASES)')
+OPERATORS = $(shell $(BIN)/python -c 'from iokernels.bench.cases import CASES; print(*CASES)')
+CASES ?= 10000
+SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: help setup demo test lint format type bench cubins dist clean
+.PHONY: help setup demo test fuzz lint format type bench cubins dist clean
 .DELETE_ON_ERROR:
 
 help: ## what there is to make
@@ -30,12 +32,17 @@ $(READY): pyproject.toml constraints/ci.txt
 
 demo: $(READY) ## prove every operator on this machine, time each, train a small language model
 	$(BIN)/iokernels check
-	for case in $(CASES); do $(BIN)/iokernels bench $$case --suite quick --seconds 0.2 || exit 1; done
+	for case in $(OPERATORS); do $(BIN)/iokernels bench $$case --suite quick --seconds 0.2 || exit 1; done
 	$(BIN)/python docs/examples/language_model.py --mixer flash --short
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: export IOKERNELS_EMULATE_ORDERS ?= 1
+fuzz: $(READY) ## drawn calls of every operator and backend against their formulas: CASES=10000 SEED=... WORKERS=2
+	$(BIN)/python -m pytest tests/fuzz/test_fuzz.py -q -n $(WORKERS) --cases $(CASES) --seed $(SEED) $(ARGS)
 
 lint: $(READY) ## style, without changing a file
 	$(BIN)/ruff check .
@@ -49,7 +56,7 @@ type: $(READY) ## static types
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: $(READY) ## time every operator against what else is installed
-	for case in $(CASES); do $(BIN)/iokernels bench $$case || exit 1; done
+	for case in $(OPERATORS); do $(BIN)/iokernels bench $$case || exit 1; done
 
 cubins: $(READY) ## compile every CUDA kernel for every architecture; the report is docs/guides/cubins.md
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/iokernels cubins --md docs/guides/cubins.md

@@ -1,0 +1,60 @@
+"""The roundings of a kernel, played on an oracle: intermediate values that stray by about a unit roundoff."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Jitter:
+    """What an oracle applies to the values that kernels round. With the unit 0 it changes nothing.
+
+    Args:
+        unit: roundoff of the dtype in which weights, states and outputs meet a product.
+        single: of the dtype in which scores and sums are kept: float32, or float64.
+    """
+
+    def __init__(self, unit: float = 0.0, single: float = 0.0, generator: torch.Generator | None = None) -> None:
+        self.unit, self.single, self.generator = unit, single, generator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x as it is rounded where it meets a product."""
+        return self._by(x, self.unit)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """x as it is rounded where it is a sum."""
+        return self._by(x, self.single)
+
+    def weighed(self, weights: Tensor, lse: Tensor) -> Tensor:
+        """``exp(score - lse)`` as it is rounded, and as it is made again from an lse of many digits."""
+        if not self.unit:
+            return weights
+        size = torch.where(lse.detach().isfinite(), lse.detach().abs(), 0.0)[..., None]
+        return self(weights) * (1.0 + self.single * size * self._noise(size.shape))
+
+    def cancelled(self, scores: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+        """``out``, and a backward pass whose gradient of the scores carries the roundings of what cancels in it.
+
+        ``dS = P (dP - dO . out)``: the formula's sum over a row is 0, but a backward pass takes out as it was rounded.
+        """
+        if not self.unit or not scores.requires_grad or not out.requires_grad:
+            return out
+        incoming: list[Tensor] = []
+        magnitude, weights = out.detach().abs(), weights.detach()
+
+        def astray(gradient: Tensor) -> Tensor:
+            if not incoming:
+                return gradient
+            row = (incoming[0].abs() * magnitude).sum(-1, keepdim=True)
+            noise = self._noise(row.shape) + 0.5 * self._noise(weights.shape)
+            return gradient + self.unit * noise * weights * row
+
+        out.register_hook(incoming.append)
+        scores.register_hook(astray)
+        return out
+
+    def _noise(self, shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def _by(self, x: Tensor, unit: float) -> Tensor:
+        return x * (1.0 + unit * self._noise(x.shape)) if unit else x
