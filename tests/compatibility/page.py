@@ -9,7 +9,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "guides" / "torch_compatibility.md"
 
 
 def cells(heading: str) -> list[tuple[str, str, str]]:
-    """(row, column, what the page says) of every cell of the table under ``## heading``, without emphasis and code marks."""
+    """(row, column, what the page says) of every cell of the table under ``## heading``, without marks."""
     section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line.strip().strip("|") for line in section.splitlines() if line.startswith("|")]
     head, _, *rows = [[re.sub(r"[`*]", "", cell).strip() for cell in line.split("|")] for line in lines]

@@ -142,7 +142,7 @@ OPERATORS: dict[str, Operator] = {
             beta.sigmoid(),
             backend=b,
         ),
-    ),  # fmt: skip
+    ),
     "fft_conv": Operator(randn((B, 3, N), (3, 8)), lambda b, u, k: io.fft_conv(u, k, backend=b)),
     "short_conv": Operator(randn((B, 3, N), (3, 4)), lambda b, x, w: io.short_conv(x, w, backend=b)),
     "flash_rnn": Operator(
