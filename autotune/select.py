@@ -7,22 +7,25 @@ kernel first runs on a GPU model; what was found is remembered by problem.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from iokernels.runtime.device import DeviceSpec
+from iokernels.runtime.scoped import Scoped
 
 from . import tables
 from .tunable import Tunable
 
 C = TypeVar("C")
 
-_overrides: dict[str, Any] = {}
-_watched: dict[str, object] | None = None
+_overrides: Scoped[dict[str, Any]] = Scoped({}, combine=lambda none, given: reduce(operator.or_, given, none))
+_watched: Scoped[dict[str, object] | None] = Scoped(None)
 _tunables: list[Tunable[Any]] = []
 _tables: dict[tuple[str, str, str, Any], tables.Table | None] = {}
 
@@ -35,15 +38,11 @@ def override(**configs: object) -> Iterator[None]:
     >>> with override(flash_attention_fwd=Config(block_m=64, block_n=32, num_warps=4, num_stages=2)):
     ...     ...
 
-    The setting belongs to the process, not to the thread. Inner overrides win.
+    The setting belongs to the process, not to the thread. Of overrides of one kernel the one entered last wins, in
+    whichever order they end.
     """
-    global _overrides
-    outer = _overrides
-    _overrides = {**outer, **configs}
-    try:
+    with _overrides.set(configs):
         yield
-    finally:
-        _overrides = outer
 
 
 @contextmanager
@@ -52,12 +51,9 @@ def watch() -> Iterator[dict[str, object]]:
 
     The setting belongs to the process, not to the thread. Of nested ones the innermost sees the launches.
     """
-    global _watched
-    outer, _watched = _watched, {}
-    try:
-        yield _watched
-    finally:
-        _watched = outer
+    seen: dict[str, object] = {}
+    with _watched.set(seen):
+        yield seen
 
 
 def select(tunable: Tunable[C], problem: Any, device: DeviceSpec, config: C | None = None) -> C:
@@ -67,14 +63,14 @@ def select(tunable: Tunable[C], problem: Any, device: DeviceSpec, config: C | No
     default's, so that the bits are the same on machines with different tables. ``config`` and overrides are obeyed.
     """
     if config is None:
-        config = _overrides.get(tunable.kernel)
+        config = _overrides.value.get(tunable.kernel)
     if config is None:
         key = (device.slug, torch.are_deterministic_algorithms_enabled(), problem)
         config = tunable.chosen.get(key)
         if config is None:
             config = tunable.chosen[key] = _choose(tunable, problem, device, deterministic=key[1])
-    if _watched is not None:
-        _watched[tunable.kernel] = config
+    if _watched.value is not None:
+        _watched.value[tunable.kernel] = config
     return config
 
 

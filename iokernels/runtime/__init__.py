@@ -7,5 +7,6 @@
 ``once``          what a second derivative meets
 ``plans``         remembering what validation made of a call
 ``transforms``    what ``torch.func`` and forward-mode differentiation ask of a call
+``scoped``        settings that contexts change, in whichever order they end
 ``registration``  operators as ``torch.library`` entries
 """

@@ -165,14 +165,15 @@ class Contract:
         if not ok or not all(_is_integer(side) for side in window):
             raise TypeError(f"{self.operator}: window is {shown(window)}; it must be None or two ints, (left, right)")
         left, right = (side if isinstance(side, torch.SymInt) else int(side) for side in window)
-        self.require(
-            left >= -1 and right >= -1,
-            f"window is {shown(tuple(window))}; each side must be at least 0, or -1 for unbounded",
-        )
-        self.require(
-            left < _INT64 and right < _INT64,
-            f"window is {shown(tuple(window))}; each side must be below 2^63: -1 is unbounded",
-        )
+        # Not require(): torch.compile would have to trace the messages.
+        if left < -1 or right < -1:
+            raise ValueError(
+                f"{self.operator}: window is {shown(tuple(window))}; each side must be at least 0, or -1 for unbounded"
+            )
+        if left >= _INT64 or right >= _INT64:
+            raise ValueError(
+                f"{self.operator}: window is {shown(tuple(window))}; each side must be below 2^63: -1 is unbounded"
+            )
         # No sequence is as long as the widest windows, and kernels add sides to positions.
         left, right = (-1 if isinstance(side, int) and side >= 2**31 - 1 else side for side in (left, right))
         return left, right  # pyright: ignore[reportReturnType]

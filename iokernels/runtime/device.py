@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .environment import switch
+from .scoped import Scoped
 
 
 @dataclass(frozen=True)
@@ -130,24 +131,20 @@ def current(index: int | None = None) -> DeviceSpec | None:
     )
 
 
-_assumed: DeviceSpec | None = None
+_assumed: Scoped[DeviceSpec | None] = Scoped(None)
 
 
 @contextmanager
 def assume(spec: DeviceSpec) -> Iterator[None]:
     """Choose launch parameters as on ``spec`` inside, whatever the machine has."""
-    global _assumed
-    outer, _assumed = _assumed, spec
-    try:
+    with _assumed.set(spec):
         yield
-    finally:
-        _assumed = outer
 
 
 def spec_of(device: torch.device) -> DeviceSpec:
     """The model to choose launch parameters for: that of ``device``, or an H100 in the interpreter, where any do."""
-    if _assumed is not None:
-        return _assumed
+    if _assumed.value is not None:
+        return _assumed.value
     return (current(device.index) if device.type == "cuda" else None) or named("h100-sxm")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from .errors import UnsupportedError
+from .scoped import Scoped
 from .transforms import derivative
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
@@ -24,30 +25,27 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = {"cuda": ("triton", "torch")}
 Refusal = Callable[[], str | None]
 """Returns why a backend cannot run a call, as the end of a sentence, or None when it can."""
 
-# A module attribute, not a context variable: torch.compile guards on it, so a compiled function notices a change.
-_override: str | None = None
+_override: Scoped[str | None] = Scoped(None)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator called inside on the backend ``name``, unless the call names its own.
 
-    The setting belongs to the process, not to the thread. An operator that cannot run there raises
+    The setting belongs to the process, not to the thread: compiled code and the threads of a backward pass or a data
+    loader have to see it. Of several the one entered last counts, in whichever order they end; each ends its own
+    alone. A thread that wants a backend for itself names it in the call. An operator that cannot run there raises
     :class:`~iokernels.UnsupportedError`; nothing falls back.
     """
-    global _override
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name is {name!r}; it must be one of {', '.join(BACKENDS)}")
-    outer, _override = _override, name
-    try:
+    with _override.set(name):
         yield
-    finally:
-        _override = outer
 
 
 def requested(backend: str | None) -> str | None:
     """The backend that the call or an enclosing :func:`use_backend` names, if any."""
-    return _override if backend is None else backend
+    return _override.value if backend is None else backend
 
 
 def choose(operator: str, backend: str | None, device_type: str, refusals: Mapping[str, Refusal]) -> str:

@@ -27,6 +27,7 @@ from . import artifacts, environment
 from .device import cxx
 from .errors import KernelCompileError, KernelFault, KernelLaunchError, UnsupportedError
 from .launch import Argument, CudaKernel, Int64, extents
+from .scoped import Scoped
 
 __all__ = ["Counted", "Emulated", "Moved", "built", "warp_order", "watch"]
 
@@ -40,7 +41,8 @@ SANITIZERS = os.environ.get("IOKERNELS_EMULATE_SANITIZE", "").strip()
 _seed = environment.number("IOKERNELS_EMULATE_SEED", 0)
 _seeds = range(_seed, _seed + environment.number("IOKERNELS_EMULATE_ORDERS", 1, least=1))
 """The orders in which a launch runs, one after another. Each must leave the same bits."""
-_watched: list[Counted] | None = None
+_order: Scoped[range | None] = Scoped(None)
+_watched: Scoped[list[Counted] | None] = Scoped(None)
 _running = threading.Lock()
 
 
@@ -67,23 +69,16 @@ def warp_order(seed: int) -> Iterator[None]:
     """Let blocks, warps and lanes take turns in the order of ``seed`` inside, and in no other; elsewhere in as many
     orders as ``IOKERNELS_EMULATE_ORDERS`` says (1) from ``IOKERNELS_EMULATE_SEED`` (0) on. The setting belongs to the
     process."""
-    global _seeds
-    outer, _seeds = _seeds, range(seed, seed + 1)
-    try:
+    with _order.set(range(seed, seed + 1)):
         yield
-    finally:
-        _seeds = outer
 
 
 @contextmanager
 def watch() -> Iterator[list[Counted]]:
     """Collect what every launch inside moved. The setting belongs to the process; the innermost one sees them."""
-    global _watched
-    outer, _watched = _watched, []
-    try:
-        yield _watched
-    finally:
-        _watched = outer
+    counted: list[Counted] = []
+    with _watched.set(counted):
+        yield counted
 
 
 class _Index(ctypes.Structure):
@@ -165,20 +160,21 @@ class Emulated:
         )
         with _running:
             self._in_every_order(launch, packed, report)
-        if _watched is not None:
+        if _watched.value is not None:
             moved = {
                 label: Moved(packed[i].read, packed[i].written, packed[i].updated)
                 for i, (label, value) in enumerate(args.items())
                 if isinstance(value, Tensor)
             }
-            _watched.append(Counted(name, (x, y, z), moved))
+            _watched.value.append(Counted(name, (x, y, z), moved))
 
     def _in_every_order(self, launch: _Launch, arguments: ctypes.Array[_Argument], report: Any) -> None:
         """Run the launch; where several orders are asked for, each from the same memory, to leave the same bits."""
-        several = len(_seeds) > 1
+        seeds = _order.value or _seeds
+        several = len(seeds) > 1
         before = _memory(arguments) if several else {}
         first: dict[int, bytes] = {}
-        for seed in _seeds:
+        for seed in seeds:
             if first:
                 for i, held in before.items():
                     ctypes.memmove(arguments[i].data, held, len(held))
@@ -193,7 +189,7 @@ class Emulated:
                     byte = next(b for b, (one, other) in enumerate(zip(held, left[i], strict=True)) if one != other)
                     raise KernelFault(
                         f"kernel {self.kernel.name}: what it leaves in {arguments[i].name.decode()} depends on the "
-                        f"order of blocks, warps and lanes: byte {byte} differs between seeds {_seeds[0]} and {seed}"
+                        f"order of blocks, warps and lanes: byte {byte} differs between seeds {seeds[0]} and {seed}"
                     )
 
 

@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from iokernels.runtime.scoped import Scoped
+
 __all__ = ["active", "install", "shuffled_blocks"]
 
 
@@ -72,13 +74,27 @@ def shuffled_blocks(seed: int) -> Iterator[None]:
     """
     if not active():
         raise RuntimeError("only interpreted kernels have an order: set TRITON_INTERPRET=1 before Triton is imported")
+    with _shuffled.set(random.Random(seed)):
+        yield
+
+
+@functools.cache
+def _true_order() -> tuple[Callable[..., None], Callable[..., None]]:
+    from triton.runtime import interpreter
+
+    return interpreter.interpreter_builder.set_grid_dim, interpreter.interpreter_builder.set_grid_idx
+
+
+def _shuffle(numbers: random.Random | None) -> None:
+    """Have the interpreter take blocks in an order by these random numbers; in that of the grid if None."""
     from triton.runtime import interpreter
 
     builder: Any = interpreter.interpreter_builder
-    set_grid, set_block = builder.set_grid_dim, builder.set_grid_idx
-    numbers, order = random.Random(seed), list[int]()
+    set_grid, set_block = _true_order()
+    order = list[int]()
 
     def set_shuffled_grid(*grid: int) -> None:
+        assert numbers is not None
         order[:] = range(grid[0] * grid[1] * grid[2])
         numbers.shuffle(order)
         set_grid(*grid)
@@ -88,11 +104,13 @@ def shuffled_blocks(seed: int) -> Iterator[None]:
         rest, z = divmod(order[(x * ny + y) * nz + z], nz)
         set_block(*divmod(rest, ny), z)
 
-    builder.set_grid_dim, builder.set_grid_idx = set_shuffled_grid, set_shuffled_block
-    try:
-        yield
-    finally:
+    if numbers is None:
         builder.set_grid_dim, builder.set_grid_idx = set_grid, set_block
+    else:
+        builder.set_grid_dim, builder.set_grid_idx = set_shuffled_grid, set_shuffled_block
+
+
+_shuffled: Scoped[random.Random | None] = Scoped(None, changed=_shuffle)
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import KernelLaunchError
+from .scoped import Scoped
 
 __all__ = ["Argument", "Constant", "CudaKernel", "Int64", "Launched", "cuda_kernel", "extents", "recorded"]
 
@@ -93,8 +94,8 @@ class CudaKernel:
             KernelFault: in the emulator, with what went wrong where.
             UnsupportedError: there is no CuPy, or no C++ compiler.
         """
-        if _record is not None:
-            _record.append(Launched(self, grid, block, smem, cooperative))
+        if _record.value is not None:
+            _record.value.append(Launched(self, grid, block, smem, cooperative))
             return
         device = next((value.device for value in args.values() if isinstance(value, Tensor)), None)
         if device is None:
@@ -122,19 +123,16 @@ class Launched:
     cooperative: bool
 
 
-_record: list[Launched] | None = None
+_record: Scoped[list[Launched] | None] = Scoped(None)
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launched]]:
     """Inside, launches are noted in the list instead of run, whatever device their tensors are on: meta tensors will
     do. The setting belongs to the process."""
-    global _record
-    outer, _record = _record, []
-    try:
-        yield _record
-    finally:
-        _record = outer
+    launches: list[Launched] = []
+    with _record.set(launches):
+        yield launches
 
 
 def extents(grid: tuple[int, ...]) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 FORWARD = "a forward-mode derivative (torch.func.jvp, jacfwd, a dual tensor)"
@@ -48,7 +49,8 @@ def derivative() -> str | None:
     While Dynamo traces, the tensors are its own and say nothing: there, a transform in force counts as asked. Dynamo
     guards on the transforms, so the answer is a constant to it.
     """
-    if not torch.compiler.is_compiling():
+    # Up to torch 2.11 is_compiling() is true in what Dynamo traces, and not in what it calls.
+    if not torch.compiler.is_compiling() and TracingContext.try_get() is None:
         return getattr(_asked, "derivative", None)
     if forward_ad._current_level >= 0:
         return FORWARD

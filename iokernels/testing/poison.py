@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iokernels.runtime.scoped import Scoped
+
 _ALLOCATORS: tuple[tuple[Any, str], ...] = (
     (torch, "empty"),
     (torch, "empty_like"),
@@ -41,14 +43,19 @@ def poisoned_memory() -> Iterator[None]:
     # PyTorch lists its allocators the first time a device context is used; it must list the true ones.
     with torch.device("cpu"):
         torch.empty(0)
-    originals = [(owner, name, getattr(owner, name)) for owner, name in _ALLOCATORS]
-    for owner, name, original in originals:
-        setattr(owner, name, _poisoning(original))
-    try:
+    with _depth.set(1):
         yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+
+
+def _install(depth: int) -> None:
+    for (owner, name), allocate in _TRUE.items():
+        for _ in range(depth):
+            allocate = _poisoning(allocate)
+        setattr(owner, name, allocate)
+
+
+_TRUE = {(owner, name): getattr(owner, name) for owner, name in _ALLOCATORS}
+_depth = Scoped(0, combine=lambda none, given: len(given), changed=_install)
 
 
 # One wrapper for each allocator in a process: TorchDynamo remembers the functions that it may put in a graph.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime import interpreter as harness
+from iokernels.runtime.scoped import Scoped
 
 __all__ = ["Kernel", "OutOfBounds", "Trace", "Traffic", "trace"]
 
@@ -107,38 +108,68 @@ def trace() -> Iterator[Trace]:
     """
     if not harness.active():
         raise RuntimeError("only interpreted kernels can be traced: set TRITON_INTERPRET=1 before Triton is imported")
-    from triton.runtime import interpreter
-
     harness.install()
     record = Trace()
+    with _tracing.set((record,)):
+        yield record
+
+
+class _True:
+    """What the interpreter runs with where nothing is traced."""
+
+    def __init__(self) -> None:
+        from triton.runtime import interpreter
+
+        self.memory: Any = interpreter._interpreter
+        self.call: Any = interpreter.GridExecutor.__call__
+        self.to_host: Any = interpreter.GridExecutor._init_args_hst
+
+
+_true: list[_True] = []
+"""Empty where nothing is traced."""
+
+
+def _watch(records: tuple[Trace, ...]) -> None:
+    """Have the interpreter's launches recorded in all of ``records``, and in nothing if there is none."""
+    from triton.runtime import interpreter
+
     executor: Any = interpreter.GridExecutor
-    memory = interpreter._interpreter
-    call, to_host = executor.__call__, executor._init_args_hst
-    watch = _Watch(memory, interpreter.interpreter_builder)
+    if not _true:
+        _true.append(_True())
+    true = _true[0]
+    if not records:
+        executor.__call__, executor._init_args_hst = true.call, true.to_host
+        interpreter._interpreter = true.memory
+        _true.clear()
+        return
+    watches: list[_Watch] = []
+    for _ in records:
+        watches.append(_Watch(watches[-1] if watches else true.memory, interpreter.interpreter_builder))
 
     def traced_arguments(self: Any, args: Any, kwargs: Any) -> Any:
-        args_host, kwargs_host = to_host(self, args, kwargs)
+        args_host, kwargs_host = true.to_host(self, args, kwargs)
         named = {**dict(zip(self.arg_names, args_host, strict=False)), **kwargs_host}
-        watch.launch(record.kernels[-1], named)
+        for record, watch in zip(records, watches, strict=True):
+            watch.launch(record.kernels[-1], named)
         return args_host, kwargs_host
 
     def traced_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernel = Kernel(self.fn.__name__)
-        record.kernels.append(kernel)
+        kernels = [Kernel(self.fn.__name__) for _ in records]
+        for record, kernel in zip(records, kernels, strict=True):
+            record.kernels.append(kernel)
         try:
-            return call(self, *args, **kwargs)
+            return true.call(self, *args, **kwargs)
         except interpreter.InterpreterError as error:
             raise _cause(error) from None
         finally:
-            kernel.grid = getattr(interpreter.interpreter_builder, "grid_dim", kernel.grid)
+            for kernel in kernels:
+                kernel.grid = getattr(interpreter.interpreter_builder, "grid_dim", kernel.grid)
 
     executor.__call__, executor._init_args_hst = traced_call, traced_arguments
-    interpreter._interpreter = watch
-    try:
-        yield record
-    finally:
-        executor.__call__, executor._init_args_hst = call, to_host
-        interpreter._interpreter = memory
+    interpreter._interpreter = watches[-1]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_tracing: Scoped[tuple[Trace, ...]] = Scoped((), combine=lambda none, given: sum(given, none), changed=_watch)
 
 
 def _cause(error: BaseException) -> BaseException:

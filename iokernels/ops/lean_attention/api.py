@@ -180,7 +180,7 @@ def _plan(
     k_scale: Any, v_scale: Any, k_prefix: Any, v_prefix: Any,
 ) -> Plan:  # fmt: skip
     scales = [x for x in (k_scale, v_scale) if isinstance(x, Tensor)]
-    per_key = bool(scales) and scales[0].dim() == 3
+    per_key = len(scales) > 0 and scales[0].dim() == 3
     contract = _CONTRACTS[block_table is not None, per_key]
     sizes = contract.check(
         q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, block_table=block_table, sinks=sinks,

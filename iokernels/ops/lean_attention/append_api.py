@@ -157,7 +157,7 @@ def _plan(
 ) -> str:  # fmt: skip
     """The backend of a call that is right: a function of metadata and of where memory lies, so it is remembered."""
     scales = [x for x in (k_scale, v_scale) if isinstance(x, Tensor)]
-    per_key = bool(scales) and scales[0].dim() == 3
+    per_key = len(scales) > 0 and scales[0].dim() == 3
     contract = _CONTRACTS[block_table is not None, per_key]
     sizes = contract.check(
         k_new=k_new, v_new=v_new, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens,
