@@ -169,6 +169,8 @@ class DecodeAttention(nn.Module):
         its keys. More than 16 positions of sequences that are not empty are taken 16 at a time.
         """
         _CONTRACT.check({"embed_dim": self.embed_dim}, x=x)
+        if self.rotary and self.cos.device != x.device:
+            self._make_table(x.device)  # still on meta: a state_dict was assigned to a module that was built there
         widths = [self.embed_dim, *[self.num_kv_heads * self.head_dim] * 2]
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).split(widths, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)

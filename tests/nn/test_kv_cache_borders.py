@@ -245,6 +245,17 @@ def test_an_empty_batch_or_prompt_goes_through() -> None:
 # ---- saved and restored
 
 
+def test_a_module_built_on_meta_turns_by_its_own_angles() -> None:
+    """A state_dict has no angles, so they are made where it is assigned as where it is copied."""
+    module = DecodeAttention(8, 2, rotary=4, max_positions=16)
+    x = torch.randn(2, 5, 8)
+    assigned, copied = (DecodeAttention(8, 2, rotary=4, max_positions=16, device="meta") for _ in range(2))
+    assigned.load_state_dict(module.state_dict(), assign=True)
+    copied.to_empty(device="cpu").load_state_dict(module.state_dict())
+    for other in (assigned, copied, copy.deepcopy(assigned)):
+        torch.testing.assert_close(other(x), module(x))
+
+
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("lengths", [[3, 9], [0, 0]], ids=str)

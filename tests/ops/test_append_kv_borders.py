@@ -121,6 +121,21 @@ def test_caches_that_share_memory_are_refused(backend: str) -> None:
         append_kv(k, v, *caches, cache_seqlens=ints(0, 0), k_scale=scales, v_scale=scales, backend=backend)
 
 
+def test_a_compiled_call_refuses_them_too() -> None:
+    """A compiler's tensors have no addresses; that they are one, or expanded, shows."""
+    k, v = new()
+    whole = torch.zeros(2, 1, 8, 4)
+    compiled = torch.compile(append_kv, backend="eager", fullgraph=True)
+    for caches, message in (
+        ((whole, whole), "share memory"),
+        ((whole[:1].expand(2, 1, 8, 4), whole.clone()), "in one"),
+    ):
+        with pytest.raises(Exception, match="append_kv") as raised:
+            compiled(k, v, *caches, cache_seqlens=ints(0, 0))
+        assert message in str(raised.value)
+    assert not whole.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_of_one_tensor_that_lie_apart_are_written(backend: str) -> None:
     k, v = new()

@@ -15,7 +15,7 @@ from iokernels.runtime.offsets import readable
 from iokernels.runtime.plans import Plans, remembered
 
 from . import append_reference
-from .append_memory import check_apart, places
+from .append_memory import check_apart, check_traced, places
 from .append_op import append
 from .append_options import TOP, Append, room
 from .options import used_pages
@@ -179,8 +179,9 @@ def _plan(
     contract.require(cos is not None or positions is None, "positions are those of rotary, which is not given")
     if cos is not None:
         check_table(contract, sizes)
-    if lie is not None:
-        check_apart(k_cache=k_cache, v_cache=v_cache, **{"k_scale": k_scale, "v_scale": v_scale} if per_key else {})
+    written = {"k_cache": k_cache, "v_cache": v_cache}
+    written |= {"k_scale": k_scale, "v_scale": v_scale} if per_key else {}
+    (check_apart if lie is not None else check_traced)(**written)
     given = (k_new, v_new, k_cache, v_cache, cos, sin, k_scale, v_scale)
     if grad and any(x is not None and x.requires_grad for x in given):
         raise UnsupportedError(

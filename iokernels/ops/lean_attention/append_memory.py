@@ -64,6 +64,19 @@ def check_apart(**written: Tensor | None) -> None:
         before[name] = x
 
 
+def check_traced(**written: Tensor | None) -> None:
+    """What of :func:`check_apart` tensors without addresses show, a compiler's: expanded ones, and one for two."""
+    named = [(name, x) for name, x in written.items() if x is not None]
+    for index, (name, x) in enumerate(named):
+        if any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(
+                f"append_kv: {name} has several elements in one place, as an expanded tensor has: clone it"
+            )
+        for other, y in named[:index]:
+            if x is y:
+                raise ValueError(f"append_kv: {other} and {name} share memory: both are written")
+
+
 def overlaps_itself(x: Tensor) -> bool:
     """Whether two elements of x have the same address."""
     if x.numel() == 0:

@@ -101,7 +101,8 @@ def used_pages(operator: str, block_table: Tensor, pages: int, used: Sequence[ra
         numbers = rows[sequence][entries.start : entries.stop]
         numbers = numbers.tolist() if isinstance(numbers, Tensor) else numbers
         if numbers and (min(numbers) < 0 or max(numbers) >= pages):
-            entry, number = next((at, n) for at, n in zip(entries, numbers, strict=True) if not 0 <= n < pages)
+            number = min(numbers) if min(numbers) < 0 else max(numbers)
+            entry = entries[numbers.index(number)]
             raise ValueError(
                 f"{operator}: block_table[{sequence}] names page {number}; there are {pages} (its entry {entry})"
             )
