@@ -244,7 +244,7 @@ def _step_plan(
     activation: Any, backend: str | None, x: Tensor, weight: Tensor, state: Tensor, bias: Any, state_indices: Any
 ) -> ShortPlan:  # fmt: skip
     known = _known(weight)
-    if state_indices is None and isinstance(x, Tensor) and x.dim() == 2:
+    if state_indices is None and isinstance(x, Tensor) and x.dim() == 2 and not x.is_nested:
         known["S"] = x.shape[0]
     STEP.check(known, x=x, weight=weight, state=state, bias=bias, state_indices=state_indices)
     width = weight.shape[1]
