@@ -235,3 +235,18 @@ def test_eager_calls_of_other_shapes_do_not_make_compiled_code_compile_again(nam
     call.run(call.tensors(torch.float32, "meta"), None)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(call.tensors(torch.float32))
+
+
+@pytest.mark.parametrize(("name", "backend"), [run for run in RUNS if CALLS[run[0]].writes])
+def test_a_graph_that_has_saved_what_is_written_does_not_go_backward(name: str, backend: str) -> None:
+    call = CALLS[name]
+    given = call.tensors(torch.float32)
+    for argument in call.writes:
+        factor = torch.ones((), requires_grad=True)
+        with torch.enable_grad():
+            product = (factor * given[argument]).sum()
+        call.run(given, backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    with torch.inference_mode():
+        call.run(call.tensors(torch.float32), backend)
