@@ -80,8 +80,9 @@ def remembered(
             *[None if t is None else (t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in tensors],
         )
         plan = plans.get(key)
-    except (AttributeError, TypeError):
-        # Not a tensor, an unhashable argument or a symbolic size: ``make`` says what is wrong, or can do with it.
+    except (AttributeError, TypeError, RuntimeError):
+        # Not a tensor, a nested one, an unhashable argument or a symbolic size: ``make`` says what is wrong, or can do
+        # with it.
         return make(*arguments, *tensors)
     if plan is None:
         plan = make(*arguments, *tensors)

@@ -29,11 +29,12 @@ def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any])
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _outside_autocast(impl), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.iokernels, name).default
-    torch.library.register_vmap(f"iokernels::{name}", _one_by_one(overload), lib=_LIBRARY)
     written = _written(overload)
+    impl = _outside_autocast(impl)
+    _LIBRARY.impl(name, _telling_autograd(impl, written) if written else impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"iokernels::{name}", _one_by_one(overload), lib=_LIBRARY)
     if written:
         _LIBRARY.impl(name, _without_negation(overload, written), "Negative")
     return overload
@@ -43,6 +44,21 @@ def _written(overload: torch._ops.OpOverload) -> list[int]:
     """The places of the arguments that the operator writes."""
     infos = [argument.alias_info for argument in overload._schema.arguments]
     return [place for place, info in enumerate(infos) if info is not None and info.is_write]
+
+
+def _telling_autograd(impl: Callable[..., Any], written: list[int]) -> Callable[..., Any]:
+    """``impl``, after which autograd knows that arguments were written: a kernel's stores do not tell it, and a graph
+    that has saved one of them would go backward with what it has become. 0.4 us for each."""
+
+    def run(*arguments: Any) -> Any:
+        results = impl(*arguments)
+        for place in written:
+            x = arguments[place]
+            if isinstance(x, torch.Tensor) and not x.is_inference():
+                torch.autograd.graph.increment_version(x)
+        return results
+
+    return run
 
 
 def _without_negation(overload: torch._ops.OpOverload, written: list[int]) -> Callable[..., Any]:

@@ -85,14 +85,16 @@ def test_a_layout_without_strides_is_refused(name: str, layout: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_quantised_and_nested_tensors_are_refused(name: str) -> None:
     call = CALLS[name]
     argument = next(iter(call.shapes))
     x = call.tensors(torch.float32)[argument]
-    nested = torch.nested.nested_tensor(list(x.unbind(0)), layout=torch.jagged)
-    with pytest.raises(TypeError, match=rf"\w+: {argument}\w* is a nested tensor; it must be a dense one"):
-        call.run({**call.tensors(torch.float32), argument: nested}, None)
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor(list(x.unbind(0)), layout=layout)
+        with pytest.raises(TypeError, match=rf"\w+: {argument}\w* is a nested tensor; it must be a dense one"):
+            call.run({**call.tensors(torch.float32), argument: nested}, None)
     quantised = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
     with pytest.raises(TypeError, match=rf"\w+: {argument}\w* is quantised, qint8; pass \w+\.dequantize\(\)"):
         call.run({**call.tensors(torch.float32), argument: quantised}, None)
@@ -233,3 +235,18 @@ def test_eager_calls_of_other_shapes_do_not_make_compiled_code_compile_again(nam
     call.run(call.tensors(torch.float32, "meta"), None)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(call.tensors(torch.float32))
+
+
+@pytest.mark.parametrize(("name", "backend"), [run for run in RUNS if CALLS[run[0]].writes])
+def test_a_graph_that_has_saved_what_is_written_does_not_go_backward(name: str, backend: str) -> None:
+    call = CALLS[name]
+    given = call.tensors(torch.float32)
+    for argument in call.writes:
+        factor = torch.ones((), requires_grad=True)
+        with torch.enable_grad():
+            product = (factor * given[argument]).sum()
+        call.run(given, backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    with torch.inference_mode():
+        call.run(call.tensors(torch.float32), backend)

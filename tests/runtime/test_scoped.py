@@ -25,7 +25,7 @@ interpreted = pytest.mark.skipif(not interpreter.active(), reason="Triton compil
 
 
 def test_the_innermost_counts_and_all_of_it_ends() -> None:
-    setting = Scoped("none")
+    setting: Scoped[str] = Scoped("none")
     with setting.set("outer"):
         with setting.set("inner"):
             assert setting.value == "inner"
@@ -34,7 +34,7 @@ def test_the_innermost_counts_and_all_of_it_ends() -> None:
 
 
 def test_each_context_ends_its_own_entry() -> None:
-    setting = Scoped("none")
+    setting: Scoped[str] = Scoped("none")
     first, second, third = (setting.set(value) for value in ("one", "two", "one"))
     for context in (first, second, third):
         context.__enter__()

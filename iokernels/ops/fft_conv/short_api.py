@@ -252,7 +252,7 @@ def _step_plan(
     state_indices: Any,
 ) -> ShortPlan:  # fmt: skip
     known = _known(weight)
-    if state_indices is None and isinstance(x, Tensor) and x.dim() == 2:
+    if state_indices is None and isinstance(x, Tensor) and x.dim() == 2 and not x.is_nested:
         known["S"] = x.shape[0]
     STEP.check(known, x=x, weight=weight, state=state, bias=bias, state_indices=state_indices)
     width = weight.shape[1]
