@@ -210,6 +210,11 @@ def test_shapes_on_meta(name: str) -> None:
         assert mixer.step(x.to("meta"), mixer.init_state(2)).shape == x.shape
 
 
+def test_exported_with_parameters_that_require_gradients() -> None:
+    mixer, x = made("gated_delta"), noise(2, 5)
+    torch.testing.assert_close(torch.export.export(mixer, (x,)).module()(x), mixer(x))
+
+
 WRONG = ("16", 2.5, True, -1, 10**400, 2**63, None, np.float32(2.0))
 
 

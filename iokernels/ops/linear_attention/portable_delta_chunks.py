@@ -109,7 +109,7 @@ def walk(chunks: Chunks, state: Tensor) -> Walked:
         states.append(state)
         both = torch.bmm(chunks.entering[:, m], state)
         inter[:, m] = both[:, :length]
-        torch.sub(chunks.targets[:, m], both[:, length:], out=written[:, m])
+        written[:, m] = chunks.targets[:, m] - both[:, length:]
         state = torch.baddbmm(state * chunks.whole[:, m], chunks.leaving[:, m].transpose(1, 2), written[:, m])
     return Walked(inter, written, states, state)
 
