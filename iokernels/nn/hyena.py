@@ -91,7 +91,7 @@ class ImplicitFilter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new parameters."""
-        for layer in self.layers:
+        for layer in (*self.layers, self.head):
             layer.reset_parameters()  # pyright: ignore[reportCallIssue]
         self._reset_own_parameters()
 
