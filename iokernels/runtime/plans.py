@@ -36,7 +36,7 @@ def remembered(
             *[None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors],
         )
         plan = plans.get(key)
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, RuntimeError):
         # Not a tensor, an unhashable argument or a symbolic size: ``make`` says what is wrong, or can do with it.
         return make(*arguments, *tensors)
     if plan is None:
