@@ -11,7 +11,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from iokernels import flash_attention, flash_attention_varlen
+from iokernels import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from iokernels.runtime.errors import UnsupportedError
 
 # Dynamo makes an instance of every autograd.Function that it traces, and torch warns of that.
@@ -158,7 +158,6 @@ def test_numpy_integers_and_bools_are_integers_and_bools() -> None:
         ({"cu_seqlens_k": torch.tensor([0, 4, 9])}, TypeError, r"cu_seqlens_k is int64; .* pass cu_seqlens_k\.int\(\)"),
         ({"max_seqlen_q": torch.tensor(5)}, TypeError, r"max_seqlen_q is Tensor; .* pass max_seqlen_q\.item\(\)"),
         ({"max_seqlen_q": 10**400}, ValueError, "max_seqlen_q does not fit 64 bits"),
-        ({"softcap": None}, TypeError, r"softcap is NoneType; it must be a number: 0\.0 turns it off"),
         ({"softcap": 1e300}, ValueError, r"softcap is 1e\+300; it must be 0, or from"),
         ({"softcap": 1e-300}, ValueError, "softcap is 1e-300; it must be 0, or from"),
         ({"scale": -1e300}, ValueError, r"scale is -1e\+300; it must be within"),
@@ -171,6 +170,13 @@ def test_a_refusal_says_what_to_write(
 ) -> None:
     with pytest.raises(error, match="^flash_attention_varlen: " + message):
         flash_attention_varlen(**packed(**changes, backend=backend))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_refused_by_name() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 4, 8)])
+    with pytest.raises(TypeError, match="query is a nested tensor; it must be a dense one"):
+        scaled_dot_product_attention(nested, nested, nested)
 
 
 def test_float64_takes_numbers_beyond_float32() -> None:

@@ -300,8 +300,6 @@ def _plan(
         raise TypeError(
             f"{contract.operator}: deterministic is {type(deterministic).__name__}; it must be a bool or None"
         )
-    if softcap is None:
-        raise TypeError(f"{contract.operator}: softcap is NoneType; it must be a number: 0.0 turns it off")
     left, right = contract.window(window)
     if causal:
         right = 0

@@ -90,6 +90,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{_NAME}: {name} is {type(x).__name__}; it must be a torch.Tensor")
+        if x.is_nested:
+            raise TypeError(
+                f"{_NAME}: {name} is a nested tensor; it must be a dense one: torch.nested.to_padded_tensor"
+            )
         if x.dim() < 2:
             raise ValueError(f"{_NAME}: {name} has {x.dim()} dimensions; it must have at least 2")
     if attn_mask is None:
