@@ -50,6 +50,7 @@ def draw(d: Draw) -> Case:
         "gated_delta_rule", _step if form == "step" else _whole, oracle.delta, a, d.notes, dtype,
         {"out": dtype, "state": of_state}, wanted(d, a, form, ("q", "k", "v", "beta", "log_decay", "initial_state")),
         writes=("state",) if form == "step" else (), cancels=("log_decay",),
+        least=2.0**-64,
         slack=3.0,  # a chunk is the inverse of a triangular matrix, which may be far larger than what it gives
     )  # fmt: skip
 
