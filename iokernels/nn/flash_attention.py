@@ -251,7 +251,8 @@ class FlashAttention(nn.Module):
         lengths = torch.tensor(keys, device=key.device)
         hidden = torch.arange(max(keys, default=0), device=key.device) >= lengths[:, None]
         out, weights = self.forward(
-            padded[id(query)], padded[id(key)], padded[id(value)], hidden, need_weights, attn_mask, average_attn_weights,
+            padded[id(query)], padded[id(key)], padded[id(value)], hidden, need_weights, attn_mask,
+            average_attn_weights,
             is_causal,
         )  # fmt: skip
         cut = [x[:length] for x, length in zip(out.unbind(), rows, strict=True)]
