@@ -251,12 +251,13 @@ class FlashAttention(nn.Module):
         lengths = torch.tensor(keys, device=key.device)
         hidden = torch.arange(max(keys, default=0), device=key.device) >= lengths[:, None]
         out, weights = self.forward(
-            *(padded[id(x)] for x in (query, key, value)), hidden, need_weights, attn_mask, average_attn_weights,
+            padded[id(query)], padded[id(key)], padded[id(value)], hidden, need_weights, attn_mask,
+            average_attn_weights,
             is_causal,
         )  # fmt: skip
         cut = [x[:length] for x, length in zip(out.unbind(), rows, strict=True)]
         if query.layout == torch.jagged:
-            made = torch.nested.nested_tensor_from_jagged(torch.cat(cut), query.offsets())
+            made = torch.nested.nested_tensor_from_jagged(torch.cat(cut), query.offsets())  # pyright: ignore[reportAttributeAccessIssue]
         else:
             made = torch.nested.as_nested_tensor(cut)
         if weights is not None:

@@ -28,6 +28,7 @@ def test_it_takes_the_place_of_the_attention_of_an_existing_encoder(norm_first: 
     ours = copy.deepcopy(theirs)
     for layer in ours.layers:
         attention = FlashAttention(16, 2, batch_first=True)
+        assert isinstance(layer.self_attn, nn.Module)
         attention.load_state_dict(layer.self_attn.state_dict())
         layer.self_attn = attention.eval()
     padding: Tensor | None = None if kind == "none" else PADDING

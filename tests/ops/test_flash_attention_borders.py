@@ -55,9 +55,10 @@ def test_any_scale_comes_before_the_mask_packed_and_by_torch_own_name(dtype: tor
     q, k, v, dout = (torch.randn(1, 2, 6, 16).to(dtype) for _ in range(4))
     wanted = exact(q, k, v, dout, -0.7, True)
     inputs = leaves(q, k, v)
-    out = scaled_dot_product_attention(*inputs, is_causal=True, scale=-0.7)
+    q, k, v = inputs
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=-0.7)
     assert_near([out.detach(), *torch.autograd.grad(out, inputs, dout)], wanted)
-    packed = leaves(*(x[0].transpose(0, 1) for x in (q, k, v)))
+    packed = leaves(*(x.detach()[0].transpose(0, 1) for x in inputs))
     offsets = torch.tensor([0, 6], dtype=torch.int32)
     out = flash_attention_varlen(
         *packed, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=6, max_seqlen_k=6, causal=True, scale=-0.7

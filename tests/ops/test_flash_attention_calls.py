@@ -123,7 +123,7 @@ def test_the_longest_length_may_be_a_traced_item() -> None:
     torch.compiler.reset()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-        longest = offsets.diff().max().item()
+        longest: Any = offsets.diff().max().item()
         return flash_attention_varlen(
             q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
         )
@@ -145,9 +145,10 @@ def test_the_longest_length_may_be_a_traced_item() -> None:
 def test_numpy_integers_and_bools_are_integers_and_bools() -> None:
     expected = flash_attention_varlen(**(call := packed(causal=True)))
     call |= {"causal": np.bool_(True), "max_seqlen_q": np.int64(5), "max_seqlen_k": np.int32(5)}
-    assert torch.equal(flash_attention_varlen(**call, deterministic=np.bool_(False)), expected)
+    call["deterministic"] = np.bool_(False)
+    assert torch.equal(flash_attention_varlen(**call), expected)
     with pytest.raises(TypeError, match="causal is ndarray; it must be a bool"):
-        flash_attention(*inputs(), causal=np.ones(2, dtype=bool))
+        flash_attention_varlen(**packed(causal=np.ones(2, dtype=bool)))
     with pytest.raises(TypeError, match=r"max_seqlen_q is .*; it must be an int"):
         flash_attention_varlen(**packed(max_seqlen_q=np.float64(5)))
 

@@ -43,13 +43,13 @@ def _gaps_between_rows(x: Tensor) -> Tensor:
 
 
 def _negative(x: Tensor) -> Tensor:
-    return torch._neg_view(-x)
+    return torch._neg_view(-x)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _imaginary(x: Tensor) -> Tensor:
     """The imaginary part of a conjugate: a negative bit and a last stride of 2."""
     if x.dtype.itemsize == 2:  # torch has no complex numbers of two such: the pairs are made by hand
-        return torch._neg_view(_every_other(-x))
+        return torch._neg_view(_every_other(-x))  # pyright: ignore[reportPrivateImportUsage]
     return torch.complex(torch.zeros_like(x), -x).conj().imag
 
 
@@ -107,10 +107,10 @@ def assert_same(
 ) -> None:  # fmt: skip
     expected = results(call, {n: contiguous(x) for n, x in tensors.items()}, contiguous(dout), contiguous(dlse))
     half = tensors["q"].dtype.itemsize == 2 if "q" in tensors else False
-    tolerance = {"rtol": 4e-3, "atol": 4e-3} if half else {"rtol": 1e-5, "atol": 2e-6}
+    rtol, atol = (4e-3, 4e-3) if half else (1e-5, 2e-6)
     for actual, wanted in zip(results(call, tensors, dout, dlse), expected, strict=True):
         assert wanted.abs().max() > 0
-        torch.testing.assert_close(actual, wanted, **tolerance)
+        torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol)
 
 
 # The backend "torch" hands some paths to PyTorch's kernel; the others have one path, whose options make no difference.

@@ -19,7 +19,8 @@ from .options import Options, lse_dtype, narrowed, of_sequence
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as :class:`Options` defines it. Returns (out, lse) like the operator."""
     attend_in = _attend_dense if options.cu_seqlens_q is None else _attend_packed
-    out, lse = attend_in(*(x.to(lse_dtype(q.dtype)) for x in (q, k, v)), options)
+    dtype = lse_dtype(q.dtype)
+    out, lse = attend_in(q.to(dtype), k.to(dtype), v.to(dtype), options)
     return out.to(q.dtype), lse
 
 
