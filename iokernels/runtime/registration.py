@@ -3,7 +3,9 @@
 ``Library.define`` + ``impl`` + ``register_fake`` is the cheapest boundary that ``torch.compile`` and
 ``torch.export`` can trace (a few microseconds; ``torch.library.custom_op`` costs about five times as much).
 The implementation is registered for every device: it receives the name of the backend among its arguments and
-imports that backend when it is first called. Gradients stay outside, in an ``autograd.Function``.
+imports that backend when it is first called. Gradients stay outside, in an ``autograd.Function``, which saves a call a
+dispatch. An exported graph holds no such function: for it an operator with ``gradient`` stands beside, of the name
+without ``_fwd``.
 """
 
 from __future__ import annotations
@@ -21,11 +23,18 @@ from .errors import UnsupportedError
 _LIBRARY = torch.library.Library("iokernels", "DEF")
 
 
-def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+def register(
+    schema: str,
+    *,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
     """Register ``iokernels::<schema>`` and return its overload, bound once for cheap calls.
 
     ``fake`` receives the same arguments as ``impl``, as meta tensors, and returns outputs of the same shapes,
-    dtypes and strides.
+    dtypes and strides. ``gradient`` is called in place of ``impl`` wherever autograd is on: it calls an
+    ``autograd.Function`` where an argument wants a gradient.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -35,6 +44,8 @@ def register(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any])
     _LIBRARY.impl(name, _telling_autograd(impl, written) if written else impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"iokernels::{name}", _one_by_one(overload), lib=_LIBRARY)
+    if gradient is not None:
+        _LIBRARY.impl(name, gradient, "Autograd")
     if written:
         _LIBRARY.impl(name, _without_negation(overload, written), "Negative")
     return overload

@@ -88,14 +88,9 @@ class _FFTConv(torch.autograd.Function):
 
 
 def convolve(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, options: Options) -> Tensor:
-    """Run the operator, differentiably where an input wants a gradient. Returns y ``[B, H, N]``.
-
-    An exported graph holds no ``autograd.Function``, so what it holds is an operator that knows its gradient. Elsewhere
-    the way around it saves a dispatch.
-    """
-    if torch.compiler.is_exporting():
-        return exported_op(u, k, transform, backend, *options)
-    return _differentiable(u, k, transform, backend, *options)
+    """Run the operator, differentiably where an input wants a gradient. Returns y ``[B, H, N]``."""
+    run = exported_op if torch.compiler.is_exporting() else _differentiable
+    return run(u, k, transform, backend, *options)
 
 
 def _differentiable(u: Tensor, k: Tensor, transform: list[Tensor], backend: str, *options: Any) -> Tensor:
@@ -112,5 +107,5 @@ exported_op = register(
     f"fft_conv(Tensor u, Tensor k, Tensor[] transform, str backend, {OPTIONS_SCHEMA}) -> Tensor",
     impl=_forward,
     fake=_forward_fake,
+    gradient=_differentiable,
 )
-torch.library.impl("iokernels::fft_conv", "Autograd")(_differentiable)

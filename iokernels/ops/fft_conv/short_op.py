@@ -125,14 +125,9 @@ class _ShortConv(torch.autograd.Function):
 
 
 def convolve(x: Tensor, weight: Tensor, backend: str, options: ShortOptions) -> tuple[Tensor, Tensor]:
-    """Run the operator, differentiably where an input wants a gradient. Returns (out, final state).
-
-    An exported graph holds no ``autograd.Function``, so what it holds is an operator that knows its gradient. Elsewhere
-    the way around it saves a dispatch.
-    """
-    if torch.compiler.is_exporting():
-        return exported_op(x, weight, backend, *options)
-    return _differentiable(x, weight, backend, *options)
+    """Run the operator, differentiably where an input wants a gradient. Returns (out, final state)."""
+    run = exported_op if torch.compiler.is_exporting() else _differentiable
+    return run(x, weight, backend, *options)
 
 
 def _differentiable(x: Tensor, weight: Tensor, backend: str, *numbers: Any) -> tuple[Tensor, Tensor]:
@@ -147,5 +142,5 @@ exported_op = register(
     f"short_conv(Tensor x, Tensor weight, str backend, {OPTIONS_SCHEMA}) -> (Tensor out, Tensor final_state)",
     impl=_forward,
     fake=_forward_fake,
+    gradient=_differentiable,
 )
-torch.library.impl("iokernels::short_conv", "Autograd")(_differentiable)

@@ -59,12 +59,9 @@ def _backward_fake(
     )
 
 
-forward_op = register(
-    f"flash_attention_fwd(Tensor q, Tensor k, Tensor v, str backend, {OPTIONS_SCHEMA}) "
-    "-> (Tensor out, Tensor statistics)",
-    impl=_forward,
-    fake=_forward_fake,
-)
+_FORWARD_SCHEMA = f"(Tensor q, Tensor k, Tensor v, str backend, {OPTIONS_SCHEMA}) -> (Tensor out, Tensor statistics)"
+
+forward_op = register(f"flash_attention_fwd{_FORWARD_SCHEMA}", impl=_forward, fake=_forward_fake)
 
 backward_op = register(
     "flash_attention_bwd(Tensor dout, Tensor? dstatistics, Tensor q, Tensor k, Tensor v, Tensor out, "
@@ -110,6 +107,13 @@ class _FlashAttention(torch.autograd.Function):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, lse)."""
+    run = exported_op if torch.compiler.is_exporting() else _differentiable
+    out, statistics = run(q, k, v, backend, *options)
+    return out, lse_and_tail(statistics)[0]
+
+
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, backend: str, *given: Any) -> tuple[Tensor, Tensor]:
+    options = Options(*given)
     if torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -119,10 +123,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> t
     ):
         if torch.compiler.is_compiling():
             k, v, options = _distinct(k, v, options)
-        out, statistics = _FlashAttention.apply(q, k, v, options.bias, options.sinks, backend, options)
-    else:
-        out, statistics = forward_op(q, k, v, backend, *options)
-    return out, lse_and_tail(statistics)[0]
+        return _FlashAttention.apply(q, k, v, options.bias, options.sinks, backend, options)
+    return forward_op(q, k, v, backend, *given)
+
+
+exported_op = register(f"flash_attention{_FORWARD_SCHEMA}", impl=_forward, fake=_forward_fake, gradient=_differentiable)
 
 
 def _distinct(k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:

@@ -33,17 +33,7 @@ _backend = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=
 def _forward(
     gates: Tensor, recurrent: Tensor, bias: Tensor | None, keep: bool, backend: str, *options: Any
 ) -> tuple[Tensor, ...]:
-    opts = Options(*options)
-    if not keep and _wants_gradient(gates, recurrent, bias, opts):
-        # An exported program calls the operator itself, and may be trained.
-        out, state = _FlashRnn.apply(gates, recurrent, bias, opts.initial_state, backend, opts)
-        return out, state, *_nothing_kept(gates, opts, backend)
-    return tuple(_backend(backend).forward(gates, recurrent, bias, keep, opts))
-
-
-def _nothing_kept(gates: Tensor, options: Options, backend: str) -> tuple[Tensor, Tensor]:
-    cell = options.kind()
-    return empty_values(gates, cell, False, gates_outside=backend == "torch"), empty_history(gates, cell, False)
+    return tuple(_backend(backend).forward(gates, recurrent, bias, keep, Options(*options)))
 
 
 def _forward_fake(
@@ -92,10 +82,6 @@ forward_op = register(
     fake=_forward_fake,
 )
 
-# Autograd keeps out of the operator, whose implementation calls the autograd.Function below where that is missing.
-_LIBRARY = torch.library.Library("iokernels", "FRAGMENT")
-_LIBRARY.impl("flash_rnn_fwd", torch.library.fallthrough_kernel, "Autograd")
-
 backward_op = register(
     "flash_rnn_bwd(Tensor dout, Tensor? dstate, Tensor? gates, Tensor recurrent, Tensor? bias, Tensor out, "
     f"Tensor values, Tensor history, bool[] needs, str backend, {OPTIONS_SCHEMA}) "
@@ -139,15 +125,27 @@ class _FlashRnn(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
-def _wants_gradient(gates: Tensor, recurrent: Tensor, bias: Tensor | None, options: Options) -> bool:
-    return torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (gates, recurrent, bias, options.initial_state)
-    )
-
-
 def run(gates: Tensor, recurrent: Tensor, bias: Tensor | None, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, final states)."""
-    if _wants_gradient(gates, recurrent, bias, options) and not torch.compiler.is_exporting():
+    call = exported_op if torch.compiler.is_exporting() else _differentiable
+    return call(gates, recurrent, bias, backend, *options)
+
+
+def _differentiable(
+    gates: Tensor, recurrent: Tensor, bias: Tensor | None, backend: str, *given: Any
+) -> tuple[Tensor, Tensor]:
+    options = Options(*given)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (gates, recurrent, bias, options.initial_state)
+    ):
         return _FlashRnn.apply(gates, recurrent, bias, options.initial_state, backend, options)
-    out, state, _, _ = forward_op(gates, recurrent, bias, False, backend, *options)
-    return out, state
+    return forward_op(gates, recurrent, bias, False, backend, *given)[:2]
+
+
+exported_op = register(
+    f"flash_rnn(Tensor gates, Tensor recurrent, Tensor? bias, str backend, {OPTIONS_SCHEMA}) "
+    "-> (Tensor out, Tensor state)",
+    impl=lambda gates, recurrent, bias, *rest: _forward(gates, recurrent, bias, False, *rest)[:2],
+    fake=lambda gates, recurrent, bias, *rest: _forward_fake(gates, recurrent, bias, False, *rest)[:2],
+    gradient=_differentiable,
+)

@@ -118,6 +118,13 @@ def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, options: DeltaOptions
 ) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, final state)."""
+    run = exported_op if torch.compiler.is_exporting() else _differentiable
+    return run(q, k, v, beta, backend, *options)
+
+
+def _differentiable(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: str, *options: Any
+) -> tuple[Tensor, Tensor]:
     log_decay, initial_state, cu_seqlens, scale = options
     leaves = (q, k, v, beta, log_decay, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
@@ -126,5 +133,13 @@ def gated_delta_rule(
             k, v = k.view_as(k), v.view_as(v)
             log_decay = None if log_decay is None else log_decay.view_as(log_decay)
         return _GatedDeltaRule.apply(q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, backend)
-    out, final, _ = forward_op(q, k, v, beta, backend, *options)
-    return out, final
+    return forward_op(q, k, v, beta, backend, *options)[:2]
+
+
+exported_op = register(
+    f"gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor beta, str backend, {OPTIONS_SCHEMA}) "
+    "-> (Tensor out, Tensor final_state)",
+    impl=lambda *given: _forward(*given)[:2],
+    fake=lambda *given: _forward_fake(*given)[:2],
+    gradient=_differentiable,
+)

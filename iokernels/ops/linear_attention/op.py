@@ -141,6 +141,14 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, final state); ``gives_state``
     says whether the caller hands the state on."""
+    run = exported_op if torch.compiler.is_exporting() else _differentiable
+    return run(q, k, v, gives_state, backend, *options)
+
+
+def _differentiable(
+    q: Tensor, k: Tensor, v: Tensor, gives_state: bool, backend: str, *given: Any
+) -> tuple[Tensor, Tensor]:
+    options = Options(*given)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, options.log_decay, options.initial_state)
     ):
@@ -148,8 +156,16 @@ def attend(
             # Views, because Dynamo refuses a Function that gets one tensor twice.
             k, v = k.view_as(k), v.view_as(v)
         return _LinearAttention.apply(q, k, v, options.log_decay, options.initial_state, backend, options, gives_state)
-    out, state, _ = forward_op(q, k, v, backend, *options)
-    return out, state
+    return forward_op(q, k, v, backend, *given)[:2]
+
+
+exported_op = register(
+    f"linear_attention(Tensor q, Tensor k, Tensor v, bool gives_state, str backend, {OPTIONS_SCHEMA}) "
+    "-> (Tensor out, Tensor state)",
+    impl=lambda q, k, v, gives_state, *rest: _forward(q, k, v, *rest)[:2],
+    fake=lambda q, k, v, gives_state, *rest: _forward_fake(q, k, v, *rest)[:2],
+    gradient=_differentiable,
+)
 
 
 def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, backend: str, options: Options) -> Tensor:
