@@ -238,11 +238,11 @@ class HyenaOperator(nn.Module):
     @torch.no_grad()
     def init_state(self, batch: int, length: int | None = None) -> HyenaState:
         """The state before a sequence of at most ``length`` steps (that of the module), with today's filters."""
-        length = self.length if length is None else whole(_CONTRACT, "length", length, least=-MOST)
-        _CONTRACT.require(1 <= length <= self.length, f"length is {length}; it must be from 1 to {self.length}")
-        taps = self.filter(length).split(self.width)
+        most: int = self.length if length is None else whole(_CONTRACT, "length", length, least=-MOST)
+        _CONTRACT.require(1 <= most <= self.length, f"length is {most}; it must be from 1 to {self.length}")
+        taps = self.filter(most).split(self.width)
         batch = whole(_CONTRACT, "batch", batch, least=0)
-        return HyenaState(self.short_conv.init_state(batch), tuple(lazy_state(k, batch, length) for k in taps))
+        return HyenaState(self.short_conv.init_state(batch), tuple(lazy_state(k, batch, most) for k in taps))
 
     @torch.no_grad()
     def step(self, x: Tensor, state: HyenaState) -> Tensor:

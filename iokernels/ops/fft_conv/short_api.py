@@ -163,9 +163,9 @@ def short_conv_step(
         (activation, dispatch.requested(backend), places(state)),
         (x, weight, state, bias, state_indices),
     )
-    if state.is_neg():
+    if not torch.compiler.is_compiling() and state.is_neg():
         # The memory of a negated view holds the negative of its numbers: with x and weight negated, the same sums.
-        x, weight, state = x.neg(), weight.neg(), torch._neg_view(state)
+        x, weight, state = x.neg(), weight.neg(), torch._neg_view(state)  # pyright: ignore[reportPrivateImportUsage]
     if state_indices is not None:
         _check_indices(state_indices, state.shape[0])
     if plan.backend == "reference":
