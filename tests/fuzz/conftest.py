@@ -10,7 +10,7 @@ import pytest
 
 from .registry import OPERATORS, shares
 
-SAMPLE = 180
+SAMPLE = 140
 """Cases that run where nobody asks for a number, as in ``make test``."""
 
 
