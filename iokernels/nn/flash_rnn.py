@@ -164,6 +164,10 @@ class _Recurrent(nn.RNNBase):
         """Whether the backend is ``torch`` and the network one that PyTorch has, so that its own kernels run it."""
         if self.num_heads > 1:
             return False
+        # AOTAutograd cannot train oneDNN's LSTM, which a CPU runs, where its input wants no gradient.
+        untrainable = x.is_cpu and self.cell == "lstm" and torch.is_grad_enabled() and not x.requires_grad
+        if torch.compiler.is_compiling() and untrainable:
+            return False
         asked = dispatch.requested(self.backend)
         if asked is None and x.device.type in dispatch.PREFERENCE:
             width, kind = self.hidden_size, autocast_dtype(x.device) or self.weight_ih_l0.dtype

@@ -108,9 +108,14 @@ def _packed(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
 
 
+def _rows(batch: int = BATCH, length: int = LENGTH, **made: Any) -> tuple[Tensor, ...]:
+    q, k, v = torch.randn(3, batch * length, 2, 8, **made)
+    return q, k, v
+
+
 def _decode(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     lengths = torch.full((q.shape[0],), k.shape[2], dtype=torch.int32, device=q.device)
-    return io.lean_attention(q[:, :, :1], k, v, cache_seqlens=lengths, backend=backend)
+    return io.lean_attention(q, k, v, cache_seqlens=lengths, backend=backend)
 
 
 def _blocks(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,11 +125,11 @@ def _blocks(backend: str | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 OPERATORS: dict[str, Operator] = {
     "flash_attention": Operator(randn(*QKV), lambda b, q, k, v: io.flash_attention(q, k, v, causal=True, backend=b)),
-    "flash_attention_varlen": Operator(randn(*((N, 2, 8),) * 3), _packed),
+    "flash_attention_varlen": Operator(_rows, _packed),
     "scaled_dot_product_attention": Operator(
         randn(*QKV), lambda b, q, k, v: io.scaled_dot_product_attention(q, k, v, is_causal=True)
     ),
-    "lean_attention": Operator(randn(*QKV), _decode, trains=False),
+    "lean_attention": Operator(randn((B, 2, 1, 8), *QKV[1:]), _decode, trains=False),
     "hip_attention": Operator(
         randn(*QKV), lambda b, q, k, v: io.hip_attention(q, k, v, budget=8, sink=2, window=4, backend=b)
     ),
@@ -135,13 +140,7 @@ OPERATORS: dict[str, Operator] = {
     ),
     "gated_delta_rule": Operator(
         randn(*QKV, (B, 2, N)),
-        lambda b, q, k, v, beta: io.gated_delta_rule(
-            torch.nn.functional.normalize(q, dim=-1),
-            torch.nn.functional.normalize(k, dim=-1),
-            v,
-            beta.sigmoid(),
-            backend=b,
-        ),
+        lambda b, q, k, v, beta: io.gated_delta_rule(q, k / 4, v, beta.sigmoid(), backend=b),
     ),
     "fft_conv": Operator(randn((B, 3, N), (3, 8)), lambda b, u, k: io.fft_conv(u, k, backend=b)),
     "short_conv": Operator(randn((B, 3, N), (3, 4)), lambda b, x, w: io.short_conv(x, w, backend=b)),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iokernels.runtime.contracts import Contract, Spec
+from iokernels.runtime.contracts import Contract, Spec, untraced_value
 
 from .arguments import keys, one_of, whole
 from .block_index import KEY_BLOCKS, BlockIndex
@@ -48,7 +48,8 @@ def _listless(
     shape = (q.shape[0], 1, max(query_blocks(q.shape[2], block_q), 1))
     counts = torch.full(shape, count, dtype=torch.int32, device=q.device)
     ids = torch.zeros((*shape, 1), dtype=torch.int32, device=q.device)
-    return BlockIndex(ids, counts, block_q, block_k, sink, window, q.shape[2], k.shape[2])
+    lengths = map(untraced_value, (q.shape[2], k.shape[2]))
+    return BlockIndex(ids, counts, block_q, block_k, sink, window, *lengths)
 
 
 def mix_heads(chosen: Tensor, first: BlockIndex, second: BlockIndex) -> BlockIndex:
