@@ -10,8 +10,9 @@ operators compute statistics and sums. How far these stray from the oracle is wh
 with u the unit roundoff of the result's dtype, and as floor the smallest number of the dtype of computation: what is
 smaller is flushed. The share of the tensor is there because a stray of few elements may be small by chance.
 
-Where an operator's page promises a relative root mean square instead (convolutions, recurrences), its half-precision
-results are held to that promise, and to nothing wider, plus what float32 roundings of the inputs do.
+Where an operator's page promises a relative root mean square instead (convolutions, recurrences), results of at least
+``SHORT`` elements are held to that promise, plus twice the stray of inputs that are moved by roundings of float32, with
+those intermediate values rounded of which the page says so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ROUNDINGS = {torch.float16: 12.0, torch.bfloat16: 12.0, torch.float32: 32.0, tor
 """By the dtype of computation. In float32 the order of a sum shows, which half precision hides. Of float64 no more is
 asked than eleven digits: what is wrong there is wrong in the first ones."""
 SHARE = 16.0
+SHORT = 16
 FAST_EXPONENTIAL = 2.0**-13
 """Allowed to a log-sum-exp of half-precision inputs, absolute: PyTorch's own kernel takes an exponential of 20 bits."""
 HALF_ULPS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 16.0, torch.float64: 2.0**16}
@@ -74,7 +76,8 @@ def judge(
         moved = torch.where(finite & other.isfinite(), other - clean, 0.0)
         stray = torch.maximum(stray, moved.abs())
     rows = tuple(range(expected.dim())) if whole else (-1,) if expected.dim() else ()
-    limit = slack * ROUNDINGS[work] * torch.maximum(_most(stray, rows), stray.max() / SHARE)
+    roundings = 2.0 if rms is not None and work.itemsize == 2 else ROUNDINGS[work]
+    limit = slack * roundings * torch.maximum(_most(stray, rows), stray.max() / SHARE)
     limit = limit + HALF_ULPS[work] * UNIT[work] * _most(clean.abs(), rows) + SMALLEST[work] + least
     error = each = torch.where(finite, (got - clean).abs(), 0.0)
     if rms is not None:

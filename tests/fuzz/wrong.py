@@ -42,7 +42,9 @@ def prove_wrong_call(case: Case, d: Draw) -> None:
         if changed:
             raise Wrong(f"a refused call changed {changed[0]}") from error
         return
-    # Accepted: then it has to be right.
+    # Accepted: then it has to be right, in whatever dtype that is.
+    if isinstance(bad, Tensor) and bad.dtype != value.dtype:
+        case.dtypes = {}
     try:
         prove(case, d.generator, twice=False)
     except (Wrong, Refused):

@@ -37,9 +37,9 @@ def draw(d: Draw) -> Case:
     if dtype == torch.float16 and d.values in ("outlier", "constant"):
         d.values = "normal"  # states and products past 65,504 have no place in float16
     tokens(d, a, sizes, dtype, form, 50 if slow else 140)
-    if a.get("normalize"):  # weights that are positive: a sum of others may be anything near 0
+    if a.get("normalize") and not taylor:  # weights that are positive: a sum of others may be anything near 0
         for name in ("q", "k"):
-            a[name].copy_(a[name].abs()) if 0 not in a[name].stride() and not taylor else None
+            a[name] = d.laid_out(name, a[name].abs(), f"{d.values}, positive")
     decays(d, a, sizes, dtype, form)
     if d.chance(0.4):
         a["scale"] = d.pick((1.0, 0.5, 0.0, -1.0, 2))

@@ -16,7 +16,7 @@ def seen_by(a: dict[str, Any], lengths: list[int], causal: bool) -> Tensor:
     counts, indices = a["counts"].tolist(), a["indices"].tolist()
     rows, keys = a["q_len"], a["kv_len"]
     of_head = {
-        name: a[name].tolist() if isinstance(a[name], Tensor) else [a[name]] * a["counts"].shape[1]
+        name: a[name].tolist() if isinstance(a[name], Tensor) else [min(a[name], 2**40)] * a["counts"].shape[1]
         for name in ("sink", "window")
     }
     seen = torch.zeros(len(lengths), a["counts"].shape[1], rows, keys, dtype=torch.bool)

@@ -34,7 +34,9 @@ def walk(a: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, decay: Tensor | Non
         found = torch.einsum("hf,hfw->hw", features(q[:, t] * scale, taylor, True), a["jitter"](state))
         if normalize:
             total = found[:, -1:]
-            found = torch.where(total == 0.0, 0.0, found[:, :-1] / torch.where(total == 0.0, 1.0, total))
+            divisor = torch.where(total == 0.0, 1.0, total)
+            found = torch.where(total == 0.0, 0.0, found[:, :-1] / divisor)
+            found = a["jitter"].cancelled(total, 1.0 / divisor, found)
         outs.append(found)
     empty = v.new_zeros(v.shape[0], 0, v.shape[2])
     return (torch.stack(outs, dim=1) if outs else empty), state
