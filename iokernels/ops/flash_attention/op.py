@@ -107,13 +107,14 @@ class _FlashAttention(torch.autograd.Function):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, lse)."""
-    run = exported_op if torch.compiler.is_exporting() else _differentiable
-    out, statistics = run(q, k, v, backend, *options)
+    if torch.compiler.is_exporting():
+        out, statistics = exported_op(q, k, v, backend, *options)
+    else:
+        out, statistics = _differentiable(q, k, v, backend, options)
     return out, lse_and_tail(statistics)[0]
 
 
-def _differentiable(q: Tensor, k: Tensor, v: Tensor, backend: str, *given: Any) -> tuple[Tensor, Tensor]:
-    options = Options(*given)
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -124,10 +125,15 @@ def _differentiable(q: Tensor, k: Tensor, v: Tensor, backend: str, *given: Any) 
         if torch.compiler.is_compiling():
             k, v, options = _distinct(k, v, options)
         return _FlashAttention.apply(q, k, v, options.bias, options.sinks, backend, options)
-    return forward_op(q, k, v, backend, *given)
+    return forward_op(q, k, v, backend, *options)
 
 
-exported_op = register(f"flash_attention{_FORWARD_SCHEMA}", impl=_forward, fake=_forward_fake, gradient=_differentiable)
+exported_op = register(
+    f"flash_attention{_FORWARD_SCHEMA}",
+    impl=_forward,
+    fake=_forward_fake,
+    gradient=lambda q, k, v, backend, *options: _differentiable(q, k, v, backend, Options(*options)),
+)
 
 
 def _distinct(k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Options]:

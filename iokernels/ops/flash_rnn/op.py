@@ -127,19 +127,20 @@ class _FlashRnn(torch.autograd.Function):
 
 def run(gates: Tensor, recurrent: Tensor, bias: Tensor | None, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, final states)."""
-    call = exported_op if torch.compiler.is_exporting() else _differentiable
-    return call(gates, recurrent, bias, backend, *options)
+    if torch.compiler.is_exporting():
+        return exported_op(gates, recurrent, bias, backend, *options)
+    return _differentiable(gates, recurrent, bias, backend, options)
 
 
 def _differentiable(
-    gates: Tensor, recurrent: Tensor, bias: Tensor | None, backend: str, *given: Any
+    gates: Tensor, recurrent: Tensor, bias: Tensor | None, backend: str, options: Options
 ) -> tuple[Tensor, Tensor]:
-    options = Options(*given)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (gates, recurrent, bias, options.initial_state)
     ):
         return _FlashRnn.apply(gates, recurrent, bias, options.initial_state, backend, options)
-    return forward_op(gates, recurrent, bias, False, backend, *given)[:2]
+    out, state, _, _ = forward_op(gates, recurrent, bias, False, backend, *options)
+    return out, state
 
 
 exported_op = register(
@@ -147,5 +148,7 @@ exported_op = register(
     "-> (Tensor out, Tensor state)",
     impl=lambda gates, recurrent, bias, *rest: _forward(gates, recurrent, bias, False, *rest)[:2],
     fake=lambda gates, recurrent, bias, *rest: _forward_fake(gates, recurrent, bias, False, *rest)[:2],
-    gradient=_differentiable,
+    gradient=lambda gates, recurrent, bias, backend, *options: _differentiable(
+        gates, recurrent, bias, backend, Options(*options)
+    ),
 )

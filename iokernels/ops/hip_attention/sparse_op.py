@@ -87,19 +87,23 @@ class _BlockSparseAttention(torch.autograd.Function):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, lse)."""
-    run = exported_op if torch.compiler.is_exporting() else _differentiable
-    return run(q, k, v, backend, *options)
+    if torch.compiler.is_exporting():
+        return exported_op(q, k, v, backend, *options)
+    return _differentiable(q, k, v, backend, options)
 
 
-def _differentiable(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         if torch.compiler.is_compiling():
             # Views, because Dynamo refuses a Function that gets one tensor twice.
             k, v = k.view_as(k), v.view_as(v)
-        return _BlockSparseAttention.apply(q, k, v, backend, Options(*options))
+        return _BlockSparseAttention.apply(q, k, v, backend, options)
     return forward_op(q, k, v, backend, *options)
 
 
 exported_op = register(
-    f"block_sparse_attention{_FORWARD_SCHEMA}", impl=_forward, fake=_forward_fake, gradient=_differentiable
+    f"block_sparse_attention{_FORWARD_SCHEMA}",
+    impl=_forward,
+    fake=_forward_fake,
+    gradient=lambda q, k, v, backend, *options: _differentiable(q, k, v, backend, Options(*options)),
 )

@@ -141,14 +141,14 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, final state); ``gives_state``
     says whether the caller hands the state on."""
-    run = exported_op if torch.compiler.is_exporting() else _differentiable
-    return run(q, k, v, gives_state, backend, *options)
+    if torch.compiler.is_exporting():
+        return exported_op(q, k, v, gives_state, backend, *options)
+    return _differentiable(q, k, v, gives_state, backend, options)
 
 
 def _differentiable(
-    q: Tensor, k: Tensor, v: Tensor, gives_state: bool, backend: str, *given: Any
+    q: Tensor, k: Tensor, v: Tensor, gives_state: bool, backend: str, options: Options
 ) -> tuple[Tensor, Tensor]:
-    options = Options(*given)
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, options.log_decay, options.initial_state)
     ):
@@ -156,7 +156,8 @@ def _differentiable(
             # Views, because Dynamo refuses a Function that gets one tensor twice.
             k, v = k.view_as(k), v.view_as(v)
         return _LinearAttention.apply(q, k, v, options.log_decay, options.initial_state, backend, options, gives_state)
-    return forward_op(q, k, v, backend, *given)[:2]
+    out, state, _ = forward_op(q, k, v, backend, *options)
+    return out, state
 
 
 exported_op = register(
@@ -164,7 +165,9 @@ exported_op = register(
     "-> (Tensor out, Tensor state)",
     impl=lambda q, k, v, gives_state, *rest: _forward(q, k, v, *rest)[:2],
     fake=lambda q, k, v, gives_state, *rest: _forward_fake(q, k, v, *rest)[:2],
-    gradient=_differentiable,
+    gradient=lambda q, k, v, gives_state, backend, *options: _differentiable(
+        q, k, v, gives_state, backend, Options(*options)
+    ),
 )
 
 
