@@ -57,7 +57,7 @@ def draw(d: Draw) -> Case:
     results = {"h": dtype, **{f"state {name}": of_state for name in names}}
     return Case(
         "flash_rnn", run, oracle.run, a, d.notes, dtype, results, wanted, rms=PROMISED, whole=tuple(results),
-        constant=("state m",), slack=4.0 if strength > 1.0 else 1.0,  # what large gates multiply
+        constant=("state m",),
     )  # fmt: skip
 
 
