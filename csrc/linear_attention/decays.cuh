@@ -1,8 +1,8 @@
 // The log decays of one head, and their running sums from the beginning of a chunk.
 //
-// Weights are exponentials of differences of these sums. They are summed in float64 and kept as two float32 numbers each,
-// `high + low`: after a strong decay in the chunk a sum is large, and its float32 rounding would be a relative error of
-// every later weight.
+// Weights are exponentials of differences of these sums. They are summed in float64 and kept as two float32 numbers
+// each, `high + low`: after a strong decay in the chunk a sum is large, and its float32 rounding would be a relative
+// error of every later weight.
 //
 // Constants: CHUNK, DECAY (0: none, 1: one a head, 2: one a token).
 #pragma once

@@ -92,8 +92,8 @@ def stored(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def content(place: Path) -> bytes:
-    """What was made, without the digest at the end of the file."""
-    return place.read_bytes()[: -len(_MARK) - _DIGEST]
+    """What was made, without the digest at the end of a kept file."""
+    return _parts(place.read_bytes())[0]
 
 
 def _trusted(place: Path) -> bool:
@@ -107,5 +107,13 @@ def _trusted(place: Path) -> bool:
         return False
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not stat.S_ISREG(facts.st_mode):
         return False
-    made, mark, digest = data[: -len(_MARK) - _DIGEST], data[-len(_MARK) - _DIGEST : -_DIGEST], data[-_DIGEST:]
-    return mark == _MARK and hashlib.sha256(made).digest() == digest
+    made, digest = _parts(data)
+    return hashlib.sha256(made).digest() == digest
+
+
+def _parts(data: bytes) -> tuple[bytes, bytes]:
+    """What was made, and the digest behind it: empty where there is none."""
+    end = len(data) - len(_MARK) - _DIGEST
+    if end < 0 or data[end:-_DIGEST] != _MARK:
+        return data, b""
+    return data[:end], data[-_DIGEST:]
