@@ -273,7 +273,7 @@ def check_trace(subject: Module) -> None:
     module, x = made(subject), subject.input()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(Called(subject, module), (x,), check_trace=False)
+        traced: Any = torch.jit.trace(Called(subject, module), (x,), check_trace=False)
         other = subject.input()
         same(traced(other), subject.call(module, other), 1e-5)
 
@@ -317,7 +317,7 @@ def check_nested(subject: Module) -> None:
 def check_forward_mode(subject: Module) -> None:
     module, x = made(subject), subject.input()
     way, step = torch.randn_like(x), 1e-6
-    _, found = torch.func.jvp(lambda x: subject.call(module, x), (x,), (way,))
+    found = torch.func.jvp(lambda x: subject.call(module, x), (x,), (way,))[1]
     module, x, way = module.double(), x.double(), way.double()
     expected = (subject.call(module, x + step * way) - subject.call(module, x - step * way)) / (2 * step)
     same(found.double(), expected, 1e-4)
@@ -328,7 +328,8 @@ def group() -> Iterator[None]:
     """A process group of one."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

@@ -89,7 +89,7 @@ def check_trace(subject: Operator) -> None:
     tensors, others = subject.draw(), subject.draw()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(plain(subject), tensors, check_trace=False)
+        traced: Any = torch.jit.trace(plain(subject), tensors, check_trace=False)
         same(traced(*others), subject.call(None, *others))
 
 

@@ -22,7 +22,7 @@ def laid(x: Tensor, layout: str) -> Tensor:
     if layout == "steps first":
         return x.movedim(-1, 0).contiguous().movedim(0, -1)
     if layout == "negated":
-        return torch._neg_view(-x)
+        return torch.ops.aten._neg_view(-x)
     if layout == "imaginary" and x.dtype.itemsize > 2:  # of a conjugate: a negated view of stride 2
         return torch.complex(torch.zeros_like(x), -x).conj().imag
     if layout == "one batch" and x.dim() > 1:

@@ -45,7 +45,7 @@ def direct(
     else:
         w = sum(k[:, j, None] * v.roll(j, 2) for j in range(taps))
     w = w if skip is None else w + skip[:, None] * v
-    return w if post_gate is None else w * post_gate
+    return torch.as_tensor(w if post_gate is None else w * post_gate)
 
 
 def check(found: list[Tensor], expected: list[Tensor], limit: float, names: Any) -> None:
@@ -243,7 +243,7 @@ def test_nothing_comes_of_nothing(backend: str, causal: bool, device: str) -> No
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton", None])
 def test_shapes_on_meta(backend: str | None) -> None:
     values = call(9, 4, state=True, gated=True, dtype=torch.float32, device="meta")
-    given = {name: leaf(x) for name, x in values.items()}
+    given: Any = {name: leaf(x) for name, x in values.items()}
     y, state = fft_conv(**given, return_state=True, backend=backend)
     grads = torch.autograd.grad(y.sum() + state.sum(), list(given.values()))
     assert (y.shape, state.shape) == ((3, 2, 9), (3, 2, 3))
@@ -255,7 +255,7 @@ def test_shapes_on_meta(backend: str | None) -> None:
 @pytest.mark.parametrize("backend", EVERY)
 def test_results_may_be_changed_in_place(backend: str, device: str) -> None:
     values = call(9, 4, state=True, gated=False, dtype=usual(backend), device=device)
-    given = {name: leaf(x) for name, x in values.items()}
+    given: Any = {name: leaf(x) for name, x in values.items()}
     y, state = fft_conv(**given, return_state=True, backend=backend)
     expected = torch.autograd.grad(y.sum() * 2 + state.sum(), list(given.values()), retain_graph=True)
     y += y.detach()

@@ -116,7 +116,7 @@ def test_nothing_comes_of_nothing(backend: str, device: str) -> None:
     for b, h, n, width in ((0, 2, 5, 3), (2, 0, 5, 3), (2, 2, 0, 3), (2, 2, 0, 1), (0, 0, 0, 1), (2, 0, 5, 12)):
         for padding in ("causal", "same"):
             shapes = {"x": (b, h, n), "weight": (h, width), "bias": (h,)}
-            given = {name: torch.randn(s, device=device, requires_grad=True) for name, s in shapes.items()}
+            given: Any = {name: torch.randn(s, device=device, requires_grad=True) for name, s in shapes.items()}
             out = short_conv(**given, padding=padding, activation="silu", backend=backend)
             assert out.shape == (b, h, n)
             assert not any(g.any() for g in torch.autograd.grad(out.sum(), list(given.values())))
@@ -170,7 +170,7 @@ STATES = {
     "transposed": lambda: torch.zeros(2, 3, 3).transpose(1, 2),
     "part of a cache": lambda: torch.zeros(5, 7, 9)[1:3, 2:5, ::4],
     "interleaved": lambda: torch.zeros(40).as_strided((2, 3, 3), (1, 12, 2)),
-    "negated": lambda: torch._neg_view(torch.zeros(2, 3, 3)),
+    "negated": lambda: torch.ops.aten._neg_view(torch.zeros(2, 3, 3)),
 }
 
 
