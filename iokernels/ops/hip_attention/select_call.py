@@ -10,7 +10,8 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
-from iokernels.runtime.contracts import FLOATS, Contract, Spec, untraced_value
+from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import untraced_value
 
 from .arguments import UNBOUNDED, keys, one_of, switch
 from .block_index import KEY_BLOCKS, BlockIndex
