@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iokernels.ops.fft_conv.api import fft_conv
-from iokernels.ops.fft_conv.arguments import MOST, flag, kind, whole
+from iokernels.ops.fft_conv.arguments import MOST, kind, whole
 from iokernels.ops.fft_conv.short_api import Padding, short_conv, short_conv_step
 from iokernels.ops.fft_conv.step import LazyState, fft_conv_step, lazy_state
 from iokernels.runtime.contracts import Contract
@@ -168,7 +168,7 @@ class FFTConv(nn.Module):
         smooth = whole(_LONG, "smooth", smooth, least=0)
         self.channels = channels
         self.length = length
-        self.causal = flag(_LONG, "causal", causal)
+        self.causal = _LONG.flag("causal", causal)
         self.squash = _LONG.number("squash", squash, least=0.0)
         self.smooth = smooth
         self.backend = backend
@@ -177,7 +177,7 @@ class FFTConv(nn.Module):
             self.register_parameter("k", None)
         else:
             self.k = nn.Parameter(torch.empty((channels, length if causal else 2 * length - 1), **made))
-        if flag(_LONG, "skip", skip):
+        if _LONG.flag("skip", skip):
             self.skip = nn.Parameter(torch.empty(channels, **made))
         else:
             self.register_parameter("skip", None)

@@ -17,8 +17,9 @@ from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.ops.flash_rnn.options import state_dtype
 from iokernels.runtime import dispatch
 from iokernels.runtime.contracts import Contract
+from iokernels.runtime.plain import count, flag, number
 
-from .recurrent_arguments import alike, autocast_dtype, flag, multiplied, number, placed, strided, whole
+from .recurrent_arguments import alike, autocast_dtype, multiplied, placed, strided
 from .slstm import SLSTM, SLSTMState
 
 __all__ = ["GRU", "LSTM", "RNN", "SLSTM", "SLSTMState"]
@@ -41,11 +42,11 @@ class _Recurrent(nn.RNNBase):
         name = type(self).__name__
         given = dict(zip(_ARGUMENTS, sizes, strict=True))
         for size in ("input_size", "hidden_size", "num_layers"):
-            given[size] = whole(name, size, given[size], 1)
+            given[size] = count(name, size, given[size], 1, tensors=True)
         for choice in ("bias", "batch_first", "bidirectional"):
             given[choice] = flag(name, choice, given[choice])
-        given["dropout"] = number(name, "dropout", given["dropout"], 1.0)
-        hidden, num_heads = given["hidden_size"], whole(name, "num_heads", num_heads, 1)
+        given["dropout"] = number(name, "dropout", given["dropout"], least=0.0, most=1.0, tensors=True)
+        hidden, num_heads = given["hidden_size"], count(name, "num_heads", num_heads, 1, tensors=True)
         if hidden % num_heads:
             raise ValueError(f"{name}: num_heads is {num_heads}; it must divide hidden_size, which is {hidden}")
         super().__init__(_MODES[self.cell][0], **given, **placed(name, **made))

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iokernels.ops.hip_attention.arguments import keys, switch
+from iokernels.ops.hip_attention.arguments import keys
 from iokernels.ops.hip_attention.attend_api import hip_attention
 from iokernels.ops.hip_attention.select_call import options_of
 from iokernels.ops.hip_attention.selection_cache import SelectionCache
 from iokernels.runtime.contracts import Contract
 from iokernels.runtime.errors import UnsupportedError
+from iokernels.runtime.plain import flag
 
 from .kv_cache import KVCache
 from .lean_attention import DecodeAttention
@@ -133,7 +134,7 @@ class HiPAttention(DecodeAttention):
         self.budget = keys("HiPAttention", "budget", budget, least=1)
         if scale is not None:  # of training too: the search wants the highest scores, not the lowest
             self.scale = _CONTRACT.number("scale", scale, above=0.0)
-        self.sparse_training = switch("HiPAttention", "sparse_training", sparse_training)
+        self.sparse_training = flag("HiPAttention", "sparse_training", sparse_training)
 
     def extra_repr(self) -> str:
         """The options that shape the result."""

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from iokernels.ops.lean_attention.api import QUANTISED, lean_attention
 from iokernels.ops.lean_attention.append_api import append_kv
-from iokernels.ops.lean_attention.integers import LARGEST, index_of, integer, integers
+from iokernels.ops.lean_attention.integers import index_of, integer, integers
 from iokernels.ops.lean_attention.options import as_bytes
 from iokernels.runtime.contracts import FLOATS, short
+from iokernels.runtime.plain import LARGEST
 
 from .kv_cache_state import CONTRACT as _CONTRACT
 from .kv_cache_state import checked, restore, saved

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from iokernels.ops.flash_attention.api import flash_attention
 from iokernels.ops.lean_attention.api import MAX_QUERIES
-from iokernels.ops.lean_attention.integers import LARGEST, flag, integer
+from iokernels.ops.lean_attention.integers import integer
 from iokernels.ops.lean_attention.rotary import apply_rotary, rotary_table
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import LARGEST
 
 from .kv_cache import KVCache
 
@@ -83,7 +84,7 @@ class DecodeAttention(nn.Module):
         rotary = integer(_CONTRACT, "rotary", rotary)
         max_positions = integer(_CONTRACT, "max_positions", max_positions, most=LARGEST)
         rotary_base = _CONTRACT.number("rotary_base", rotary_base, above=0.0)
-        flag(_CONTRACT, "interleaved", interleaved)
+        interleaved = _CONTRACT.flag("interleaved", interleaved)
         window = None if window is None else _CONTRACT.window(window)
         softcap = _CONTRACT.number("softcap", softcap, least=0.0)
         scale = None if scale is None else _CONTRACT.number("scale", scale)

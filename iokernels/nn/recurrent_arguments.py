@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iokernels.runtime.contracts import FLOATS, short
-
-_MOST = 2**31 - 1
-
-
-def whole(module: str, name: str, value: Any, least: int) -> int:
-    """``value`` as an int between ``least`` and 2^31 - 1, or an error. NumPy's integers count as ints, bools do not."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{module}: {name} is {type(value).__name__}; it must be an int")
-    if not least <= number <= _MOST:
-        shown = number if abs(number) < 10**20 else "too large"
-        raise ValueError(f"{module}: {name} is {shown}; it must be at least {least} and below 2^31")
-    return number
-
-
-def flag(module: str, name: str, value: Any) -> bool:
-    """``value`` as a bool, if it is one, Python's or NumPy's."""
-    if type(value).__name__ not in ("bool", "bool_"):
-        raise TypeError(f"{module}: {name} is {type(value).__name__}; it must be a bool")
-    return bool(value)
-
-
-def number(module: str, name: str, value: Any, most: float) -> float:
-    """``value`` as a float between 0 and ``most``; NumPy's numbers count."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{module}: {name} is {type(value).__name__}; it must be a number")
-    try:
-        found = float(value)
-    except OverflowError:
-        found = float("inf")
-    except (TypeError, ValueError):  # an array
-        raise TypeError(f"{module}: {name} is {type(value).__name__}; it must be a number") from None
-    if not 0.0 <= found <= most or found == float("inf"):
-        asked = "finite and at least 0" if most == float("inf") else f"between 0 and {most:g}"
-        raise ValueError(f"{module}: {name} is {found:g}; it must be {asked}")
-    return found
 
 
 def placed(module: str, device: Any, dtype: Any) -> dict[str, Any]:

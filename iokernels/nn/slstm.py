@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from iokernels.ops.flash_rnn.api import flash_rnn
 from iokernels.ops.flash_rnn.options import state_dtype
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
+from iokernels.runtime.plain import count, flag, number
 
-from .recurrent_arguments import flag, multiplied, number, placed, strided, whole, writable
+from .recurrent_arguments import multiplied, placed, strided, writable
 
 _CONTRACT = Contract(
     "SLSTM",
@@ -72,11 +72,17 @@ class SLSTM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        embed_dim, num_heads = whole("SLSTM", "embed_dim", embed_dim, 1), whole("SLSTM", "num_heads", num_heads, 1)
+        embed_dim, num_heads = (
+            count("SLSTM", "embed_dim", embed_dim, 1, tensors=True),
+            count("SLSTM", "num_heads", num_heads, 1, tensors=True),
+        )
         _CONTRACT.require(
             embed_dim % num_heads == 0, f"num_heads is {num_heads}; it must divide embed_dim, which is {embed_dim}"
         )
-        conv_size, norm_eps = whole("SLSTM", "conv_size", conv_size, 0), number("SLSTM", "norm_eps", norm_eps, math.inf)
+        conv_size, norm_eps = (
+            count("SLSTM", "conv_size", conv_size, 0, tensors=True),
+            number("SLSTM", "norm_eps", norm_eps, least=0.0, tensors=True),
+        )
         bias = flag("SLSTM", "bias", bias)
         place = placed("SLSTM", device, dtype)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
@@ -125,7 +131,7 @@ class SLSTM(nn.Module):
             device: that of the parameters if None.
             dtype: dtype of x; that of the parameters if None.
         """
-        batch = whole("SLSTM", "batch", batch, 0)
+        batch = count("SLSTM", "batch", batch, 0, tensors=True)
         placed("SLSTM", device, dtype)
         device = self.weight_ih.device if device is None else device
         dtype = self.weight_ih.dtype if dtype is None else dtype

@@ -17,13 +17,12 @@ names the argument, what it got and what it takes. The code below runs under ``t
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
+
+from . import plain
+from .plain import integral, shown, untraced
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,26 +39,6 @@ class Spec(NamedTuple):
 def short(dtype: torch.dtype) -> str:
     """``float16`` for ``torch.float16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def shown(value: Any) -> str:
-    """``repr(value)``, but short: Python refuses to write an integer of many digits."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, tuple) and any(isinstance(x, int) and x.bit_length() > 200 for x in value):
-        return f"({', '.join(map(shown, value))})"
-    return repr(value)
-
-
-@contextmanager
-def untraced() -> Iterator[None]:
-    """Inside, ``torch.jit.trace`` records nothing, and sizes are ints: while it traces they are tensors."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Contract:
@@ -161,10 +140,10 @@ class Contract:
         """The ``(left, right)`` of an attention window, -1 where it is unbounded; None is unbounded on both sides."""
         if window is None:
             return -1, -1
-        ok = isinstance(window, (tuple, list)) and len(window) == 2
-        if not ok or not all(_is_integer(side) for side in window):
+        sides = tuple(map(integral, window)) if isinstance(window, (tuple, list)) and len(window) == 2 else (None,)
+        if any(side is None for side in sides):
             raise TypeError(f"{self.operator}: window is {shown(window)}; it must be None or two ints, (left, right)")
-        left, right = (side if isinstance(side, torch.SymInt) else int(side) for side in window)
+        left, right = sides
         # Not require(): torch.compile would have to trace the messages.
         if left < -1 or right < -1:
             raise ValueError(
@@ -180,34 +159,12 @@ class Contract:
 
     def number(self, name: str, value: Any, *, above: float | None = None, least: float | None = None,
                below: float | None = None) -> Any:  # fmt: skip
-        """Return ``value`` as a finite float (a traced one stays symbolic) within the bounds, or raise."""
-        value = untraced_value(value)
-        if isinstance(value, (bool, torch.SymBool)) or not isinstance(value, (int, float, *_REAL)):
-            hint = ": pass 0.0 to turn it off" if value is None and least == 0.0 else ""
-            raise TypeError(f"{self.operator}: {name} is {type(value).__name__}; it must be a number{hint}")
-        if isinstance(value, Real):
-            value = int(value) if isinstance(value, Integral) else float(value)  # NumPy compares in its own precision
-        bounds = [
-            (above is None or value > above, f"above {above}"),
-            (least is None or value >= least, f"at least {least}"),
-            (below is None or value < below, f"below {below}"),
-        ]
-        # A comparison, not math.isfinite, which torch.compile cannot trace on a number that it made dynamic.
-        finite = -sys.float_info.max <= value <= sys.float_info.max
-        if not finite or not all(ok for ok, _ in bounds):
-            asked = [text for (_, text), bound in zip(bounds, (above, least, below), strict=True) if bound is not None]
-            raise ValueError(
-                f"{self.operator}: {name} is {shown(value)}; it must be finite" + "".join(f", {a}" for a in asked)
-            )
-        return value if isinstance(value, (torch.SymInt, torch.SymFloat)) else float(value)
+        """Return ``value`` as a finite float within the bounds, or raise; see :func:`.plain.number`."""
+        return plain.number(self.operator, name, value, above=above, least=least, below=below)
 
     def integer(self, name: str, value: Any, *, least: int | None = None, most: int | None = None) -> Any:
-        """Return ``value`` as an int of 64 bits (a traced one stays symbolic) within the bounds, or raise."""
-        value = untraced_value(value)
-        if not _is_integer(value):
-            raise TypeError(f"{self.operator}: {name} is {type(value).__name__}; it must be an int")
-        if not isinstance(value, torch.SymInt):
-            value = int(value)
+        """Return ``value`` as an int of 64 bits within the bounds, or raise; see :func:`.plain.whole`."""
+        value = plain.whole(self.operator, name, value)
         low, high = -_INT64 if least is None else least, _INT64 - 1 if most is None else most
         # Not require(): torch.compile cannot format a symbol, and would have to for the message.
         if not low <= value <= high:
@@ -216,29 +173,8 @@ class Contract:
         return value
 
     def flag(self, name: str, value: Any, *, optional: bool = False) -> Any:
-        """Return ``value`` as a bool (None where it is ``optional`` and None), or raise."""
-        if isinstance(value, bool) or (optional and value is None):
-            return value
-        if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
-            return bool(value)
-        raise TypeError(
-            f"{self.operator}: {name} is {type(value).__name__}; it must be a bool" + (" or None" if optional else "")
-        )
+        """Return ``value`` as a bool (None where it is ``optional`` and None), or raise; see :func:`.plain.flag`."""
+        return plain.flag(self.operator, name, value, optional=optional)
 
 
 _INT64 = 2**63
-_REAL = (Real, torch.SymInt, torch.SymFloat)
-
-
-def _is_integer(value: Any) -> bool:
-    """Python's integers, NumPy's and traced ones; no bool, though Python counts it among them."""
-    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, (bool, torch.SymBool))
-
-
-def untraced_value(value: Any) -> Any:
-    """The number behind what ``torch.jit.trace`` made of one: it turns sizes, and what is computed of them, into
-    tensors."""
-    if isinstance(value, torch.Tensor) and torch._C._get_tracing_state() is not None and value.dim() == 0:
-        with untraced():
-            return value.item()
-    return value

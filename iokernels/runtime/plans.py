@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from .contracts import untraced, untraced_value
+from .plain import untraced, untraced_value
 from .transforms import asking
 
 _T = TypeVar("_T")

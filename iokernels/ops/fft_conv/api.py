@@ -15,7 +15,7 @@ from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
-from .arguments import flag, whole
+from .arguments import whole
 from .op import backend_module, convolve
 from .options import CAUSAL, CIRCULAR, TWO_SIDED, KernelSpectrum, Options, reach, state_dtype
 
@@ -179,7 +179,7 @@ def _plan(
     n, taps = sizes["N"], sizes["Nk"]
     mode = _mode(CONTRACT, causal, n, taps)
     for name, value in (("return_state", return_state), ("batch_invariant", batch_invariant)):
-        flag(CONTRACT, name, value)
+        CONTRACT.flag(name, value)
     keep = _keep(CONTRACT, freq_keep)
     for name, wanted in (("initial_state", initial_state is not None), ("return_state", return_state)):
         CONTRACT.require(not wanted or mode == CAUSAL, f"{name} needs causal=True: other filters have no past to keep")
@@ -213,7 +213,7 @@ def _check_spectrum(cached: tuple[Any, ...], u: Tensor, causal: Any, keep: float
 
 
 def _mode(contract: Contract, causal: Any, n: Any, taps: Any) -> str:
-    flag(contract, "causal", causal)
+    causal = contract.flag("causal", causal)
     contract.require(taps >= 1, "k has no taps; it must have at least one")
     if causal:
         return CAUSAL

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from iokernels.runtime import plain
 from iokernels.runtime.contracts import Contract
 
 MOST = 2**48
 """No tensor has more elements along a dimension."""
 
 
-def whole(contract: Contract, name: str, value: Any, *, least: int, most: int = MOST) -> Any:
-    """``value`` as an int from ``least`` to ``most``, or raise. NumPy's integers are integers, and a size that is being
-    traced stays symbolic."""
-    if not isinstance(value, torch.SymInt):
-        try:
-            if isinstance(value, (bool, Tensor)):
-                raise TypeError
-            value = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{contract.operator}: {name} is {kind(value)}; it must be an int") from None
-    contract.require(value >= least, f"{name} is {value}; it must be at least {least}")
-    contract.require(value <= most, f"{name} is {value}; it must be at most {most}")
-    return value
-
-
-def flag(contract: Contract, name: str, value: Any) -> bool:
-    """``value`` if it is a bool, or raise."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{contract.operator}: {name} is {kind(value)}; it must be a bool")
-    return value
+def whole(contract: Contract, name: str, value: Any, *, least: int) -> Any:
+    """:func:`.plain.whole`, of a size of a tensor."""
+    return plain.whole(contract.operator, name, value, least=least, most=MOST)
 
 
 def kind(value: Any) -> str:

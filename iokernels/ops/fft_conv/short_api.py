@@ -17,7 +17,7 @@ from iokernels.runtime.offsets import check_offsets, readable
 from iokernels.runtime.plans import Plans, remembered
 
 from . import short_reference
-from .arguments import check_own_memory, flag, places
+from .arguments import check_own_memory, places
 from .short_op import convolve, step_op
 from .short_options import ShortOptions
 
@@ -239,7 +239,7 @@ def _plan(
     contract.require(width >= 1, f"weight has shape {list(weight.shape)}; it has no taps")
     _same_or_single(contract, x, weight=weight, bias=bias)
     left, right = _padding(contract, padding, width)
-    flag(contract, "return_state", return_state)
+    return_state = contract.flag("return_state", return_state)
     contract.require(
         (initial_state is None and not return_state) or (left, right) == (width - 1, 0),
         f"padding is {padding!r}; initial_state and return_state need causal padding",

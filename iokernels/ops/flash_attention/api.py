@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.offsets import check_offsets
+from iokernels.runtime.plain import integral, whole
 from iokernels.runtime.plans import Plans, remembered
 
 from . import reference
@@ -257,14 +257,11 @@ def _varlen_plan(
     sinks: Any, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
 ) -> Plan:  # fmt: skip
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            how = f": pass {name}.item()" if isinstance(value, Tensor) else ""
-            raise TypeError(f"{VARLEN.operator}: {name} is {type(value).__name__}; it must be an int{how}")
+        hint = f": pass {name}.item()" if isinstance(value, Tensor) else ""
+        whole(VARLEN.operator, name, value, hint=hint)
         if torch.compiler.is_compiling():
             torch._check(value >= 0)  # a symbol that a traced .item() made cannot be asked, only told
-        elif value < 0:
-            raise ValueError(f"{VARLEN.operator}: {name} is {value}; it must be at least 0")
-        elif value >= 2**63:
+        elif whole(VARLEN.operator, name, value, least=0) >= 2**63:
             raise ValueError(f"{VARLEN.operator}: {name} does not fit 64 bits; it must be below 2 ** 63")
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if isinstance(offsets, Tensor) and offsets.dim() == 1:
@@ -294,12 +291,8 @@ def _plan(
     contract.require(
         width > 0 and sizes["Dv"] > 0, f"head widths are {width} and {sizes['Dv']}; they must be at least 1"
     )
-    if not _is_bool(causal):
-        raise TypeError(f"{contract.operator}: causal is {type(causal).__name__}; it must be a bool")
-    if deterministic is not None and not _is_bool(deterministic):
-        raise TypeError(
-            f"{contract.operator}: deterministic is {type(deterministic).__name__}; it must be a bool or None"
-        )
+    causal = contract.flag("causal", causal)
+    deterministic = contract.flag("deterministic", deterministic, optional=True)
     left, right = contract.window(window)
     if causal:
         right = 0
@@ -354,14 +347,9 @@ def _check_offsets(name: str, offsets: Tensor, total: int, longest: int) -> None
         )
 
 
-def _is_bool(x: Any) -> bool:
-    """Python's own or NumPy's."""
-    return isinstance(x, bool) or (getattr(x, "dtype", None) == "bool" and getattr(x, "ndim", 1) == 0)
-
-
 def _python_int(x: Any) -> Any:
-    """A NumPy integer, as an int; whatever else, as it is."""
-    return int(x) if type(x) is not int and isinstance(x, Integral) and not isinstance(x, bool) else x
+    """A whole number as an int; whatever else, as it is."""
+    return x if type(x) is int or (found := integral(x)) is None else found
 
 
 def _four_dims(x: Any) -> Any:

@@ -166,8 +166,7 @@ def _plan(
     for name, flag in (
         ("return_state", return_state), ("recurrent_cut", recurrent_cut), ("recompute_gates", recompute_gates)
     ):  # fmt: skip
-        if type(flag).__name__ not in ("bool", "bool_"):  # Python's and NumPy's
-            raise TypeError(f"flash_rnn: {name} is {type(flag).__name__}; it must be a bool")
+        CONTRACT.flag(name, flag)
     clip = 0.0 if recurrent_clip is None else CONTRACT.number("recurrent_clip", recurrent_clip, above=0.0)
     backend = dispatch.choose(
         "flash_rnn",

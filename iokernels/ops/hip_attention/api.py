@@ -9,9 +9,10 @@ from torch import Tensor
 
 from iokernels.runtime import dispatch
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import whole
 
 from . import reference
-from .arguments import one_of, pair_of_tensors, whole
+from .arguments import one_of, pair_of_tensors
 from .block_index import KEY_BLOCKS, BlockIndex
 from .op import bounds_op, exact_op, global_op, pages_op, stage_op
 from .select_call import (
@@ -104,7 +105,7 @@ def select_hip(
         if dispatch.requested(backend) not in (None, "torch"):
             select_hip_contract.require(False, f"backend is {backend!r}; search='global' has 'torch' only")
         block_k = one_of("select_hip", "block_k", 8 if block_k is None else block_k, KEY_BLOCKS)
-        branch = whole("select_hip", "branch", branch)
+        branch = whole("select_hip", "branch", branch, least=0)
         select_hip_contract.require(
             branch >= 1 and block_k % branch == 0,
             f"branch is {branch}; it must divide block_k, {block_k}",
@@ -173,7 +174,7 @@ def page_bounds(
     """
     sizes = _PAGES.check(k=k)
     page = one_of("page_bounds", "page", page, KEY_BLOCKS)
-    first = whole("page_bounds", "first", first)
+    first = whole("page_bounds", "first", first, least=0)
     chosen = backend_of("page_bounds", backend, k, k)
     pages = (sizes["Nk"] + page - 1) // page
     if first != 0 and out is None:

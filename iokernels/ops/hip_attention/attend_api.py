@@ -12,10 +12,10 @@ from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import flag
 
 from .api import select_hip
 from .arguments import keys as whole_keys
-from .arguments import switch
 from .block_index import BlockIndex
 from .select_call import MAX_HEAD_DIM, options_of
 from .selection_cache import SelectionCache
@@ -95,7 +95,7 @@ def hip_attention(
     sizes = _CONTRACT.check(q=q, k=k, v=v)
     _CONTRACT.require(sizes["D"] > 0, "the heads of q are 0 wide; they must be at least 1")
     scale = _CONTRACT.number("scale", sizes["D"] ** -0.5 if scale is None else scale, above=0.0)
-    switch("hip_attention", "return_lse", return_lse)
+    flag("hip_attention", "return_lse", return_lse)
     index: Any = selection
     if selection is None or isinstance(selection, SelectionCache):
         # Checked also where nothing is selected, so that a call does not become wrong when its keys become more.

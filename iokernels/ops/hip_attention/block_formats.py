@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime.contracts import short
+from iokernels.runtime.plain import flag, whole
 
-from .arguments import UNBOUNDED, keys, one_of, switch, whole
+from .arguments import UNBOUNDED, keys, one_of
 
 if TYPE_CHECKING:
     from .block_index import BlockIndex
@@ -81,7 +82,7 @@ def from_bsr(
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
             kind = short(x.dtype) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{where}: {name} is {kind}; it must be a tensor of int32 or int64")
-    q_len, kv_len = whole(where, "q_len", q_len), whole(where, "kv_len", kv_len)
+    q_len, kv_len = whole(where, "q_len", q_len, least=0), whole(where, "kv_len", kv_len, least=0)
     block_q, block_k, q_len, kv_len = _sizes(where, block_q, block_k, q_len, kv_len)
     if not 1 <= crow_indices.dim() == col_indices.dim() <= 3:
         raise ValueError(
@@ -144,7 +145,7 @@ def to_flex(index: BlockIndex, heads: int, *, causal: bool, block: int = 128) ->
 
     where = "BlockIndex.to_flex"
     heads, block = keys(where, "heads", heads), one_of(where, "block", block, KEY_BLOCKS)
-    switch(where, "causal", causal)
+    causal = flag(where, "causal", causal)
     _, lists, query_blocks, _ = index.indices.shape
     if not 1 <= heads <= 2**16 or heads % lists:
         raise ValueError(f"{where}: heads is {heads}; it must be a multiple of the {lists} lists, at most {2**16}")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime.contracts import Contract, Spec
+from iokernels.runtime.plain import flag, whole
 
 from . import block_formats
-from .arguments import UNBOUNDED, switch, whole
+from .arguments import UNBOUNDED
 from .block_formats import KEY_BLOCKS
 from .sparse_values import check_lists, check_not_negative
 from .transposed_lists import TransposedLists, transposed_lists
@@ -70,7 +71,7 @@ class BlockIndex:
         for name in ("block_q", "block_k", "q_len", "kv_len", "sink", "window"):
             value = getattr(self, name)
             if not isinstance(value, (int, torch.SymInt, Tensor)) and hasattr(type(value), "__index__"):
-                object.__setattr__(self, name, whole("BlockIndex", name, value))  # NumPy's integers
+                object.__setattr__(self, name, whole("BlockIndex", name, value, least=0))  # NumPy's integers
         self.validate()
 
     def validate(self, deep: bool = False) -> BlockIndex:
@@ -107,7 +108,7 @@ class BlockIndex:
                 f"BlockIndex: indices lists {sizes['Mq']} blocks of queries; "
                 f"{self.q_len} rows in blocks of {self.block_q} are {blocks}"
             )
-        if switch("BlockIndex.validate", "deep", deep):
+        if flag("BlockIndex.validate", "deep", deep):
             self._check_values()
         return self
 
@@ -145,7 +146,7 @@ class BlockIndex:
 
     def to_mask(self, *, causal: bool = False) -> Tensor:
         """bool ``[B, Hm, q_len, kv_len]``: True where a row sees a key, with ``causal`` only up to its position."""
-        switch("BlockIndex.to_mask", "causal", causal)
+        causal = flag("BlockIndex.to_mask", "causal", causal)
         return key_mask(
             self.indices, self.counts, self.block_q, self.block_k, self.sink, self.window, self.q_len, self.kv_len,
             causal,
@@ -178,11 +179,8 @@ class BlockIndex:
 def _check_int(name: str, value: Any) -> None:
     if isinstance(value, Tensor) and name in ("sink", "window"):
         return
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        takes = "an int or an int32 tensor" if name in ("sink", "window") else "an int"
-        raise TypeError(f"BlockIndex: {name} is {type(value).__name__}; it must be {takes}")
-    if value < 0:
-        raise ValueError(f"BlockIndex: {name} is {value}; it must be at least 0")
+    hint = " or an int32 tensor" if name in ("sink", "window") else ""
+    whole("BlockIndex", name, value, least=0, hint=hint)
 
 
 def bounded(value: Any) -> Any:

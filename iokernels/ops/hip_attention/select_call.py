@@ -10,9 +10,10 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
-from iokernels.runtime.contracts import FLOATS, Contract, Spec, untraced_value
+from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import flag, untraced_value
 
-from .arguments import UNBOUNDED, keys, one_of, switch
+from .arguments import UNBOUNDED, keys, one_of
 from .block_index import KEY_BLOCKS, BlockIndex
 from .select_options import (
     HEADS,
@@ -51,7 +52,7 @@ def options_of(where: str, heads: Any, block_q: Any, sink: Any, window: Any, cau
         raise ValueError(f"{where}: heads is {heads!r}; it must be one of {', '.join(HEADS)}")
     return Region(
         heads, one_of(where, "block_q", block_q, QUERY_BLOCKS), keys(where, "sink", sink),
-        keys(where, "window", window), switch(where, "causal", causal),
+        keys(where, "window", window), flag(where, "causal", causal),
     )  # fmt: skip
 
 

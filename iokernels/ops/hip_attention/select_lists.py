@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iokernels.runtime.contracts import Contract, Spec, untraced_value
+from iokernels.runtime.contracts import Contract, Spec
+from iokernels.runtime.plain import untraced_value, whole
 
-from .arguments import keys, one_of, whole
+from .arguments import keys, one_of
 from .block_index import KEY_BLOCKS, BlockIndex
 from .select_options import query_blocks
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iokernels.runtime.plain import whole
+
 from .api import PageBounds, hip_stage
-from .arguments import whole
 from .block_index import BlockIndex
 from .select_call import (
     backend_of,

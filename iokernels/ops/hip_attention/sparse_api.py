@@ -12,10 +12,10 @@ from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import flag
 from iokernels.runtime.plans import Plans, remembered
 
 from . import sparse_reference
-from .arguments import switch
 from .block_index import BlockIndex, bounded
 from .select_options import too_long
 from .sparse_op import attend
@@ -173,7 +173,7 @@ def _plan(
             f"{sizes['table'] * sizes['page']} keys"
         )
     for name, value in (("causal", causal), ("return_lse", return_lse)):
-        switch("block_sparse_attention", name, value)
+        flag("block_sparse_attention", name, value)
     scale = contract.number("scale", sizes["D"] ** -0.5 if scale is None else scale)
     inference = None
     if grad and (q.requires_grad or k.requires_grad or v.requires_grad):

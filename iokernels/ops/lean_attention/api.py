@@ -213,8 +213,7 @@ def _plan(
         k_prefix is None or not per_key, "a prefix cannot go with scales for each key; scale by heads, or not at all"
     )
     for name, value in (("causal", causal), ("batch_invariant", batch_invariant)):
-        if not isinstance(value, bool):
-            raise TypeError(f"lean_attention: {name} is {type(value).__name__}; it must be a bool")
+        contract.flag(name, value)
     left, right = contract.window(window)
     return Plan(
         backend=_backend(backend, grad, sizes, (q, k_cache, v_cache, sinks, k_scale, v_scale, k_prefix, v_prefix)),

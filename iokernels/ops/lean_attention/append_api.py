@@ -164,8 +164,7 @@ def _plan(
         block_table=block_table, new_seqlens=new_seqlens, positions=positions, cos=cos, sin=sin, k_scale=k_scale,
         v_scale=v_scale,
     )  # fmt: skip
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"append_kv: interleaved is {type(interleaved).__name__}; it must be a bool")
+    contract.flag("interleaved", interleaved)
     contract.require(
         sizes["D"] > 0 and sizes["Dv"] > 0,
         f"head widths are {sizes['D']} and {sizes['Dv']}; they must be at least 1",

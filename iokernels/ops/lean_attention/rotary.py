@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
+from iokernels.runtime.plain import LARGEST
 from iokernels.runtime.plans import is_concrete
 
-from .integers import LARGEST, flag, integer
+from .integers import integer
 
 _CONTRACT = Contract(
     "apply_rotary",
@@ -62,7 +63,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inte
         ValueError: shapes, devices or positions that do not fit; the message names the argument.
     """
     sizes = _CONTRACT.check(x=x, cos=cos, sin=sin, positions=positions)
-    flag(_CONTRACT, "interleaved", interleaved)
+    interleaved = _CONTRACT.flag("interleaved", interleaved)
     check_table(_CONTRACT, sizes)
     count, length = cos.shape[0], x.shape[2]
     if positions.device.type == "cpu" and not torch.compiler.is_compiling() and is_concrete(positions) and length:
