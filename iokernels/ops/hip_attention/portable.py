@@ -240,8 +240,3 @@ def choose(scores: Tensor, alive: Tensor, chunk: Tensor, region: Region, ids: Te
 def _of_heads(x: Tensor, heads: int) -> Tensor:
     """``x [B, Hkv, N, D]`` with one entry for each head that is searched."""
     return x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x
-
-
-def _work(q: Tensor) -> torch.dtype:
-    """The dtype that scores are computed in."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
