@@ -14,6 +14,7 @@ from torch import Tensor
 
 from iokernels.bench.case import Case, Inputs, Outputs, Shape
 from iokernels.runtime.errors import UnsupportedError
+from iokernels.runtime.precision import eagerly
 from iokernels.testing.budget import FORWARD, GRADIENT, judge, relative_rms
 
 _FLOAT32_TO_FLOAT64 = 1e6
@@ -91,7 +92,8 @@ class Proof:
         for draw in reversed(range(draws)):
             self.inputs = case.make_inputs(shape, dtype, device, seed + draw)
             self.truth = results(self.inputs.to(torch.float64), reference)
-            self.low = results(self.inputs if dtype == precision else self.inputs.to(precision), reference)
+            with eagerly():
+                self.low = results(self.inputs if dtype == precision else self.inputs.to(precision), reference)
             for name, low in self.low.items():
                 self._unlucky[name] = max(self._unlucky.get(name, 0.0), _largest_error(low, self.truth[name]))
 

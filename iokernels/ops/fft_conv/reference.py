@@ -1,6 +1,7 @@
 """The oracle: the convolution as a direct sum, one Toeplitz matrix a head.
 
-Works in the dtype of its inputs (use float64 to judge others), on any device, and is differentiable to any order.
+Computes in float32, in float64 for float64 inputs (use that to judge others), on any device, and is differentiable to
+any order.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ import torch
 from einops import einsum
 from torch import Tensor
 
+from iokernels.runtime.precision import lifted
+
 from .options import CAUSAL, CIRCULAR, TWO_SIDED, Options, band_length, kept_bins
 
 
 def convolve(u: Tensor, k: Tensor, options: Options) -> Tensor:
     """``y [B, H, N]`` as :class:`Options` defines it, in the dtype of u."""
+    return _convolve(*lifted((u, k, options))).to(u.dtype)
+
+
+def _convolve(u: Tensor, k: Tensor, options: Options) -> Tensor:
     n = u.shape[2]
     k = k.to(u.dtype)
     v = u if options.pre_gate is None else options.pre_gate * u

@@ -1,6 +1,6 @@
 """The oracle of ``short_conv``: every window of the extended sequence times the filter, one sequence after the other.
 
-Plain differentiable PyTorch, in the dtype of its arguments; float64 inputs give the truth of tests.
+Plain differentiable PyTorch, in float32 or, for float64 inputs, which give the truth of tests, in float64.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime.offsets import on_host
+from iokernels.runtime.precision import lifted
 
 from .short_options import ShortOptions, empty_rows, empty_state, out_length
 
 
 def convolve(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
     """(out, final state), as :class:`ShortOptions` says; the state is empty where it is not asked for."""
+    out, final = _convolve(*lifted((x, weight, options)))
+    return out.to(x.dtype), final.to(x.dtype)
+
+
+def _convolve(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
     if options.cu_seqlens is None:
         return _dense(x, weight, options)
     if options.cu_seqlens.is_meta:
@@ -64,7 +70,7 @@ def step(
     for i, row in enumerate(rows):
         if row >= 0:
             options = ShortOptions(bias, state[row : row + 1], None, weight.shape[1] - 1, 0, silu, True)
-            result, final = _dense(x[i : i + 1, :, None], weight, options)
+            result, final = convolve(x[i : i + 1, :, None], weight, options)
             out[i] = result[0, :, 0]
             state[row] = final[0]
     return out

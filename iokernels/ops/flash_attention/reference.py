@@ -11,6 +11,7 @@ from einops import einsum, repeat
 from torch import Tensor
 
 from iokernels.runtime.offsets import on_host
+from iokernels.runtime.precision import lifted, recomputes_weights
 
 from .dropout import keep_mask
 from .options import Options, lse_dtype, narrowed, of_sequence
@@ -19,9 +20,8 @@ from .options import Options, lse_dtype, narrowed, of_sequence
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as :class:`Options` defines it. Returns (out, lse) like the operator."""
     attend_in = _attend_dense if options.cu_seqlens_q is None else _attend_packed
-    dtype = lse_dtype(q.dtype)
-    out, lse = attend_in(q.to(dtype), k.to(dtype), v.to(dtype), options)
-    return out.to(q.dtype), lse
+    out, lse = attend_in(*lifted((q, k, v, options)))
+    return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options, first_sequence: int = 0) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,10 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options, first_seque
     empty = denominator == 0.0
     denominator = denominator.masked_fill(empty, 1.0)
     lse = (highest + torch.log(denominator)).masked_fill(empty, float("-inf"))
-    # Not exp(s - lse): rounding grows with the LSE, and beside a mask of -1e9 takes log of the number of keys from it.
-    weights = weights / denominator[..., None]
+    if recomputes_weights(q.dtype):
+        weights = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
+    else:
+        weights = weights / denominator[..., None]
     if options.dropout_p > 0.0:
         weights = weights * _kept(q, k, options, first_sequence) / (1.0 - options.dropout_p)
     return einsum(weights, v, "b h i j, b h j d -> b h i d"), lse

@@ -1,6 +1,7 @@
 """The oracle: one step after the other, as the equations read, under autograd.
 
-Works in the dtype of its inputs (use float64 to judge others), on any device, and is differentiable to any order.
+Computes in float32, in float64 for float64 inputs (use that to judge others), on any device, and is differentiable to
+any order: h enters the next product as it is, not rounded to the dtype of the gates as kernels have it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from iokernels.runtime.precision import lifted
+
 from .options import Options, initial_states, state_dtype, valid_steps
 
 
 def run(gates: Tensor, recurrent: Tensor, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """The network as :class:`Options` defines it. Returns (out, final states)."""
+    out, state = _run(*lifted((gates, recurrent, bias, options)))
+    return out.to(gates.dtype), state
+
+
+def _run(gates: Tensor, recurrent: Tensor, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     cell = options.kind()
     kind = state_dtype(gates.dtype)
     states = tuple(initial_states(gates, options).unbind(0))

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iokernels.runtime.precision import at_least_single
+
 from .select_options import (
     Region,
     Stage,
@@ -76,7 +78,8 @@ def pages(
     out_ids, out_counts = empty_lists(q, kmin.shape[1], slots, region)
     heads = searched_heads(region.heads, q.shape[1], kmin.shape[1])
     count = most_chunks(q.shape[2], kv_len, page, region)
-    low, high = (_of_heads(x[:, :, :count].to(_work(q)), heads).transpose(2, 3)[:, :, None] for x in (kmin, kmax))
+    bounds = (x[:, :, :count].to(at_least_single(q.dtype)) for x in (kmin, kmax))
+    low, high = (_of_heads(x, heads).transpose(2, 3)[:, :, None] for x in bounds)
     chunk = torch.arange(count, device=q.device)
     rows = q.shape[0] * heads * count * row_count(q, kmin, region, 1)
     for slab in slabs(q, kmin, region, 1, rows, kv_len):
@@ -93,7 +96,7 @@ def exact(q: Tensor, k: Tensor, region: Region, block_k: int, slots: int) -> tup
     heads = searched_heads(region.heads, q.shape[1], k.shape[1])
     count = most_chunks(q.shape[2], k.shape[2], block_k, region)
     width = count * block_k
-    keys = _of_heads(F.pad(k[:, :, :width], (0, 0, 0, max(width - k.shape[2], 0))).to(_work(q)), heads)
+    keys = _of_heads(F.pad(k[:, :, :width], (0, 0, 0, max(width - k.shape[2], 0))).to(at_least_single(q.dtype)), heads)
     keys = keys.transpose(2, 3)[:, :, None]
     number, chunk = torch.arange(width, device=q.device), torch.arange(count, device=q.device)
     rows = q.shape[0] * heads * width * row_count(q, k, region, 1)
@@ -147,7 +150,7 @@ def _pooled(
     reach = min(region.block_q, q_len)
     means = -(-reach // stride)
     start, stop = blocks.start * region.block_q, min(blocks.stop * region.block_q, q_len)
-    part = q[:, :, start:stop].to(_work(q))
+    part = q[:, :, start:stop].to(at_least_single(q.dtype))
     if count > 1 or means * stride != stop - start:
         each = region.block_q if count > 1 else means * stride
         part = F.pad(part, (0, 0, 0, count * each - (stop - start)))
@@ -182,7 +185,7 @@ class Keys:
     def __init__(self, q: Tensor, k: Tensor, heads: int) -> None:
         batch, kv_heads, self.length, width = k.shape
         self.table = k.reshape(-1, width)
-        self.dtype = _work(q)
+        self.dtype = at_least_single(q.dtype)
         sequence = torch.arange(batch, device=k.device)[:, None] * kv_heads
         head = torch.arange(heads, device=k.device) * kv_heads // heads
         self.first = ((sequence + head) * self.length)[:, :, None, None]
@@ -237,8 +240,3 @@ def choose(scores: Tensor, alive: Tensor, chunk: Tensor, region: Region, ids: Te
 def _of_heads(x: Tensor, heads: int) -> Tensor:
     """``x [B, Hkv, N, D]`` with one entry for each head that is searched."""
     return x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x
-
-
-def _work(q: Tensor) -> torch.dtype:
-    """The dtype that scores are computed in."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,6 +1,6 @@
 """The oracle of the selectors: their definitions in Python loops, one block of rows, head and chunk after the other.
 
-Works in the dtype of its inputs (float64 to judge others), on any device. Equal scores: the lower chunk comes first. A
+Computes in float32, in float64 for float64 inputs, on any device. Equal scores: the lower chunk comes first. A
 score that is not a number, of one key and one row, counts as -inf, which is never selected.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime.errors import UnsupportedError
+from iokernels.runtime.precision import at_least_single
 
 from .select_options import Region, Stage, block_end, empty_lists, query_blocks, searched_heads
 
@@ -99,22 +100,19 @@ def pooled(
     group = q.shape[1] // searched_heads(region.heads, q.shape[1], k.shape[1])
     off = k.shape[2] - q.shape[2]
     stop = min((block + 1) * region.block_q, q.shape[2])
+    dtype = at_least_single(q.dtype)
     rows, limits = [], []
     for member in range(head * group, (head + 1) * group):
         for first in range(block * region.block_q, stop, stride):
             last = min(first + stride, stop)
-            rows.append(q[batch, member, first:last].to(_work(q)).sum(0) / (last - first))
+            rows.append(q[batch, member, first:last].to(dtype).sum(0) / (last - first))
             limits.append(last - 1 + off - region.window if region.causal else k.shape[2] - 1)
-    return torch.stack(rows).to(q.dtype).to(_work(q)), torch.tensor(limits, device=q.device)
-
-
-def _work(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.stack(rows).to(q.dtype).to(dtype), torch.tensor(limits, device=q.device)
 
 
 def _keys(q: Tensor, k: Tensor, region: Region, batch: int, head: int) -> Tensor:
     searched = searched_heads(region.heads, q.shape[1], k.shape[1])
-    return k[batch, head * k.shape[1] // searched].to(_work(q))
+    return k[batch, head * k.shape[1] // searched].to(at_least_single(q.dtype))
 
 
 def _lists(

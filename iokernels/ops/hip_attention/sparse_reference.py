@@ -1,6 +1,7 @@
 """The oracle of block-sparse attention: dense attention with the lists expanded to a mask.
 
-Works in the dtype of its inputs (use float64 to judge others), on any device, and is differentiable to any order.
+Computes in float32, in float64 for float64 inputs (use that to judge others), on any device, and is differentiable to
+any order.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
+from iokernels.runtime.precision import lifted, recomputes_weights
+
 from .block_index import key_mask
 from .sparse_options import Options, lse_dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as :class:`Options` defines it. Returns (out, lse) like the operator."""
+    dtype = q.dtype
+    q, k, v = lifted((q, k, v))
     if options.block_table is not None:
         k, v = (_gathered(x, options.block_table, options.kv_len) for x in (k, v))
     heads = q.shape[1]
@@ -39,9 +44,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, T
     empty = denominator == 0.0
     denominator = denominator.masked_fill(empty, 1.0)
     lse = (highest + torch.log(denominator)).masked_fill(empty, float("-inf"))
-    # Not exp(s - lse): rounding grows with the LSE, and takes the log of the number of keys from one of 1e9.
-    weights = weights / denominator[..., None]
-    return einsum(weights, v, "b h i j, b h j d -> b h i d"), lse.to(lse_dtype(q.dtype))
+    if recomputes_weights(q.dtype):
+        weights = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
+    else:
+        weights = weights / denominator[..., None]
+    return einsum(weights, v, "b h i j, b h j d -> b h i d").to(dtype), lse.to(lse_dtype(dtype))
 
 
 def _gathered(pages: Tensor, block_table: Tensor, kv_len: int) -> Tensor:

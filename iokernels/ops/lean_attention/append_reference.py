@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime.offsets import on_host
+from iokernels.runtime.precision import at_least_single
 
 from .append_options import SMALLEST, TOP, Append, room
 
@@ -42,7 +43,7 @@ def append(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, optio
 
 def wide(x: Tensor) -> Tensor:
     """In the dtype of the arithmetic."""
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.to(at_least_single(x.dtype))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """The oracle: decode attention as its formula reads, one sequence after the other.
 
-Works in the dtype of q (use float64 to judge others), on any device, and is differentiable to any order. Lengths and
-page tables are read on the host.
+Computes in float32, in float64 for float64 queries (use that to judge others), on any device, and is differentiable to
+any order. Lengths and page tables are read on the host.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from iokernels.runtime.offsets import on_host
+from iokernels.runtime.precision import at_least_single, lifted
 
 from .options import Options, empty_lse, per_key
 
 
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as :class:`Options` defines it. Returns (out, lse) like the operator."""
+    dtype = q.dtype
+    q, k_cache, v_cache, options = lifted((q, k_cache, v_cache, options))
     if q.shape[0] == 0:
         nothing = _nothing((q, k_cache, v_cache, *options[2:7])).to(q.dtype)
-        return q.new_empty((*q.shape[:3], v_cache.shape[3])) + nothing, empty_lse(q) + nothing
+        return (q.new_empty((*q.shape[:3], v_cache.shape[3])) + nothing).to(dtype), empty_lse(q) + nothing
     outs, lses = [], []
     for sequence, length in enumerate(on_host("lean_attention", "cache_seqlens", options.cache_seqlens)):
         # Keys behind the window of the first row take no part, whatever they are.
@@ -32,7 +35,7 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tup
         out, lse = _attend_one(q[sequence], k, v, options)
         outs.append(out)
         lses.append(lse)
-    return torch.stack(outs), torch.stack(lses)
+    return torch.stack(outs).to(dtype), torch.stack(lses)
 
 
 def _nothing(tensors: tuple[Tensor | None, ...]) -> Tensor:
@@ -105,4 +108,4 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tens
     else:
         # A weight of 0 does not undo a NaN, and a row knows nothing of a key that it does not see.
         out = einsum(weights, v[:, None].masked_fill(hidden[None, :, :, None], 0.0), "h i j, h i j d -> h i d")
-    return out, lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return out, lse.to(at_least_single(q.dtype))

@@ -1,7 +1,7 @@
 """The oracle of the gated delta rule: its recurrence, one token after the other.
 
-Works in the dtype of its inputs (use float64 to judge others; half precision is lifted to float32, which states have
-everywhere), on any device, and is differentiable to any order.
+Computes in the dtype of states, which is float32 or, for float64 inputs (use that to judge others), float64, on any
+device, and is differentiable to any order.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
+from iokernels.runtime.precision import lifted
+
 from .delta_options import DeltaOptions, state_dtype
 from .options import LEAST_LOG_DECAY, read_offsets
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor]:
     """Returns (out [B, H, N, V], final state [S, H, K, V]). See :class:`DeltaOptions`."""
+    out, state = _gated_delta_rule(*lifted((q, k, v, beta, options)))
+    return out.to(v.dtype), state
+
+
+def _gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor]:
     if options.cu_seqlens is None:
         return _one_length(q, k, v, beta, options.log_decay, options.initial_state, options.scale)
     starts = read_offsets(options.cu_seqlens, q.shape[2])

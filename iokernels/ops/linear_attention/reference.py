@@ -1,6 +1,6 @@
 """The oracle: linear attention as its formula reads, with the whole N x N matrix of weights in memory.
 
-Works in the dtype of float32 and float64 inputs (use float64 to judge others) and in float32 for half precision, on any
+Computes in the dtype of states, which is float32 or, for float64 inputs (use that to judge others), float64, on any
 device, and is differentiable to any order.
 """
 
@@ -10,11 +10,18 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
+from iokernels.runtime.precision import lifted
+
 from .options import LEAST_LOG_DECAY, Options, read_offsets, state_dtype, sums_dtype
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Linear attention as :class:`Options` defines it. Returns (out, final state)."""
+    out, state = _attend(*lifted((q, k, v, options)))
+    return out.to(v.dtype), state
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     if options.cu_seqlens is None:
         return _attend_dense(q, k, v, options)
     starts = read_offsets(options.cu_seqlens, q.shape[2])
