@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime.contracts import FLOATS, short
+from iokernels.runtime.memory import overlaps_itself
 
 
 def placed(module: str, device: Any, dtype: Any) -> dict[str, Any]:
@@ -45,8 +46,10 @@ def strided(module: str, name: str, x: Any) -> Tensor:
 
 def writable(module: str, name: str, x: Tensor) -> None:
     """Raise where elements of ``x`` share memory, so that what is written to one is written to others."""
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"{module}: {name} is expanded, so its elements share memory, and is written: clone it")
+    if overlaps_itself(x):
+        raise ValueError(
+            f"{module}: {name} is expanded or overlaps itself, so its elements share memory, and is written: clone it"
+        )
 
 
 def multiplied(module: str, name: str, x: Any, parameter: Tensor) -> None:
