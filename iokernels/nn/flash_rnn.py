@@ -16,10 +16,11 @@ from iokernels.ops.flash_rnn.api import flash_rnn, triton_refusal
 from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.ops.flash_rnn.options import state_dtype
 from iokernels.runtime import dispatch
+from iokernels.runtime.autocast import autocast_dtype
 from iokernels.runtime.contracts import Contract
 from iokernels.runtime.plain import count, flag, number
 
-from .recurrent_arguments import alike, autocast_dtype, multiplied, placed, strided
+from .recurrent_arguments import alike, multiplied, placed, strided
 from .slstm import SLSTM, SLSTMState
 
 __all__ = ["GRU", "LSTM", "RNN", "SLSTM", "SLSTMState"]
@@ -171,7 +172,7 @@ class _Recurrent(nn.RNNBase):
             return False
         asked = dispatch.requested(self.backend)
         if asked is None and x.device.type in dispatch.PREFERENCE:
-            width, kind = self.hidden_size, autocast_dtype(x.device) or self.weight_ih_l0.dtype
+            width, kind = self.hidden_size, autocast_dtype(x.device.type) or self.weight_ih_l0.dtype
             refusals = {"triton": partial(triton_refusal, self.cell, width, kind, x.device), "torch": lambda: None}
             asked = dispatch.choose("flash_rnn", None, x.device.type, refusals)
         return asked in (None, "torch")
@@ -184,7 +185,7 @@ class _Recurrent(nn.RNNBase):
             rows = self.num_layers * (2 if self.bidirectional else 1)
             states = (x[0].new_zeros(rows, batch, self.hidden_size),) * len(CELLS[self.cell].states)
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        cast = autocast_dtype(x[0].device)
+        cast = autocast_dtype(x[0].device.type)
         if x[0].is_cpu and cast is not None and x[0].dtype != torch.float64:
             # The CPU's autocast knows LSTM and not GRU.
             weights = [weight.to(cast) for weight in weights]

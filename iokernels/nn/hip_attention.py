@@ -12,6 +12,7 @@ from iokernels.ops.hip_attention.arguments import keys
 from iokernels.ops.hip_attention.attend_api import hip_attention
 from iokernels.ops.hip_attention.select_call import options_of
 from iokernels.ops.hip_attention.selection_cache import SelectionCache
+from iokernels.runtime.autocast import autocast_dtype
 from iokernels.runtime.contracts import Contract
 from iokernels.runtime.errors import UnsupportedError
 from iokernels.runtime.plain import flag
@@ -143,8 +144,7 @@ class HiPAttention(DecodeAttention):
     def new_cache(self, batch: int, capacity: int, *, layers: int = 1, **options: Any) -> HiPCache:
         """A :class:`HiPCache` that fits this module; ``options`` are its others (``refresh``, ``dtype``, ...)."""
         weight = self.in_proj_weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = autocast_dtype(weight.device.type) or weight.dtype
         options = {"dtype": dtype, "device": weight.device, **options}
         return HiPCache(batch, capacity, self.num_kv_heads, self.head_dim, layers=layers, **options)
 

@@ -12,6 +12,7 @@ from iokernels.ops.flash_attention.api import flash_attention
 from iokernels.ops.lean_attention.api import MAX_QUERIES
 from iokernels.ops.lean_attention.integers import integer
 from iokernels.ops.lean_attention.rotary import apply_rotary, rotary_table
+from iokernels.runtime.autocast import autocast_dtype
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
 from iokernels.runtime.plain import LARGEST
 
@@ -149,8 +150,7 @@ class DecodeAttention(nn.Module):
         Its dtype is that of the parameters, or under autocast the one that projections have there.
         """
         weight = self.in_proj_weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = autocast_dtype(weight.device.type) or weight.dtype
         options = {"dtype": dtype, "device": weight.device, **options}
         return KVCache(batch, capacity, self.num_kv_heads, self.head_dim, layers=layers, **options)
 

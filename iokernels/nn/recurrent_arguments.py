@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iokernels.runtime.autocast import autocast_dtype
 from iokernels.runtime.contracts import FLOATS, short
+from iokernels.runtime.memory import overlaps_itself
 
 
 def placed(module: str, device: Any, dtype: Any) -> dict[str, Any]:
@@ -23,16 +25,6 @@ def placed(module: str, device: Any, dtype: Any) -> dict[str, Any]:
     return {"device": device, "dtype": dtype}
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast makes of floats on ``device``; None where it is off."""
-    kind = device.type
-    if kind not in ("cuda", "cpu") and not torch.amp.is_autocast_available(kind):
-        return None  # of meta tensors one may not even ask
-    if not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
 def strided(module: str, name: str, x: Any) -> Tensor:
     """``x``, if it is an ordinary tensor."""
     if not isinstance(x, Tensor):
@@ -45,15 +37,17 @@ def strided(module: str, name: str, x: Any) -> Tensor:
 
 def writable(module: str, name: str, x: Tensor) -> None:
     """Raise where elements of ``x`` share memory, so that what is written to one is written to others."""
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"{module}: {name} is expanded, so its elements share memory, and is written: clone it")
+    if overlaps_itself(x):
+        raise ValueError(
+            f"{module}: {name} is expanded or overlaps itself, so its elements share memory, and is written: clone it"
+        )
 
 
 def multiplied(module: str, name: str, x: Any, parameter: Tensor) -> None:
     """Raise unless ``x`` can meet ``parameter`` in a product: as :func:`alike`, and of its dtype but under autocast."""
     alike(module, name, x, parameter)
     # Autocast leaves float64 as it is.
-    cast = autocast_dtype(x.device) is not None and torch.float64 not in (x.dtype, parameter.dtype)
+    cast = autocast_dtype(x.device.type) is not None and torch.float64 not in (x.dtype, parameter.dtype)
     if x.dtype != parameter.dtype and not cast:
         kind = short(parameter.dtype)
         raise TypeError(f"{module}: {name} is {short(x.dtype)}; the parameters are {kind}, and so must it be")

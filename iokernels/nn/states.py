@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from iokernels.ops.linear_attention.options import overlaps, state_dtype
+from iokernels.ops.linear_attention.options import state_dtype
 from iokernels.runtime.contracts import Contract, short
+from iokernels.runtime.memory import overlaps_itself
 
 _State = TypeVar("_State", bound=type)
 
@@ -43,6 +44,6 @@ def check_state(contract: Contract, kind: type, state: Any, x: Tensor, *, writte
     if written:
         for name, field in fields.items():
             contract.require(
-                field is None or not overlaps(field),
+                field is None or not overlaps_itself(field),
                 f"{name} has elements that share memory, as expand makes them; it is updated in place",
             )

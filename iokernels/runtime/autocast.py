@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast makes of floats on devices of this type; None where it is off."""
+    if kind not in ("cuda", "cpu") and not torch.amp.is_autocast_available(kind):
+        return None  # meta tensors, say: asking whether it is enabled would raise
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype, where it is on for the device of the first; float64 stays what it is.
 
@@ -18,11 +25,9 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     # The device's own type is a slow attribute.
     kind = "cuda" if first.is_cuda else "cpu" if first.is_cpu else first.device.type
-    if kind not in ("cuda", "cpu") and not torch.amp.is_autocast_available(kind):
-        return tensors  # meta tensors, say: asking whether it is enabled would raise
-    if not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(kind)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors

@@ -140,7 +140,8 @@ class Contract:
         """The ``(left, right)`` of an attention window, -1 where it is unbounded; None is unbounded on both sides."""
         if window is None:
             return -1, -1
-        sides = tuple(map(integral, window)) if isinstance(window, (tuple, list)) and len(window) == 2 else (None,)
+        pair = isinstance(window, (tuple, list)) and len(window) == 2
+        sides: tuple[Any, ...] = tuple(map(integral, window)) if pair else (None, None)
         if any(side is None for side in sides):
             raise TypeError(f"{self.operator}: window is {shown(window)}; it must be None or two ints, (left, right)")
         left, right = sides

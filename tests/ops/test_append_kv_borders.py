@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from iokernels import append_kv, apply_rotary, rotary_table
-from iokernels.ops.lean_attention.append_memory import overlap, overlaps_itself
+from iokernels.runtime.memory import overlap, overlaps_itself
 from tests.ops.lean_attention_layouts import LAYOUTS, WRITABLE
 
 BACKENDS = ("reference", "torch", "triton")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from iokernels.runtime import plain
 from iokernels.runtime.contracts import Contract
+from iokernels.runtime.memory import overlaps_itself
 
 MOST = 2**48
 """No tensor has more elements along a dimension."""
@@ -35,26 +36,8 @@ def places(x: Any) -> tuple[int, ...] | None:
 
 def check_own_memory(contract: Contract, name: str, x: Tensor) -> None:
     """Refuse a tensor of which two elements are one place of memory: what is written to one of them would be lost."""
-    if not x.is_contiguous() and _overlaps(x.shape, x.stride()):
+    if overlaps_itself(x):
         raise ValueError(
             f"{contract.operator}: {name} has shape {list(x.shape)} and strides {list(x.stride())}, so that elements "
             f"share memory, and it is written; pass a copy, {name}.clone()"
         )
-
-
-def _overlaps(shape: Any, strides: Any) -> bool:
-    steps = sorted((step, size) for step, size in zip(strides, shape, strict=True) if size != 1)
-    reach = 0  # of the dimensions with smaller strides
-    for step, size in steps:
-        if step <= reach:
-            break
-        reach += step * (size - 1)
-    else:
-        return False
-    if any(step == 0 for step, _ in steps) or torch.compiler.is_compiling():
-        return True
-    # Dimensions that interleave, which may miss one another all the same.
-    places = torch.zeros((), dtype=torch.int64)
-    for step, size in steps:
-        places = places[..., None] + torch.arange(size) * step
-    return places.unique().numel() < places.numel()

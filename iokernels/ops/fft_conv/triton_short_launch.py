@@ -88,8 +88,6 @@ def step(
             BIAS=bias is not None, INDICES=state_indices is not None, SILU=silu, WIDTH=weight.shape[1],
             BLOCK_H=block_h, num_warps=max(1, min(4, block_h // 64)),
         )  # fmt: skip
-    # A graph that has saved the state must say so, as after one of PyTorch's own writes.
-    torch.autograd.graph.increment_version(state)
     return out
 
 

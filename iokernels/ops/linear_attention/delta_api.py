@@ -12,6 +12,7 @@ from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
 from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
+from iokernels.runtime.memory import overlaps_itself
 from iokernels.runtime.offsets import check_offsets, readable
 from iokernels.runtime.plain import flag
 from iokernels.runtime.plans import Plans, remembered
@@ -20,7 +21,7 @@ from . import delta_reference
 from .delta_op import gated_delta_rule as run
 from .delta_op import step_op
 from .delta_options import DeltaOptions, state_dtype
-from .options import in_place, overlaps
+from .options import in_place
 
 STATES = (torch.float32, torch.float64)
 _DENSE = {
@@ -172,7 +173,7 @@ def gated_delta_rule_step(
         (q, k, v, beta, decay, state),
     )
     STEP.require(
-        not overlaps(state), "state has elements that share memory, as expand makes them; it is updated in place"
+        not overlaps_itself(state), "state has elements that share memory, as expand makes them; it is updated in place"
     )
     _check_decay("gated_delta_rule_step", log_decay)
     if plan.backend == "reference":

@@ -133,19 +133,6 @@ def empty_in_order_of(x: Tensor, width: Any) -> Tensor:
     return x.new_empty((batch, heads, length, width))
 
 
-def overlaps(x: Tensor) -> bool:
-    """Whether two elements may share memory, as in what ``expand`` makes: nobody can write such a tensor."""
-    if x.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
-
-
 def in_place(run: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
     """``run(state)``, which changes its argument; also where ``state`` stands for the negative of its memory, which the
     dispatcher cannot pass to an operator that writes it."""

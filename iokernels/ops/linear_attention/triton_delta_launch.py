@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from iokernels import autotune
 from iokernels.ops.triton_tiles import is_wide, padded, strides
@@ -137,7 +136,6 @@ def step(
                 DECAY=log_decay is not None, KEY_DIM=launch.key_dim, VALUE_DIM=launch.value_dim,
                 BLOCK_K=config.block_k, BLOCK_V=config.block_v, **_resources(config),
             )  # fmt: skip
-        increment_version(state)  # a kernel's store is not seen by autograd, which must know of a changed tensor
     return out
 
 

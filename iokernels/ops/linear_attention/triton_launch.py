@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from iokernels import autotune
 from iokernels.ops.triton_tiles import Strides, is_wide, padded, strides
@@ -85,7 +84,6 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, options: Options) -> Te
             K_WIDTH=q.shape[3], V_WIDTH=v.shape[3], BLOCK_K=padded(q.shape[3]), BLOCK_V=config.width,
             **resources(config),
         )  # fmt: skip
-    increment_version(state)  # a kernel's store is not seen by autograd, which must know of a changed tensor
     return out
 
 
