@@ -163,7 +163,7 @@ def short_conv_step(
         (activation, dispatch.requested(backend), places(state)),
         (x, weight, state, bias, state_indices),
     )
-    if state.is_neg():
+    if not torch.compiler.is_compiling() and state.is_neg():
         # The memory of a negated view holds the negative of its numbers: with x and weight negated, the same sums.
         x, weight, state = x.neg(), weight.neg(), torch._neg_view(state)
     if state_indices is not None:
