@@ -10,7 +10,7 @@ OPERATORS = $(shell $(BIN)/python -c 'from iokernels.bench.cases import CASES; p
 CASES ?= 10000
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: help setup demo test fuzz lint format type bench cubins dist clean
+.PHONY: help setup demo test fuzz matrix lint format type bench cubins dist clean
 .DELETE_ON_ERROR:
 
 help: ## what there is to make
@@ -43,6 +43,9 @@ fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: export IOKERNELS_EMULATE_ORDERS ?= 1
 fuzz: $(READY) ## drawn calls of every operator and backend against their formulas: CASES=10000 SEED=... WORKERS=2
 	$(BIN)/python -m pytest tests/fuzz/test_fuzz.py -q -n $(WORKERS) --cases $(CASES) --seed $(SEED) $(ARGS)
+
+matrix: ## the compile and integration tests at the ends of the declared versions; ARGS="--row torch-2.11"
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 lint: $(READY) ## style, without changing a file
 	$(BIN)/ruff check .
