@@ -20,7 +20,7 @@ _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
 
 _HALF = (torch.float16, torch.bfloat16)
 
-_lifts = Scoped(True)  # asked anew in every call: no plan may remember it
+_lifts: Scoped[bool] = Scoped(True)  # asked anew in every call: no plan may remember it
 
 
 def eagerly() -> AbstractContextManager[None]:
