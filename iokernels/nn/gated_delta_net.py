@@ -93,23 +93,24 @@ class GatedDeltaNet(nn.Module):
                 embed_dim % num_heads == 0, f"embed_dim is {embed_dim}; without head_dim, {num_heads} must divide it"
             )
             head_dim = embed_dim // num_heads
-        head_dim, conv_size = count(name, "head_dim", head_dim), count(name, "conv_size", conv_size)
+        key_dim: int = count(name, "head_dim", head_dim)
+        conv_size = count(name, "conv_size", conv_size)
         key_heads: int = num_heads if num_key_heads is None else count(name, "num_key_heads", num_key_heads)
-        value_dim = round(head_dim * _CONTRACT.number("expand_v", expand_v, least=0.0))
+        value_dim = round(key_dim * _CONTRACT.number("expand_v", expand_v, least=0.0))
         require(num_heads % key_heads == 0, f"num_key_heads is {key_heads}; it must divide the {num_heads} heads")
-        require(value_dim > 0, f"head_dim is {head_dim}, expand_v {expand_v}; widths must be at least 1")
+        require(value_dim > 0, f"head_dim is {key_dim}, expand_v {expand_v}; widths must be at least 1")
         for flag_name, value in (
             ("use_decay", use_decay), ("use_gate", use_gate), ("allow_neg_eigval", allow_neg_eigval), ("bias", bias)
         ):  # fmt: skip
             flag(name, flag_name, value)
         norm_eps = _CONTRACT.number("norm_eps", norm_eps, least=0.0)
         self.embed_dim, self.num_heads, self.num_key_heads = embed_dim, num_heads, key_heads
-        self.head_dim, self.value_dim, self.conv_size = head_dim, value_dim, conv_size
+        self.head_dim, self.value_dim, self.conv_size = key_dim, value_dim, conv_size
         self.use_decay, self.allow_neg_eigval = use_decay, allow_neg_eigval
         self.norm_eps, self.backend = norm_eps, backend
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.widths = (key_heads * head_dim, key_heads * head_dim, num_heads * value_dim)
+        self.widths = (key_heads * key_dim, key_heads * key_dim, num_heads * value_dim)
         self.in_proj = nn.Linear(embed_dim, sum(self.widths), bias=bias, **made)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.widths), 1, conv_size, **made)) if conv_size > 1 else None
         self.beta_proj = nn.Linear(embed_dim, num_heads, **made)
