@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from iokernels.testing.interpreter import shuffled_blocks
 
 from iokernels import use_backend
 from iokernels.autotune.select import _overrides, _watched, override
 from iokernels.autotune.select import watch as watch_configs
 from iokernels.runtime import device, dispatch, emulator, launch
+from iokernels.runtime.interpreter import shuffled_blocks
 from iokernels.runtime.scoped import Scoped
 from iokernels.testing import interpreter
 from iokernels.testing.poison import poisoned_memory
