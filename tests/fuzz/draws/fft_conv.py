@@ -128,7 +128,7 @@ def _window(args: dict[str, Any]) -> dict[str, Tensor]:
 
 def _lazy(args: dict[str, Any]) -> dict[str, Tensor]:
     u = args["u"]
-    if not u.shape[0] or not u.shape[2]:
+    if not u.shape[2]:
         return {"y": torch.zeros_like(u)}
     state = iokernels.lazy_state(
         args["k"], u.shape[0], u.shape[2], dtype=u.dtype, initial_state=args.get("initial_state")
