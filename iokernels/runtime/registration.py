@@ -90,9 +90,7 @@ def _without_negation(overload: torch._ops.OpOverload, written: list[int]) -> Ca
 
 def _one_by_one(overload: torch._ops.OpOverload) -> Callable[..., Any]:
     """What ``torch.func.vmap`` does with the operator: one call for each slice of the mapped dimension."""
-    written = [
-        i for i, a in enumerate(overload._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-    ]
+    written = _written(overload)
 
     def slice_of(argument: Any, dim: Any, index: int) -> Any:
         if isinstance(argument, (list, tuple)):
