@@ -6,7 +6,7 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OPERATORS = $(shell $(BIN)/python -c 'from iokernels.bench.cases import CASES; print(*CASES)')
+OPERATORS = $(shell $(BIN)/python -c 'from iokernels.ops import CASES; print(*CASES)')
 CASES ?= 10000
 SEED ?= $(shell date +%Y%m%d)
 

@@ -1,4 +1,4 @@
-"""Which of several launches is fastest? Successive halving over the timing protocol of :mod:`iokernels.bench.measure`.
+"""Which of several launches is fastest? Successive halving over the protocol of :mod:`iokernels.bench.timing.measure`.
 
 Every heat times its candidates interleaved, round by round, with a cold L2 cache and short kernels replayed from a CUDA
 graph. The slower half drops out; the incumbent stays in every heat, so that what beats it beats it side by side.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from iokernels.bench.measure import Call, Clock, Timing
+    from iokernels.bench.timing.measure import Call, Clock, Timing
 
 NOISE = 0.03
 """A challenger that is faster by less than this share has not won."""
@@ -32,7 +32,7 @@ def race(
 
     ``on_heat`` is told how many are left. Raises ``RuntimeError`` while a CUDA graph is captured.
     """
-    from iokernels.bench.measure import measure
+    from iokernels.bench.timing.measure import measure
 
     refuse_capture()
     standing = dict(calls)

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from iokernels.runtime import ahead, artifacts
+from iokernels.runtime.cuda import ahead, artifacts
 from iokernels.runtime.device import DeviceSpec, assume
 
 _BLOCKS_SM = {86: 16, 87: 16, 89: 24, 120: 24}
@@ -108,7 +108,7 @@ def compiling_cuda_for(spec: DeviceSpec) -> Iterator[list[Resources]]:
 
     The list is filled when the context ends without an error.
     """
-    from iokernels.runtime.launch import recorded
+    from iokernels.runtime.cuda.kernel import recorded
 
     compiled: list[Resources] = []
     with assume(spec), recorded() as launches:

@@ -15,8 +15,8 @@ from .measure import beats, race
 from .tunable import Tunable
 
 if TYPE_CHECKING:
-    from iokernels.bench.measure import Call, Clock, Timing
-    from iokernels.bench.proof import Verdict
+    from iokernels.bench.timing.measure import Call, Clock, Timing
+    from iokernels.testing.case.proof import Verdict
 
     from .resources import Resources
 

@@ -34,7 +34,7 @@ _tables: dict[tuple[str, str, str, Any], tables.Table | None] = {}
 def override(**configs: object) -> Iterator[None]:
     """Launch the named kernels with the given configurations inside, for experiments and tests.
 
-    >>> from iokernels.ops.flash_attention.tuning import Config
+    >>> from iokernels.ops.flash_attention.triton.tuning import Config
     >>> with override(flash_attention_fwd=Config(block_m=64, block_n=32, num_warps=4, num_stages=2)):
     ...     ...
 

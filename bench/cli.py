@@ -14,23 +14,12 @@ from typing import Any
 from rich.console import Console
 
 from iokernels import __version__
-from iokernels.bench.case import DTYPES, PASSES
-from iokernels.bench.cases import CASES
-from iokernels.bench.machine import NoDeviceError
-from iokernels.bench.shape import UsageError
+from iokernels.bench.timing.machine import NoDeviceError
+from iokernels.ops import CASES
 from iokernels.runtime.device import KNOWN
 from iokernels.runtime.dispatch import BACKENDS
-
-_MODULES = {
-    "env": "env",
-    "list": "list_operators",
-    "check": "check",
-    "bench": "timing_table",
-    "io": "io_table",
-    "inspect": "compiled_table",
-    "cubins": "cubins",
-    "tune": "tune",
-}
+from iokernels.testing.case import DTYPES, PASSES
+from iokernels.testing.case.shape import UsageError
 
 OK, WRONG, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -38,7 +27,7 @@ OK, WRONG, USAGE, NO_DEVICE, INTERRUPTED = 0, 1, 2, 3, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = parser().parse_args(argv)
-    command = import_module(f"iokernels.bench.{_MODULES[arguments.command]}")
+    command = import_module(f"iokernels.bench.commands.{arguments.command}")
     console = Console(stderr=arguments.json == "-")  # JSON on standard output must stand there alone
     try:
         return command.run(arguments, console)

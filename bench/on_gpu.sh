@@ -73,7 +73,7 @@ step tests 240 "$python" -m pytest -q $workers $tests
 # shellcheck disable=SC2086
 step check 120 "$python" -m iokernels check $quick --json "$out/check.json"
 
-operators=$("$python" -c 'from iokernels.bench.cases import CASES; print(*CASES)' 2>>"$out/log.txt") || operators=''
+operators=$("$python" -c 'from iokernels.ops import CASES; print(*CASES)' 2>>"$out/log.txt") || operators=''
 if [ -z "$operators" ]; then
     failures=$((failures + 1))
     echo "failed   list of operators" >>"$out/summary.txt"

@@ -1,8 +1,8 @@
 """The quick suites under pytest-benchmark: ``pytest bench --benchmark-only``.
 
-Nothing collects this file unless it is asked for. Times are those of :mod:`iokernels.bench.passes`, on the device that
-the command line would pick; its protocol (rounds in turn, a cold cache on a GPU) is that of ``iokernels bench``, and
-pytest-benchmark's own is used here, whose histories and comparisons it serves.
+Nothing collects this file unless it is asked for. Times are those of :mod:`iokernels.testing.case.passes`, on the
+device that the command line would pick; its protocol (rounds in turn, a cold cache on a GPU) is that of
+``iokernels bench``, and pytest-benchmark's own is used here, whose histories and comparisons it serves.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from iokernels.bench import contenders, machine
-from iokernels.bench.case import Pass, dtype_name, load
-from iokernels.bench.cases import CASES
-from iokernels.bench.contenders import Contender
-from iokernels.bench.passes import pass_call
-from iokernels.bench.proof import Verdict
-from iokernels.bench.shape import Shape
+from iokernels.bench.timing import contenders, machine
+from iokernels.bench.timing.contenders import Contender
+from iokernels.ops import CASES
+from iokernels.testing.case import Pass, dtype_name, load
+from iokernels.testing.case.passes import pass_call
+from iokernels.testing.case.proof import Verdict
+from iokernels.testing.case.shape import Shape
 
 _SEED = 0
 

@@ -6,24 +6,16 @@ those of :mod:`torch.nn`. ``python -m iokernels`` checks and times every operato
 
 from . import nn
 from ._version import __version__
-from .ops.fft_conv import (
-    KernelSpectrum,
-    LazyState,
-    fft_conv,
-    fft_conv_step,
-    kernel_spectrum,
-    lazy_state,
-    short_conv,
-    short_conv_step,
-)
+from .ops.append_kv import append_kv, apply_rotary, rotary_table
+from .ops.block_sparse_attention import BlockIndex, block_sparse_attention
+from .ops.fft_conv import KernelSpectrum, LazyState, fft_conv, fft_conv_step, kernel_spectrum, lazy_state
 from .ops.flash_attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from .ops.flash_rnn import flash_rnn
+from .ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from .ops.hip_attention import (
-    BlockIndex,
     HipStage,
     PageBounds,
     SelectionCache,
-    block_sparse_attention,
     hip_attention,
     mix_heads,
     page_bounds,
@@ -33,11 +25,9 @@ from .ops.hip_attention import (
     select_quest,
     select_window,
 )
-from .ops.lean_attention import append_kv, apply_rotary, lean_attention, rotary_table
+from .ops.lean_attention import lean_attention
 from .ops.linear_attention import (
     alibi_slopes,
-    gated_delta_rule,
-    gated_delta_rule_step,
     lightning_attention,
     linear_attention,
     linear_attention_state,
@@ -45,6 +35,7 @@ from .ops.linear_attention import (
     minimax_slopes,
     retention_slopes,
 )
+from .ops.short_conv import short_conv, short_conv_step
 from .runtime.dispatch import use_backend
 from .runtime.errors import UnsupportedError
 

@@ -6,7 +6,7 @@
 // of the states into what reaches the states before, not counting what comes through R. Of `before`, h is there only
 // where the cell declares READS_H; of `after` it never is. EXACT says that values are exponents and travel to the
 // backward pass as floats. Units of padding are zero throughout, and nothing divides by them. A new cell is a struct
-// here, and its name in iokernels/ops/flash_rnn/cuda.py.
+// here, and its name in iokernels/ops/flash_rnn/cuda/launch.py.
 #pragma once
 #include "common/math.cuh"
 

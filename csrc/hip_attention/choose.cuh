@@ -16,7 +16,7 @@
 #include "common/warp.cuh"
 
 constexpr int DIGITS = 256, DIGIT_BITS = 8;
-constexpr int HELD = 2048;  // candidates whose orders shared memory has room for, as tuning_cuda.py has it
+constexpr int HELD = 2048;  // candidates whose orders shared memory has room for, as cuda/tuning.py has it
 
 struct Choice {
     float* scores;     // of the candidates, by the first head that shares the list

@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from iokernels.nn.gated_delta_net import GatedDeltaNet
+from iokernels.nn.linear_attention.gated_delta_net import GatedDeltaNet
 
 # ---- 1. The model ---------------------------------------------------------------------------------------------------
 

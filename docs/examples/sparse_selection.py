@@ -30,7 +30,7 @@ from torch import Tensor
 
 import iokernels
 from iokernels import BlockIndex, SelectionCache, select_exact, select_hip, select_quest
-from iokernels.bench.cases import hip_attention as case
+from iokernels.ops.hip_attention import case
 
 # ---- 1. What is kept ------------------------------------------------------------------------------------------------
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iokernels.ops.hip_attention.arguments import keys
-from iokernels.ops.hip_attention.attend_api import hip_attention
-from iokernels.ops.hip_attention.select_call import options_of
-from iokernels.ops.hip_attention.selection_cache import SelectionCache
-from iokernels.runtime.autocast import autocast_dtype
+from iokernels.ops.block_sparse_attention.arguments import keys
+from iokernels.ops.hip_attention.api import hip_attention
+from iokernels.ops.hip_attention.cache import SelectionCache
+from iokernels.ops.hip_attention.select.call import options_of
 from iokernels.runtime.contracts import Contract
+from iokernels.runtime.contracts.plain import flag
 from iokernels.runtime.errors import UnsupportedError
-from iokernels.runtime.plain import flag
+from iokernels.runtime.registration.autocast import autocast_dtype
 
 from .kv_cache import KVCache
 from .lean_attention import DecodeAttention

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iokernels.ops.append_kv.rotary import apply_rotary, rotary_table
 from iokernels.ops.flash_attention.api import flash_attention
 from iokernels.ops.lean_attention.api import MAX_QUERIES
-from iokernels.ops.lean_attention.integers import integer
-from iokernels.ops.lean_attention.rotary import apply_rotary, rotary_table
-from iokernels.runtime.autocast import autocast_dtype
+from iokernels.ops.shared.integers import integer
 from iokernels.runtime.contracts import FLOATS, Contract, Spec
-from iokernels.runtime.plain import LARGEST
+from iokernels.runtime.contracts.plain import LARGEST
+from iokernels.runtime.registration.autocast import autocast_dtype
 
 from .kv_cache import KVCache
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from .errors import UnsupportedError
+from .registration.transforms import derivative
 from .scoped import Scoped
-from .transforms import derivative
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 

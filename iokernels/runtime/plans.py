@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from .plain import untraced, untraced_value
-from .transforms import asking
+from .contracts.plain import untraced, untraced_value
+from .registration.transforms import asking
 
 _T = TypeVar("_T")
 

@@ -56,10 +56,10 @@ def judge(actual: Tensor, reference: Tensor, low_precision: Tensor, *, factor: f
     """Measure ``actual`` against ``factor`` times the error of ``low_precision``, plus rounding noise.
 
     ``reference`` is the float64 result, ``low_precision`` the same formula run eagerly in the kernel's dtype, as the
-    backend ``reference`` does inside :func:`iokernels.runtime.precision.eagerly`; the three have one shape. The noise
-    is what is lost when 0.3 is added to the reference and taken off again in the dtype of ``low_precision``, twice
-    over. An infinity in ``reference`` must be the same infinity in ``actual``, and a NaN in ``actual`` is an infinite
-    error.
+    backend ``reference`` does inside :func:`iokernels.runtime.registration.precision.eagerly`; the three have one
+    shape. The noise is what is lost when 0.3 is added to the reference and taken off again in the dtype of
+    ``low_precision``, twice over. An infinity in ``reference`` must be the same infinity in ``actual``, and a NaN in
+    ``actual`` is an infinite error.
 
     Raises:
         ValueError: ``reference`` is not float64 or has a NaN, shapes differ, or ``low_precision`` is not finite where

@@ -32,7 +32,7 @@ def libraries() -> str | None:
 def sanitized(*arguments: str, seconds: float = 300.0) -> subprocess.CompletedProcess[str]:
     """Run this Python with ``arguments``, its CUDA kernels emulated under the sanitizers.
 
-    >>> done = sanitized("-m", "pytest", "-q", "tests/ops/test_flash_rnn_cuda.py")
+    >>> done = sanitized("-m", "pytest", "-q", "tests/ops/flash_rnn/test_cuda.py")
     >>> assert done.returncode == 0, done.stdout + done.stderr
 
     Raises:

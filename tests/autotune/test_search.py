@@ -12,9 +12,9 @@ import torch
 from iokernels.autotune import measure
 from iokernels.autotune.measure import beats, race
 from iokernels.autotune.search import compiling, find_fastest, shortlist
-from iokernels.bench.measure import Timing
-from iokernels.bench.proof import Verdict
+from iokernels.bench.timing.measure import Timing
 from iokernels.runtime.device import named
+from iokernels.testing.case.proof import Verdict
 
 H100 = named("h100-sxm")
 

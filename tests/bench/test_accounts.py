@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iokernels.bench import plot_io
-from iokernels.bench.accounts import Account, Accounts, Bytes, count
-from iokernels.bench.case import Case, dtype_name, load
-from iokernels.bench.cases import CASES
-from iokernels.bench.shape import Shape
-from iokernels.ops.flash_attention.tuning import KERNELS, Config
+from iokernels.bench.report import plot_io
+from iokernels.ops import CASES
+from iokernels.ops.flash_attention.triton.tuning import KERNELS, Config
 from iokernels.runtime import device as devices
+from iokernels.testing.case import Case, dtype_name, load
+from iokernels.testing.case.accounts import Account, Accounts, Bytes
+from iokernels.testing.case.count import count
+from iokernels.testing.case.shape import Shape
 
 interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from iokernels import UnsupportedError
-from iokernels.bench.case import load
 from iokernels.runtime.dispatch import BACKENDS
+from iokernels.testing.case import load
 
 SMALL = {
     "flash_attention": ("b=1,h=1,n=2,d=8", "out"),

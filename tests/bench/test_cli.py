@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from iokernels.bench import machine
-from iokernels.bench.cases import flash_attention as case_module
 from iokernels.bench.cli import main
+from iokernels.bench.timing import machine
+from iokernels.ops.flash_attention import case as case_module
 from iokernels.ops.flash_attention import portable
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -143,7 +143,7 @@ def replaced(case: Any, **changes: Any) -> Any:
 
 
 def test_a_large_shape_is_checked_at_a_smaller_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iokernels.bench import contenders
+    from iokernels.bench.timing import contenders
 
     monkeypatch.setattr(contenders, "_CPU_REFERENCE_BYTES", 8 * 8 * 64 * 64)
     target = tmp_path / "b.json"
@@ -239,7 +239,7 @@ def test_a_gpu_that_is_asked_for_and_absent(command: list[str], capsys: pytest.C
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from iokernels.bench import env
+    from iokernels.bench.commands import env
 
     def interrupt() -> None:
         raise KeyboardInterrupt

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from iokernels.bench import machine
 from iokernels.bench.cli import main
-from iokernels.bench.compare import Comparison, Saved, interleaved, median_interval
-from iokernels.bench.shape import UsageError
+from iokernels.bench.timing import machine
+from iokernels.bench.timing.compare import Comparison, Saved, interleaved, median_interval
+from iokernels.testing.case.shape import UsageError
 
 
 def clock(*times: float) -> Callable[[], float]:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from iokernels.bench import cubins
-from iokernels.bench.case import Case, Compilation, load
-from iokernels.bench.cases import CASES
 from iokernels.bench.cli import main
-from iokernels.runtime import ahead
+from iokernels.bench.commands import cubins
+from iokernels.ops import CASES
+from iokernels.runtime.cuda import ahead
+from iokernels.runtime.cuda.kernel import cuda_kernel
 from iokernels.runtime.device import named, spec_of
-from iokernels.runtime.launch import cuda_kernel
+from iokernels.testing.case import Case, Compilation, load
 
 pytestmark = pytest.mark.skipif(ahead.refusal() is not None, reason=ahead.refusal() or "")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from iokernels.autotune.resources import Resources
-from iokernels.bench import io_table
-from iokernels.bench.accounts import Bytes
 from iokernels.bench.cli import main
+from iokernels.bench.commands import io as io_table
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import named
+from iokernels.testing.case.accounts import Bytes
 
 interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="bytes are counted in Triton's interpreter")
 SMALL = ["io", "flash_attention", "--shape", "b=1,h=2,n=160,d=16,causal=1", "--dtype", "fp16"]

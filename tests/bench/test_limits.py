@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from iokernels.bench.case import Limit, load
-from iokernels.bench.proof import Proof
-from iokernels.bench.shape import UsageError
+from iokernels.testing.case import Limit, load
+from iokernels.testing.case.proof import Proof
+from iokernels.testing.case.shape import UsageError
 
 CASE = load("flash_attention")
 SHAPE = CASE.vocabulary.shape(b=1, h=2, n=20, d=16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iokernels.bench import machine
+from iokernels.bench.timing import machine
 from iokernels.runtime.device import named
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from iokernels.bench.measure import Call, CpuClock, clock_for, measure
+from iokernels.bench.timing.measure import Call, CpuClock, clock_for, measure
 
 
 class FakeClock:

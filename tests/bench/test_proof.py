@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from iokernels import UnsupportedError
-from iokernels.bench.case import Inputs, Outputs
-from iokernels.bench.cases.flash_attention import CASE
-from iokernels.bench.proof import Proof, results
-from iokernels.runtime.precision import eagerly
+from iokernels.ops.flash_attention.case import CASE
+from iokernels.runtime.registration.precision import eagerly
+from iokernels.testing.case import Inputs, Outputs
+from iokernels.testing.case.proof import Proof, results
 
 CPU = torch.device("cpu")
 POINTS = [point for point in CASE.check_points() if point.quick]

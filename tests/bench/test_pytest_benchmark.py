@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from iokernels.bench import test_speed
-from iokernels.bench.case import load
-from iokernels.bench.cases import CASES
+from iokernels.ops import CASES
+from iokernels.testing.case import load
 
 ROOT = Path(__file__).resolve().parents[2]
 

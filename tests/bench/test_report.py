@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from iokernels.bench import html_report, machine, markdown, plot
-from iokernels.bench.case import Pass
-from iokernels.bench.cases.flash_attention import CASE
 from iokernels.bench.cli import main
-from iokernels.bench.compare import Comparison
-from iokernels.bench.machine import Machine
-from iokernels.bench.measure import Timing
-from iokernels.bench.report import Report, Section
-from iokernels.bench.rows import Need, Row, against
+from iokernels.bench.report import Report, Section, html, markdown, plot
+from iokernels.bench.report.rows import Need, Row, against
+from iokernels.bench.timing import machine
+from iokernels.bench.timing.compare import Comparison
+from iokernels.bench.timing.machine import Machine
+from iokernels.bench.timing.measure import Timing
+from iokernels.ops.flash_attention.case import CASE
 from iokernels.runtime.device import KNOWN, DeviceSpec
+from iokernels.testing.case import Pass
 
 PASSES: tuple[Pass, ...] = ("fwd", "bwd")
 WRONG = "the error of <out> & lse is | 3 times `what` it may be"
@@ -82,7 +82,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("spec", [None, KNOWN["h100-sxm"]], ids=["no-roof", "roof"])
 def test_the_page_is_whole_and_needs_nothing_else(spec: DeviceSpec | None) -> None:
-    text = html_report.document(report(spec))
+    text = html.document(report(spec))
     page = Page(text)
     assert page.texts["h1"] == ["flash_attention"]
     assert page.texts["th"].count("backend") == 4
@@ -113,7 +113,7 @@ def test_the_page_is_whole_and_needs_nothing_else(spec: DeviceSpec | None) -> No
 def test_a_page_without_any_time() -> None:
     full = report(None)
     untimed = [replace(section, rows=section.untimed) for section in full.sections]
-    page = Page(html_report.document(replace(full, sections=untimed)))
+    page = Page(html.document(replace(full, sections=untimed)))
     assert "td" not in page.texts
     assert "img" not in {tag for tag, _, _ in page.attributes}
 

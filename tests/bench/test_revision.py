@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from iokernels.bench import revision
-from iokernels.bench.cases.flash_attention import CASE
-from iokernels.bench.compare import Comparison
-from iokernels.bench.revision import Revision, VersionError, Worker, worktree
-from iokernels.bench.rows import Need, Row
-from iokernels.bench.shape import UsageError
+from iokernels.bench.report.rows import Need, Row
+from iokernels.bench.timing import revision
+from iokernels.bench.timing.compare import Comparison
+from iokernels.bench.timing.revision import Revision, VersionError, Worker, worktree
+from iokernels.ops.flash_attention.case import CASE
+from iokernels.testing.case.shape import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
-PORTABLE = "iokernels/ops/flash_attention/portable.py"
+PORTABLE = "iokernels/ops/flash_attention/portable/__init__.py"
 SLOWER = """
 
 _quick_forward = forward
@@ -125,7 +125,7 @@ def test_the_same_version_passes(compared: Callable[..., Comparison]) -> None:
 def test_a_revision_that_draws_other_inputs_is_not_compared(
     repository: Path, compared: Callable[..., Comparison]
 ) -> None:
-    source = repository / "bench/cases/flash_attention.py"
+    source = repository / "iokernels/ops/flash_attention/case/__init__.py"
     clean = source.read_text()
     assert "manual_seed(seed)" in clean
     source.write_text(clean.replace("manual_seed(seed)", "manual_seed(seed + 1)"))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from iokernels import autotune
-from iokernels.bench.cases.flash_attention import CASE
-from iokernels.bench.machine import Floor
-from iokernels.bench.measure import Timing
-from iokernels.bench.rows import Need, Row, against, config_text, flops_unit
+from iokernels.bench.report.rows import Need, Row, against, config_text, flops_unit
+from iokernels.bench.timing.machine import Floor
+from iokernels.bench.timing.measure import Timing
+from iokernels.ops.flash_attention.case import CASE
 from iokernels.runtime.device import named
 
 

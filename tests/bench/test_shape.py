@@ -2,7 +2,7 @@
 
 import pytest
 
-from iokernels.bench.shape import Dimension, UsageError, Vocabulary
+from iokernels.testing.case.shape import Dimension, UsageError, Vocabulary
 
 WORDS = Vocabulary(
     "toy",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from iokernels.bench.cases.flash_attention import VOCABULARY
-from iokernels.bench.shape import UsageError
-from iokernels.bench.sweep import Sweep, parse, shapes
+from iokernels.bench.timing.sweep import Sweep, parse, shapes
+from iokernels.ops.flash_attention.case.shapes import VOCABULARY
+from iokernels.testing.case.shape import UsageError
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,17 @@ from iokernels import autotune
 from iokernels.autotune import tables
 from iokernels.autotune.resources import Resources
 from iokernels.autotune.search import shortlist
-from iokernels.bench import tune
-from iokernels.bench.case import load
-from iokernels.bench.cases import CASES
 from iokernels.bench.cli import main, parser
-from iokernels.bench.measure import Call
-from iokernels.bench.tune_job import pack, unpack
-from iokernels.bench.tune_table import Plan
-from iokernels.ops.flash_attention.tuning import Config
-from iokernels.runtime import ahead
+from iokernels.bench.commands import tune
+from iokernels.bench.commands.tune_job import pack, unpack
+from iokernels.bench.commands.tune_table import Plan
+from iokernels.bench.timing.measure import Call
+from iokernels.ops import CASES
+from iokernels.ops.flash_attention.triton.tuning import Config
 from iokernels.runtime import device as devices
+from iokernels.runtime.cuda import ahead
 from iokernels.runtime.device import named
+from iokernels.testing.case import load
 
 H100 = named("h100-sxm")
 CPU = torch.device("cpu")
@@ -166,11 +166,12 @@ def test_kernels_in_cuda_are_tuned_like_the_others(operator: str) -> None:
 
 
 def test_no_tunable_kernel_in_cuda_is_left_out() -> None:
-    for path in Path(iokernels.__file__).parent.glob("ops/*/*.py"):
-        if path.stem in ("tuning_cuda", "resources"):
-            module = import_module(f"iokernels.ops.{path.parent.name}.{path.stem}")
-            own = set(module.TUNABLES) if hasattr(module, "TUNABLES") else {module.TUNABLE.kernel}
-            assert own <= set().union(*IN_CUDA.values()), path
+    rooms = [path.parts[-3] for path in Path(iokernels.__file__).parent.glob("ops/*/cuda/tuning.py")]
+    assert rooms
+    for room in rooms:
+        module = import_module(f"iokernels.ops.{room}.cuda.tuning")
+        own = set(module.TUNABLES) if hasattr(module, "TUNABLES") else {module.TUNABLE.kernel}
+        assert own <= set().union(*IN_CUDA.values()), room
 
 
 @pytest.mark.skipif(ahead.refusal() is not None, reason=ahead.refusal() or "")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from iokernels.runtime.cuda.kernel import Argument, CudaKernel
 from iokernels.runtime.device import cuda_refusal, cxx
-from iokernels.runtime.launch import Argument, CudaKernel
 
 NATIVE = torch.cuda.is_available() and cuda_refusal(torch.device("cuda")) is None
 

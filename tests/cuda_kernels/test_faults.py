@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from iokernels.runtime import emulator
+from iokernels.runtime.cuda import emulator
+from iokernels.runtime.cuda.emulator import warp_order, watch
+from iokernels.runtime.cuda.kernel import CudaKernel, cuda_kernel
 from iokernels.runtime.device import cxx
-from iokernels.runtime.emulator import warp_order, watch
 from iokernels.runtime.errors import KernelFault, KernelLaunchError
-from iokernels.runtime.launch import CudaKernel, cuda_kernel
 
 pytestmark = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
 

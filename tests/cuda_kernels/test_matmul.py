@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iokernels.runtime.emulator import watch
-from iokernels.runtime.launch import cuda_kernel
+from iokernels.runtime.cuda.emulator import watch
+from iokernels.runtime.cuda.kernel import cuda_kernel
 
 from .launching import NATIVE, launch, needs_a_machine
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from iokernels.runtime.emulator import warp_order
-from iokernels.runtime.launch import Argument, Int64, cuda_kernel
+from iokernels.runtime.cuda.emulator import warp_order
+from iokernels.runtime.cuda.kernel import Argument, Int64, cuda_kernel
 
 from .launching import launch, needs_a_machine
 

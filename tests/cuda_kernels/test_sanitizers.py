@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from iokernels.bench.case import load
-from iokernels.bench.cases import CASES
+from iokernels.ops import CASES
+from iokernels.testing.case import load
 from iokernels.testing.sanitizers import libraries, sanitized
 
 HERE = str(Path(__file__).parent)
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(libraries() is None, reason="g++ with its saniti
 
 MATMUL = """
 import sys, torch
-from iokernels.runtime.emulator import warp_order
+from iokernels.runtime.cuda.emulator import warp_order
 from iokernels.runtime.errors import KernelFault
-from iokernels.runtime.launch import cuda_kernel
+from iokernels.runtime.cuda.kernel import cuda_kernel
 
 a, b, c = torch.randn(50, 104).half(), torch.randn(104, 40).half(), torch.empty(50, 40)
 kernel = cuda_kernel(sys.argv[1] + "/matmul.cu", "matmul", Element=a.dtype, WARPS=2, BLOCK_N=16, BLOCK_K=32)
@@ -44,7 +44,7 @@ assert y.item() == 2**26
 
 OVERRUN = """
 import sys, torch
-from iokernels.runtime.launch import cuda_kernel
+from iokernels.runtime.cuda.kernel import cuda_kernel
 
 x, y = torch.ones(4), torch.empty(1)
 kernel = cuda_kernel(sys.argv[1] + "/overrun.cu", "overrun", FAULT=int(sys.argv[2]))

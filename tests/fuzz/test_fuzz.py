@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from iokernels.runtime import emulator
+from iokernels.runtime.cuda import emulator
 
 from .case import Case, Refused, Wrong, prove
 from .registry import make

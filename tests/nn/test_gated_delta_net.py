@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iokernels.nn.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
+from iokernels.nn.linear_attention.gated_delta_net import GatedDeltaNet, GatedDeltaNetState
 
 from .stepping import check_from_nothing_by_steps, check_generation_continues_training
 

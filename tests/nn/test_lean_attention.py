@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import iokernels
 from iokernels import UnsupportedError
 from iokernels.nn import DecodeAttention, FlashAttention, KVCache
-from iokernels.nn.pages import Pages
+from iokernels.nn.kv_cache.pages import Pages
 
 
 class TinyGPT(nn.Module):

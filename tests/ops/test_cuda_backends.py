@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from iokernels import UnsupportedError, fft_conv, flash_attention, flash_rnn, lean_attention, linear_attention
-from iokernels.bench.case import load
 from iokernels.runtime import device as devices
+from iokernels.testing.case import load
 
 from .backends import needs_cuda
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iokernels.runtime import emulator
+from iokernels.runtime.cuda import emulator
 from iokernels.testing.layouts import LAYOUTS, storage_of, written_elsewhere
 
 from .backends import CUDA

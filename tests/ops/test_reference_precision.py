@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import iokernels as io
-from iokernels.runtime.precision import eagerly
+from iokernels.runtime.registration.precision import eagerly
 
 from .public_calls import CALLS, NAMES, PURE, Call, Tensors, results
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from iokernels.runtime import artifacts
+from iokernels.runtime.cuda import artifacts
 from iokernels.runtime.device import cxx
 from iokernels.runtime.errors import KernelError
 

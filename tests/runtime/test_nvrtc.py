@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from iokernels.autotune import resources
-from iokernels.runtime import ahead, artifacts, nvrtc
+from iokernels.runtime.cuda import ahead, artifacts, nvrtc
+from iokernels.runtime.cuda.kernel import CudaKernel, Int64, cuda_kernel, recorded
 from iokernels.runtime.device import OLDEST_SM, cuda_refusal
 from iokernels.runtime.errors import KernelCompileError, KernelLaunchError, UnsupportedError
-from iokernels.runtime.launch import CudaKernel, Int64, cuda_kernel, recorded
 
 CSRC = Path(__file__).parents[1] / "cuda_kernels"
 CAPABILITIES = (80, 86, 89, 90, 100, 120)

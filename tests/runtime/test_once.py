@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iokernels import UnsupportedError
-from iokernels.runtime.once import differentiable_once
+from iokernels.runtime.registration.once import differentiable_once
 
 
 class Square(torch.autograd.Function):

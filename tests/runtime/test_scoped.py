@@ -14,7 +14,9 @@ import torch
 from iokernels import use_backend
 from iokernels.autotune.select import _overrides, _watched, override
 from iokernels.autotune.select import watch as watch_configs
-from iokernels.runtime import device, dispatch, emulator, interpreter, launch
+from iokernels.runtime import device, dispatch, interpreter
+from iokernels.runtime.cuda import emulator
+from iokernels.runtime.cuda import kernel as launch
 from iokernels.runtime.interpreter import shuffled_blocks
 from iokernels.runtime.scoped import Scoped
 from iokernels.testing.poison import poisoned_memory

@@ -1,11 +1,7 @@
-"""Long convolutions by fast Fourier transforms that stay on chip. Public functions are in ``api``.
-
-Short filters have their own: ``short_api`` and the files with ``short`` in their names.
-"""
+"""Long convolutions by fast Fourier transforms that stay on chip. Public functions are in ``api``."""
 
 from .api import fft_conv, kernel_spectrum
 from .options import KernelSpectrum
-from .short_api import short_conv, short_conv_step
 from .step import LazyState, fft_conv_step, lazy_state
 
 __all__ = [
@@ -15,6 +11,4 @@ __all__ = [
     "fft_conv_step",
     "kernel_spectrum",
     "lazy_state",
-    "short_conv",
-    "short_conv_step",
 ]

@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iokernels.ops.shared.layout import state_dtype
+from iokernels.ops.shared.sizes import whole
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
-from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
 from iokernels.runtime.plans import Plans, remembered
+from iokernels.runtime.registration.autocast import autocast
 
 from . import reference
-from .arguments import whole
 from .op import backend_module, convolve
-from .options import CAUSAL, CIRCULAR, TWO_SIDED, KernelSpectrum, Options, reach, state_dtype
+from .options import CAUSAL, CIRCULAR, TWO_SIDED, KernelSpectrum, Options, reach
 
 CONTRACT = Contract(
     "fft_conv",
@@ -251,7 +252,9 @@ def _triton_refusal(
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
     mode, taps = reach(n, taps, mode, keep, state and taps > 1)
-    from .tuning import tiling_refusal  # with it comes the tuning layer, which importing the library does not need
+    from .triton.tuning import (
+        tiling_refusal,
+    )  # with it comes the tuning layer, which importing the library does not need
 
     return devices.triton_refusal(device) or tiling_refusal(n, taps, mode, state and taps > 1, dtype.itemsize)
 
@@ -262,7 +265,7 @@ def _cuda_refusal(
     if dtype not in (torch.float16, torch.bfloat16):
         return f"its kernels take float16 and bfloat16, not {short(dtype)}"
     mode, taps = reach(n, taps, mode, keep, state and taps > 1)
-    from .tuning_cuda import refusal
+    from .cuda.tuning import refusal
 
     return devices.cuda_refusal(device) or refusal(
         n, taps, mode, state and taps > 1, devices.spec_of(device).smem_block

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iokernels.runtime.once import differentiable_once
 from iokernels.runtime.registration import lazily, register
+from iokernels.runtime.registration.once import differentiable_once
 
 from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, without_empty_state
 
-backend_module = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
+backend_module = lazily(__package__, torch=".portable", triton=".triton.launch", cuda=".cuda.launch")
 """The module of a backend: ``forward``, ``backward`` and ``transform``."""
 
 

@@ -98,11 +98,6 @@ class KernelSpectrum(NamedTuple):
     backend: str
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """States and sums are float32, but for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def empty_gradients(u: Tensor, k: Tensor, options: Options, needs: Needs, zeros: bool = False) -> Gradients:
     """Contiguous gradients of those that ``needs`` names: uninitialised, or zeros where asked for or where u has no
     element and no kernel runs."""

@@ -12,7 +12,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from iokernels.runtime.precision import lifted
+from iokernels.runtime.registration.precision import lifted
 
 from .options import CAUSAL, CIRCULAR, TWO_SIDED, Options, band_length, kept_bins
 

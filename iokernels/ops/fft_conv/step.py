@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iokernels.runtime.autocast import autocast
+from iokernels.ops.shared.layout import state_dtype
+from iokernels.ops.shared.sizes import check_own_memory, kind, whole
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
+from iokernels.runtime.registration.autocast import autocast
 
 from .api import fft_conv
-from .arguments import check_own_memory, kind, whole
-from .options import state_dtype
 from .real_fft import irfft, rfft
 
 STEP = Contract(

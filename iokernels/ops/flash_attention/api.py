@@ -10,16 +10,16 @@ from torch import Tensor
 
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
-from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
-from iokernels.runtime.offsets import check_offsets
-from iokernels.runtime.plain import integral, whole
+from iokernels.runtime.contracts.offsets import check_offsets
+from iokernels.runtime.contracts.plain import integral, whole
 from iokernels.runtime.plans import Plans, remembered
+from iokernels.runtime.registration.autocast import autocast
 
 from . import reference
+from .dropout import draw_seed
 from .op import attend
 from .options import Options
-from .seed import draw as draw_seed
 
 _SCORES = "B|1 Hq|1 Nq|1 Nk|1"
 _OPTIONAL = {

@@ -11,21 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iokernels.runtime.once import differentiable_once
+from iokernels.ops.shared.layout import empty_in_order_of
 from iokernels.runtime.registration import lazily, register
+from iokernels.runtime.registration.once import differentiable_once
 
-from .options import (
-    OPTIONS_SCHEMA,
-    TENSOR_OPTIONS,
-    Needs,
-    Options,
-    empty_in_order_of,
-    empty_out,
-    empty_statistics,
-    lse_and_tail,
-)
+from .options import OPTIONS_SCHEMA, TENSOR_OPTIONS, Needs, Options, empty_out, empty_statistics, lse_and_tail
 
-_backend = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
+_backend = lazily(__package__, torch=".portable", triton=".triton.launch", cuda=".cuda.launch")
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:

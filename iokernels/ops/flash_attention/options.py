@@ -6,10 +6,12 @@ backends as a batch of one, ``[1, H, total, D]``, with ``cu_seqlens_q`` and ``cu
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from iokernels.ops.shared.layout import empty_in_order_of, state_dtype
 
 
 class Options(NamedTuple):
@@ -98,25 +100,10 @@ class Gradients(NamedTuple):
     sinks: Tensor | None = None
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are float32, but for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def empty_out(q: Tensor, v: Tensor) -> Tensor:
     """An uninitialised output [B, Hq, Nq, Dv] in the memory order of q, so that a [B, N, H, D] model gets its
     layout back without a copy."""
     return empty_in_order_of(q, v.shape[3])
-
-
-def empty_in_order_of(x: Tensor, width: Any) -> Tensor:
-    """An uninitialised tensor [B, H, N, width] of x's dtype and device: heads inside the sequence if x has them so."""
-    batch, heads, length, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        # Not a transposed view: autograd forbids views that a Function returns to be changed in place.
-        row = heads * width
-        return x.new_empty_strided((batch, heads, length, width), (length * row, width, row, 1))
-    return x.new_empty((batch, heads, length, width))
 
 
 def empty_statistics(q: Tensor, options: Options) -> Tensor:
@@ -127,7 +114,7 @@ def empty_statistics(q: Tensor, options: Options) -> Tensor:
     the LSE all that tells exp(s - lse) how many keys share a row. The second half, the tail, is what it took.
     """
     shape = q.shape[:3]
-    return q.new_empty((2, *shape) if options.keeps_tail else shape, dtype=lse_dtype(q.dtype))
+    return q.new_empty((2, *shape) if options.keeps_tail else shape, dtype=state_dtype(q.dtype))
 
 
 def lse_and_tail(statistics: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -10,18 +10,19 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from iokernels.runtime.offsets import on_host
-from iokernels.runtime.precision import lifted, recomputes_weights
+from iokernels.ops.shared.layout import state_dtype
+from iokernels.runtime.contracts.offsets import on_host
+from iokernels.runtime.registration.precision import lifted, recomputes_weights
 
 from .dropout import keep_mask
-from .options import Options, lse_dtype, narrowed, of_sequence
+from .options import Options, narrowed, of_sequence
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Attention as :class:`Options` defines it. Returns (out, lse) like the operator."""
     attend_in = _attend_dense if options.cu_seqlens_q is None else _attend_packed
     out, lse = attend_in(*lifted((q, k, v, options)))
-    return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
+    return out.to(q.dtype), lse.to(state_dtype(q.dtype))
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options, first_sequence: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iokernels.ops.shared.layout import state_dtype
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
-from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
-from iokernels.runtime.offsets import readable
+from iokernels.runtime.contracts.offsets import readable
 from iokernels.runtime.plans import Plans, remembered
+from iokernels.runtime.registration.autocast import autocast
 
 from . import reference
 from .cells import CELLS
 from .op import run
-from .options import Options, state_dtype
+from .options import Options
 
 CONTRACT = Contract(
     "flash_rnn",
@@ -188,7 +189,7 @@ def triton_refusal(cell: str, width: int, dtype: torch.dtype, device: torch.devi
     """Why the backend ``triton`` cannot run heads of ``width`` units, as the end of a sentence; None where it can."""
     if dtype == torch.float64:
         return "its kernels take float16, bfloat16 and float32, not float64"
-    from .tuning import max_width  # with it comes the tuning layer, which importing the library does not need
+    from .triton.tuning import max_width  # with it comes the tuning layer, which importing the library does not need
 
     most = max_width(CELLS[cell].gates, dtype.itemsize, _shared_memory(device))
     if width > most:
@@ -221,13 +222,13 @@ def cuda_refusal(cell: str, batch: int, heads: int, width: int, dtype: torch.dty
 
 def _widest_of_one_block(cell: str, dtype: torch.dtype, device: torch.device) -> int:
     """Up to here a head needs one block, whatever their number."""
-    from .resources import widest_of_one_block
+    from .cuda.tuning import widest_of_one_block
 
     return widest_of_one_block(CELLS[cell], dtype.itemsize, _tensor_cores(dtype), devices.spec_of(device))
 
 
 def _held(cell: str, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    from .resources import KERNELS, fits, problem_for
+    from .cuda.tuning import KERNELS, fits, problem_for
 
     problem = width, heads, batch, dtype.itemsize, _tensor_cores(dtype), devices.spec_of(device)
     return all(fits(problem_for(kernel, CELLS[cell], *problem)) for kernel in KERNELS)

@@ -10,7 +10,7 @@ parts of a gate (GRU) has gates apart.
 
 The backward pass through time is linear in the gradient that comes back, and its coefficients do not depend on it. So a
 cell states them in two functions: ``factors`` computes the coefficients, for many steps at once, and ``backward``
-applies those of one step. A new cell is a :class:`Cell` in this file, and its two functions in ``triton_cells``.
+applies those of one step. A new cell is a :class:`Cell` in this file, and its two functions in ``triton/cells``.
 """
 
 from __future__ import annotations

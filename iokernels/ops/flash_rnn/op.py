@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iokernels.runtime.once import differentiable_once
 from iokernels.runtime.registration import lazily, register
+from iokernels.runtime.registration.once import differentiable_once
 
 from .options import (
     OPTIONS_SCHEMA,
@@ -27,7 +27,7 @@ from .options import (
     empty_values,
 )
 
-_backend = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
+_backend = lazily(__package__, torch=".portable", triton=".triton.launch", cuda=".cuda.launch")
 
 
 def _forward(

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iokernels.ops.shared.layout import state_dtype
+
 from .cells import CELLS, Cell
 
 
@@ -79,11 +81,6 @@ class Gradients(NamedTuple):
     recurrent: Tensor | None
     bias: Tensor | None = None
     initial_state: Tensor | None = None
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """States and pointwise work are float32, but for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_out(gates: Tensor) -> Tensor:

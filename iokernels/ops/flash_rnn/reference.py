@@ -12,9 +12,10 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from iokernels.runtime.precision import lifted
+from iokernels.ops.shared.layout import state_dtype
+from iokernels.runtime.registration.precision import lifted
 
-from .options import Options, initial_states, state_dtype, valid_steps
+from .options import Options, initial_states, valid_steps
 
 
 def run(gates: Tensor, recurrent: Tensor, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:

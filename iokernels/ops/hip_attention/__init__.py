@@ -1,19 +1,17 @@
-"""Sparse attention: the format and operator of block-sparse attention, and hierarchical selection of its blocks."""
+"""HiP attention: hierarchical selection of the key blocks that block-sparse attention visits.
 
-from .api import PageBounds, page_bounds, select_exact, select_hip, select_quest
-from .attend_api import hip_attention
-from .block_index import BlockIndex
-from .select_lists import mix_heads, select_dense, select_window
-from .select_options import HipStage
-from .selection_cache import SelectionCache
-from .sparse_api import block_sparse_attention
+``api`` attends; ``select`` has the selectors, ``cache`` what decoding keeps."""
+
+from .api import hip_attention
+from .cache import SelectionCache
+from .options import HipStage
+from .select import PageBounds, page_bounds, select_exact, select_hip, select_quest
+from .select.lists import mix_heads, select_dense, select_window
 
 __all__ = [
-    "BlockIndex",
     "HipStage",
     "PageBounds",
     "SelectionCache",
-    "block_sparse_attention",
     "hip_attention",
     "mix_heads",
     "page_bounds",

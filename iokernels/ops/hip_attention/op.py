@@ -11,10 +11,10 @@ from torch import Tensor
 
 from iokernels.runtime.registration import lazily, register
 
-from .select_options import REGION_SCHEMA, STAGE_SCHEMA, Region, Stage, empty_lists
+from .options import REGION_SCHEMA, STAGE_SCHEMA, Region, Stage, empty_lists
 
-_backend = lazily(__package__, torch=".portable", triton=".triton_select_launch", cuda=".cuda")
-_global = lazily(__package__, torch=".portable_global")
+_backend = lazily(__package__, torch=".portable", triton=".triton.launch", cuda=".cuda.launch")
+_global = lazily(__package__, torch=".portable.everywhere")
 
 _REGION = len(Region._fields)
 Lists = tuple[Tensor, Tensor]

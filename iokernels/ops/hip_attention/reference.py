@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from iokernels.runtime.errors import UnsupportedError
-from iokernels.runtime.precision import at_least_single
+from iokernels.runtime.registration.precision import at_least_single
 
-from .select_options import Region, Stage, block_end, empty_lists, query_blocks, searched_heads
+from .options import Region, Stage, block_end, empty_lists, query_blocks, searched_heads
 
 
 def stage(

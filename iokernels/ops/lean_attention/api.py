@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iokernels.ops.shared.caches import used_pages
 from iokernels.runtime import device as devices
 from iokernels.runtime import dispatch
-from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
+from iokernels.runtime.contracts.offsets import readable
 from iokernels.runtime.errors import UnsupportedError
-from iokernels.runtime.offsets import readable
 from iokernels.runtime.plans import Plans, remembered
+from iokernels.runtime.registration.autocast import autocast
 
 from . import reference
 from .op import attend
-from .options import Options, capacity, used_pages
+from .options import Options, capacity
 
 QUANTISED = (torch.float8_e4m3fn, torch.int8)
 """Dtypes that a cache may have beside that of the queries."""

@@ -13,7 +13,7 @@ from iokernels.runtime.registration import lazily, register
 
 from .options import OPTIONS_SCHEMA, Options, empty_lse, empty_out
 
-_backend = lazily(__package__, torch=".portable", triton=".triton_launch", cuda=".cuda")
+_backend = lazily(__package__, torch=".portable", triton=".triton.launch", cuda=".cuda.launch")
 
 
 def _forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:

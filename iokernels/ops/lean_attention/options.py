@@ -7,7 +7,6 @@ keys ``i * page`` to ``(i + 1) * page`` of sequence b.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,11 +66,6 @@ def per_key(scale: Tensor | None) -> bool:
     return scale is not None and scale.dim() == 3
 
 
-def as_bytes(cache: Tensor) -> Tensor:
-    """A cache of e4m3 as the bytes that the kernels decode and write."""
-    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
-
-
 def empty_out(q: Tensor, v_cache: Tensor) -> Tensor:
     """An uninitialised output [B, Hq, Nq, Dv] in the memory order of q."""
     batch, heads, rows, _ = q.shape
@@ -83,28 +77,3 @@ def empty_out(q: Tensor, v_cache: Tensor) -> Tensor:
 def empty_lse(q: Tensor) -> Tensor:
     """An uninitialised log-sum-exp [B, Hq, Nq]: float32, but for float64 queries."""
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-
-_SMALL_TABLE = 2048
-"""Entries of a page table that are read at once: cheaper than what each sequence uses by itself."""
-
-
-def used_pages(operator: str, block_table: Tensor, pages: int, used: Sequence[range]) -> list[list[int]]:
-    """The page numbers in the entries that each sequence uses. The other entries may be anything.
-
-    Raises:
-        ValueError: one is of no page; there are ``pages``.
-    """
-    rows = block_table.tolist() if block_table.numel() <= _SMALL_TABLE else block_table
-    found = []
-    for sequence, entries in enumerate(used):
-        numbers = rows[sequence][entries.start : entries.stop]
-        numbers = numbers.tolist() if isinstance(numbers, Tensor) else numbers
-        if numbers and (min(numbers) < 0 or max(numbers) >= pages):
-            number = min(numbers) if min(numbers) < 0 else max(numbers)
-            entry = entries[numbers.index(number)]
-            raise ValueError(
-                f"{operator}: block_table[{sequence}] names page {number}; there are {pages} (its entry {entry})"
-            )
-        found.append(numbers)
-    return found

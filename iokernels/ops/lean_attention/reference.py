@@ -10,8 +10,8 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from iokernels.runtime.offsets import on_host
-from iokernels.runtime.precision import at_least_single, lifted
+from iokernels.runtime.contracts.offsets import on_host
+from iokernels.runtime.registration.precision import at_least_single, lifted
 
 from .options import Options, empty_lse, per_key
 

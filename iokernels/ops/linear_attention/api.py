@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iokernels.ops.shared.layout import in_place, state_dtype
 from iokernels.runtime import dispatch
-from iokernels.runtime.autocast import autocast
 from iokernels.runtime.contracts import FLOATS, Contract, Spec, short
-from iokernels.runtime.offsets import check_offsets, readable
-from iokernels.runtime.plain import count, flag, place
+from iokernels.runtime.contracts.offsets import check_offsets, readable
+from iokernels.runtime.contracts.plain import count, flag, place
 from iokernels.runtime.plans import Plans, remembered
+from iokernels.runtime.registration.autocast import autocast
 
 from . import reference
 from .op import attend, step
-from .options import Options, columns, features, in_place, state_dtype
+from .options import Options, columns, features
 from .refusals import cuda_refusal, triton_refusal
 
 _STATES = (torch.float32, torch.float64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iokernels.runtime.plain import count, place
+from iokernels.runtime.contracts.plain import count, place
 
 
 def alibi_slopes(heads: int, *, device: torch.device | str | None = None) -> Tensor:

@@ -7,11 +7,13 @@ Dense inputs are ``q, k [B, Hk, N, K]`` and ``v [B, H, N, V]``, where Hk divides
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from iokernels.ops.shared.decays import LEAST_LOG_DECAY
+from iokernels.ops.shared.layout import empty_in_order_of, state_dtype
 
 
 class Options(NamedTuple):
@@ -52,10 +54,6 @@ OPTIONS_SCHEMA = (
 TENSOR_OPTIONS = 3
 """How many of the fields, from the first, are tensors."""
 
-LEAST_LOG_DECAY = -110.0
-"""Where float32 has nothing left of exp(x). Smaller decays count as this one, so that sums of them stay exact enough
-to be subtracted, and minus infinity is a reset."""
-
 
 class Needs(NamedTuple):
     """Which gradients a backward pass has to compute."""
@@ -87,24 +85,6 @@ def columns(value_width: Any, normalize: bool) -> Any:
     return value_width + 1 if normalize else value_width
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """States are float32, but for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def sums_dtype(device: torch.device) -> torch.dtype:
-    """In what log decays are summed and their sums subtracted, before anything is rounded: after a strong decay the sum
-    is large, and its float32 rounding would be a relative error of every later weight. MPS has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def read_offsets(cu_seqlens: Tensor, total: int) -> list[int]:
-    """The offsets as numbers. On meta, where there are none, all rows are the last sequence's: shapes are the same."""
-    if cu_seqlens.is_meta:
-        return [0] * (cu_seqlens.shape[0] - 1) + [total]
-    return cu_seqlens.tolist()
-
-
 def sequences(q: Tensor, options: Options) -> Any:
     """How many sequences there are."""
     return q.shape[0] if options.cu_seqlens is None else options.cu_seqlens.shape[0] - 1
@@ -119,29 +99,6 @@ def empty_state(q: Tensor, v: Tensor, options: Options) -> Tensor:
 def empty_denominator(v: Tensor, options: Options) -> Tensor:
     """An uninitialised ``den [B, H, N]``; empty without ``normalize``."""
     return v.new_empty(v.shape[:3] if options.normalize else (0,), dtype=state_dtype(v.dtype))
-
-
-def empty_in_order_of(x: Tensor, width: Any) -> Tensor:
-    """An uninitialised tensor [B, H, N, width] of x's dtype and device: heads inside the sequence if x has them so.
-
-    No view of another tensor: what an autograd function returns can be changed in place only if it is none.
-    """
-    batch, heads, length, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        row = heads * width
-        return x.new_empty_strided((batch, heads, length, width), (length * row, width, row, 1))
-    return x.new_empty((batch, heads, length, width))
-
-
-def in_place(run: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-    """``run(state)``, which changes its argument; also where ``state`` stands for the negative of its memory, which the
-    dispatcher cannot pass to an operator that writes it."""
-    if torch.compiler.is_compiling() or not state.is_neg():
-        return run(state)
-    held = state.resolve_neg()
-    out = run(held)
-    state.copy_(held)
-    return out
 
 
 def log_decay_gradient(dg: Tensor, options: Options) -> Tensor:

@@ -31,18 +31,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import (
-    LEAST_LOG_DECAY,
-    Gradients,
-    Needs,
-    Options,
-    empty_denominator,
-    empty_in_order_of,
-    empty_state,
-    log_decay_gradient,
-    state_dtype,
-    sums_dtype,
-)
+from iokernels.ops.shared.decays import LEAST_LOG_DECAY, sums_dtype
+from iokernels.ops.shared.layout import empty_in_order_of, state_dtype
+
+from .options import Gradients, Needs, Options, empty_denominator, empty_state, log_decay_gradient
 
 CHUNK = 128
 """Tokens to a chunk: enough for matrix products at speed, few enough that a tile stays in cache."""

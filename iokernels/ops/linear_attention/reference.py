@@ -10,9 +10,12 @@ import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from iokernels.runtime.precision import lifted
+from iokernels.ops.shared.decays import LEAST_LOG_DECAY, sums_dtype
+from iokernels.ops.shared.layout import state_dtype
+from iokernels.runtime.contracts.offsets import read_offsets
+from iokernels.runtime.registration.precision import lifted
 
-from .options import LEAST_LOG_DECAY, Options, read_offsets, state_dtype, sums_dtype
+from .options import Options
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:

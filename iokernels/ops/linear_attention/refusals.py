@@ -10,7 +10,7 @@ from torch import Tensor
 from iokernels.runtime import device as devices
 from iokernels.runtime.contracts import short
 
-from .tuning_cuda import MAX_WIDTH as MAX_CUDA_WIDTH
+from .cuda.tuning import MAX_WIDTH as MAX_CUDA_WIDTH
 
 MAX_WIDTH = 256
 """Widest K and V that the Triton kernels take."""

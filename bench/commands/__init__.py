@@ -1,0 +1,1 @@
+"""One module a command; :mod:`..cli` imports it when it runs."""

@@ -1,0 +1,1 @@
+"""Backend ``cuda`` of fft_conv. ``launch`` has its entry points."""

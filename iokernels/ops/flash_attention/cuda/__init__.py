@@ -1,0 +1,1 @@
+"""Backend ``cuda`` of flash_attention. ``launch`` has its entry points."""

@@ -1,0 +1,1 @@
+"""Backend ``cuda`` of flash_rnn. ``launch`` has its entry points."""

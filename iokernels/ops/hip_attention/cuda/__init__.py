@@ -1,0 +1,1 @@
+"""Backend ``cuda`` of hip_attention. ``launch`` has its entry points."""

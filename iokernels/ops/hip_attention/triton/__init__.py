@@ -1,0 +1,1 @@
+"""Backend ``triton`` of hip_attention. ``launch`` has its entry points; reading ``tuning`` needs no Triton."""

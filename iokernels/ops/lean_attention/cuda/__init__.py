@@ -1,0 +1,1 @@
+"""Backend ``cuda`` of lean_attention. ``launch`` has its entry points."""

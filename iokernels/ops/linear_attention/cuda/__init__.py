@@ -1,0 +1,1 @@
+"""Backend ``cuda`` of linear_attention. ``launch`` has its entry points."""

@@ -1,0 +1,1 @@
+"""What several operators compute with: tiles, windows, partial results, memory orders."""

@@ -1,0 +1,1 @@
+"""CUDA C++ on GPUs and in the emulated GPU: compiled, cached, launched."""
