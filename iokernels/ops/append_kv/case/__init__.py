@@ -184,5 +184,4 @@ CASE = Case(
     compilation=COMPILATION,
     passes=("fwd",),
     limit=limit,
-    documented="lean_attention",
 )
