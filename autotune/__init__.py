@@ -5,12 +5,16 @@ if __name__ != "iokernels.autotune":
 
 from .select import forget, override, select, watch
 from .space import Space
-from .tunable import RESULTS, Tunable, bucket, precision_of, precision_word
+from .tunable import RESULTS, RoundedSize, Size, Tunable, Unkeyed, Verbatim, bucket, precision_of, precision_word
 
 __all__ = [
     "RESULTS",
+    "RoundedSize",
+    "Size",
     "Space",
     "Tunable",
+    "Unkeyed",
+    "Verbatim",
     "bucket",
     "forget",
     "override",

@@ -1,7 +1,8 @@
-"""Search for a kernel's fastest configuration: rank on paper, compile the best few, time them, prove the winner."""
+"""Search for a kernel's fastest configuration: rank by bytes, compile the first few, time them, prove the winner."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -35,10 +36,28 @@ class Winner(Generic[C]):
     faults: dict[C, str] = field(default_factory=dict)
 
 
-def shortlist(tunable: Tunable[C], problem: Any, device: DeviceSpec, top: int) -> list[C]:
-    """The default, and the ``top`` configurations that look best on paper."""
-    ranked = tunable.space.ranked(problem, device)[:top]
-    return list(dict.fromkeys((tunable.default(problem), *ranked)))
+def ranked(tunable: Tunable[C], problem: Any, device: DeviceSpec, nbytes: Callable[[C], int] | None = None) -> list[C]:
+    """Every configuration that fits, those first that move the fewest bytes of memory, by ``nbytes(config)``.
+
+    Of those that move as many, or where nothing is known of bytes, the ones nearest to the default come first: by the
+    logarithms of all numbers, summed up, so that to double one weighs as much as to halve it. What is still alike stays
+    in the order of the axes.
+    """
+    default = tunable.default(problem)
+    names = [axis.name for axis in tunable.space.axes]
+
+    def rank(config: C) -> tuple[int, float]:
+        steps = (math.log2((1 + getattr(config, name)) / (1 + getattr(default, name))) for name in names)
+        return 0 if nbytes is None else nbytes(config), sum(map(abs, steps))
+
+    return sorted(tunable.space.candidates(problem, device), key=rank)
+
+
+def shortlist(
+    tunable: Tunable[C], problem: Any, device: DeviceSpec, top: int, nbytes: Callable[[C], int] | None = None
+) -> list[C]:
+    """The default, and the first ``top`` configurations of :func:`ranked`."""
+    return list(dict.fromkeys((tunable.default(problem), *ranked(tunable, problem, device, nbytes)[:top])))
 
 
 @contextmanager

@@ -38,11 +38,6 @@ def powers_of_two(name: str, low: int, high: int) -> Axis:
     return literals(name, *(1 << e for e in range(max(low - 1, 0).bit_length(), high.bit_length())))
 
 
-def divisors_of(name: str, size: str) -> Axis:
-    """An axis of the divisors of the problem's attribute ``size``, ascending."""
-    return Axis(name, lambda problem: divisors(getattr(problem, size)))
-
-
 def divisors(number: int) -> list[int]:
     """The divisors of a positive number, ascending."""
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
@@ -56,11 +51,6 @@ class Constraint:
     name: str
     axes: tuple[str, ...]
     holds: Predicate
-
-
-def divides(name: str, axis: str, size: str) -> Constraint:
-    """The axis divides the problem's attribute ``size``."""
-    return Constraint(name, (axis,), lambda problem, device, value: getattr(problem, size) % value == 0)
 
 
 def at_most(name: str, axes: Sequence[str], amount: Callable[..., float], limit: float | str) -> Constraint:
@@ -100,28 +90,13 @@ def occupancy(device: DeviceSpec, *, warps: int, shared: int, registers: int) ->
     return min(by_memory, device.regs_sm // max(registers * threads, 1), device.threads_sm // threads)
 
 
-def occupies(axes: Sequence[str], blocks: Callable[..., int], least: int = 1) -> Constraint:
-    """At least ``least`` of the blocks run on an SM at once; ``blocks(problem, device, *values)`` counts them."""
-    return Constraint("occupancy", tuple(axes), lambda p, device, *values: blocks(p, device, *values) >= least)
-
-
-def whole_waves(axes: Sequence[str], blocks: Callable[..., int], least: float) -> Constraint:
-    """The grid of ``blocks(problem, device, *values)`` keeps at least the share ``least`` of the SMs busy."""
-
-    def holds(problem: Any, device: DeviceSpec, *values: int) -> bool:
-        count = blocks(problem, device, *values)
-        return count >= least * device.sms * math.ceil(count / device.sms)
-
-    return Constraint("whole waves", tuple(axes), holds)
-
-
 @dataclass(frozen=True)
 class Space(Generic[C]):
     """The configurations of one kernel.
 
     ``name`` and the integer ``version`` stand in tables: raise the version by hand when axes or the kernel change so
     that an old choice no longer applies. ``make(*values)`` builds a configuration whose attributes are the axes (or,
-    left out, a tuple). ``order(problem, device, config)`` is an analytic cost, for ranking: smaller is tried earlier.
+    left out, a tuple).
     """
 
     name: str
@@ -129,7 +104,6 @@ class Space(Generic[C]):
     axes: tuple[Axis, ...]
     constraints: tuple[Constraint, ...]
     make: Callable[..., C] = field(default=lambda *values: values)  # pyright: ignore[reportAssignmentType]
-    order: Callable[[Any, DeviceSpec, C], float] | None = None
 
     def __post_init__(self) -> None:
         known = [axis.name for axis in self.axes]
@@ -145,12 +119,6 @@ class Space(Generic[C]):
     def candidates(self, problem: Any, device: DeviceSpec) -> list[C]:
         """All configurations that satisfy every constraint, in the order of the axes."""
         return [self.make(*values) for values in self._walk(problem, device, {})]
-
-    def ranked(self, problem: Any, device: DeviceSpec) -> list[C]:
-        """The candidates, cheapest first by :attr:`order`; ties in the order of the axes."""
-        found = self.candidates(problem, device)
-        order = self.order
-        return found if order is None else sorted(found, key=lambda config: order(problem, device, config))
 
     def explain(self, problem: Any, device: DeviceSpec) -> Funnel:
         """How many candidates there are, and how many each constraint removed."""

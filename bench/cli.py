@@ -164,9 +164,9 @@ def _describe_tune(commands: Any) -> None:
     tune = commands.add_parser(
         "tune",
         help="measure launch parameters on this GPU",
-        description="Rank the configurations of every kernel on paper, compile the best, time them in turn, prove the "
-        "winner against the reference and write it to a table that later calls read. A run that is broken off keeps "
-        "what is done, and the next one goes on from there.",
+        description="Rank the configurations of every kernel by the bytes that they move, compile the first of them, "
+        "time these in turn, prove the winner against the reference and write it to a table that later calls read. A "
+        "run that is broken off keeps what is done, and the next one goes on from there.",
     )
     tune.add_argument("operator", metavar="OP", help=f"one of {', '.join(CASES)}")
     tune.add_argument("--shape", action="append", metavar="b=4,n=4k,...", help="may be given several times")

@@ -139,8 +139,11 @@ def _progress() -> Progress:
 
 
 def _plans(items: list[Item], spec: DeviceSpec, top: int, progress: Progress) -> list[Plan]:
-    """Rank, and compile the best few."""
-    chosen = [shortlist(item.tunable, item.problem, spec, top) for item in items]
+    """Rank, and compile the first few."""
+    moved = [bytes_moved(item, spec) for item in items]
+    chosen = [
+        shortlist(item.tunable, item.problem, spec, top, nbytes) for item, nbytes in zip(items, moved, strict=True)
+    ]
     jobs = [
         Job(item.case.operator, str(item.shape), dtype_name(item.dtype), item.kernel, config, pack(spec))
         for item, configs in zip(items, chosen, strict=True)
@@ -155,13 +158,32 @@ def _plans(items: list[Item], spec: DeviceSpec, top: int, progress: Progress) ->
     progress.remove_task(task)
     in_order = iter([compiled[position] for position in range(len(jobs))])
     plans = []
-    for item, configs in zip(items, chosen, strict=True):
+    for item, configs, nbytes in zip(items, chosen, moved, strict=True):
         funnel = item.tunable.space.explain(item.problem, spec)
-        order = item.tunable.space.order
-        predicted = [order(item.problem, spec, config) if order else 0.0 for config in configs]
+        each = [None if nbytes is None else nbytes(config) for config in configs]
         made = [next(in_order) for _ in configs]
-        plans.append(Plan(item.kernel, item.shape, item.dtype, funnel, configs, predicted, made))
+        plans.append(Plan(item.kernel, item.shape, item.dtype, funnel, configs, each, made))
     return plans
+
+
+def bytes_moved(item: Item, spec: DeviceSpec) -> Callable[[Any], int] | None:
+    """The bytes that the kernels of this one's pass request with a configuration of it, by the operator's own account;
+    None where that does not ask for this kernel's configuration. The other kernels have the ones they would have."""
+    accounts = item.case.cuda_accounts if item.tunable.backend == "cuda" else item.case.accounts
+    if accounts is None:
+        return None
+    with devices.assume(spec):
+        chosen = accounts.configs(item.shape, item.dtype)
+    if item.kernel not in chosen:
+        return None
+    which = "bwd" if _leaves(item) else "fwd"
+
+    def nbytes(config: Any) -> int:
+        with devices.assume(spec):
+            made = accounts.model(item.shape, item.dtype, {**chosen, item.kernel: config})
+        return sum(account.model.total for account in made.values() if account.which == which)
+
+    return nbytes
 
 
 def wanted(items: list[Item], spec: DeviceSpec, root: Path, *, stale: bool, again: bool) -> list[Item]:

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The funnel of one kernel at one shape. The first of ``configs`` is the default; ``predicted`` are the seconds
-    that ranked them, and ``compiled`` what the compiler made of each, or its error."""
+    """The funnel of one kernel at one shape. The first of ``configs`` is the default; ``nbytes`` are the bytes that
+    ranked them, and ``compiled`` is what the compiler made of each, or its error."""
 
     kernel: str
     shape: Shape
     dtype: torch.dtype
     funnel: Funnel
     configs: list[Any]
-    predicted: list[float]
+    nbytes: list[int | None]
     compiled: list[Resources | str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,9 +42,9 @@ class Plan:
             "dtype": dtype_name(self.dtype),
             "funnel": asdict(self.funnel),
             "candidates": [
-                {"config": asdict(config), "default": position == 0, "rank_ms": seconds * 1e3} | _resources(made)
-                for position, (config, seconds, made) in enumerate(
-                    zip(self.configs, self.predicted, self.compiled, strict=True)
+                {"config": asdict(config), "default": position == 0, "bytes": moved} | _resources(made)
+                for position, (config, moved, made) in enumerate(
+                    zip(self.configs, self.nbytes, self.compiled, strict=True)
                 )
             ],
         }
@@ -88,7 +88,8 @@ def _tiles(config: Any) -> str:
 def print_plans(plans: list[Plan], spec: DeviceSpec, console: Console) -> None:
     """One funnel after another."""
     console.print(
-        f"what tuning would try on {spec.slug} (sm_{spec.sm}); nothing is timed, and the order is a prediction",
+        f"what tuning would try on {spec.slug} (sm_{spec.sm}), and the bytes that a pass requests with it: fewest "
+        "first, then what is nearest to the default; nothing is timed",
         style="dim", highlight=False,
     )  # fmt: skip
     for plan in plans:
@@ -96,23 +97,23 @@ def print_plans(plans: list[Plan], spec: DeviceSpec, console: Console) -> None:
         good = [made for made in plan.compiled if not isinstance(made, str)]
         spilling = sum(made.spill_bytes > 0 for made in good)
         console.print(
-            f"{plan.funnel} -> compiled {len(good)} of the best on paper and the default, {spilling} spill",
+            f"{plan.funnel} -> compiled {len(good)}, the first by bytes and the default, {spilling} spill",
             highlight=False,
         )
-        numbers = ("order", "regs", "spills", "shared", "blocks")
+        numbers = ("bytes", "regs", "spills", "shared", "blocks")
         table = render.table("tiles", *numbers, "limit", "", right=numbers)
-        best = min(plan.predicted)
-        rows = sorted(range(len(plan.configs)), key=lambda position: plan.predicted[position])
+        rows = sorted(range(len(plan.configs)), key=lambda position: plan.nbytes[position] or 0)
         for position in rows:
             made, note = plan.compiled[position], "default" if position == 0 else ""
-            order = f"{plan.predicted[position] / best:.2f}x"
+            moved = plan.nbytes[position]
+            shown = "-" if moved is None else render.amount(moved, "B")
             if isinstance(made, str):
-                table.add_row(_tiles(plan.configs[position]), order, *"----", "-", escape(f"{note} {made}".strip()))
+                table.add_row(_tiles(plan.configs[position]), shown, *"----", "-", escape(f"{note} {made}".strip()))
                 continue
             spills = f"[yellow]{made.spill_bytes} B[/]" if made.spill_bytes else "0 B"
             blocks, limit = made.blocks_per_sm(spec)
             table.add_row(
-                _tiles(plan.configs[position]), order, str(made.registers), spills, str(made.shared_bytes),
+                _tiles(plan.configs[position]), shown, str(made.registers), spills, str(made.shared_bytes),
                 str(blocks), limit, note,
             )  # fmt: skip
         console.print(table)

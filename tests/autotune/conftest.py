@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 from iokernels import autotune
-from iokernels.autotune import RESULTS, Space, Tunable, tables
+from iokernels.autotune import RESULTS, Size, Space, Tunable, tables
 from iokernels.autotune.space import at_most, literals
 
 
@@ -27,11 +27,7 @@ class Problem(NamedTuple):
 
     dtype: str
     width: int
-    length: int
-
-
-def _cost(problem: Problem, device: Any, config: Config) -> float:
-    return 1 / config.tile + config.warps / 1000
+    length: Size
 
 
 @pytest.fixture
@@ -43,11 +39,8 @@ def tunable() -> Tunable[Config]:
         (literals("tile", 16, 32, 64), literals("warps", 4, 8)),
         (at_most("width", ("tile",), lambda problem, device, tile: tile - problem.width, 0),),
         make=Config,
-        order=_cost,
     )
-    return Tunable(
-        "toy_fwd", "triton", space, lambda problem: Config(16, 4), lambda problem: problem._asdict(), near=("length",)
-    )
+    return Tunable("toy_fwd", "triton", space, lambda problem: Config(16, 4), Problem)
 
 
 @pytest.fixture

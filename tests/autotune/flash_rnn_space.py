@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from iokernels.autotune.space import Constraint, Space, at_most, divisors_of, literals
+from iokernels.autotune.space import Axis, Constraint, Space, at_most, divisors, literals
 from iokernels.runtime.device import DeviceSpec
 
 GATES = 4
@@ -53,6 +53,11 @@ def _registers(
     matrix = row * column * cached // 8 // 2
     sums = row * (p.batch // batch) * warp_k
     return (matrix + sums) / threads + 40
+
+
+def divisors_of(name: str, size: str) -> Axis:
+    """An axis of the divisors of a size of the problem."""
+    return Axis(name, lambda problem: divisors(getattr(problem, size)))
 
 
 SPACE = Space(

@@ -11,7 +11,7 @@ import torch
 
 from iokernels.autotune import measure
 from iokernels.autotune.measure import beats, race
-from iokernels.autotune.search import compiling, find_fastest, shortlist
+from iokernels.autotune.search import compiling, find_fastest, ranked, shortlist
 from iokernels.bench.timing.measure import Timing
 from iokernels.runtime.device import named
 from iokernels.testing.case.proof import Verdict
@@ -143,11 +143,25 @@ def test_no_race_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> N
         race({"0": lambda: 1.0}, "0", FakeClock(), seconds=1.0)
 
 
+def test_what_moves_fewer_bytes_is_ranked_first_and_then_what_is_near_the_default(
+    tunable: Any, make_problem: Any, make_config: Any
+) -> None:
+    def tiles(width: int, nbytes: Callable[[Any], int] | None) -> list[tuple[int, int]]:
+        return [(one.tile, one.warps) for one in ranked(tunable, make_problem(width=width), H100, nbytes)]
+
+    near = [(16, 4), (16, 8), (32, 4), (32, 8)]
+    assert tiles(32, None) == tiles(32, lambda config: 7) == near
+    assert tiles(32, lambda config: 1024 // config.tile) == near[2:] + near[:2]
+    assert tiles(64, lambda config: min(config.tile, 32)) == [*near, (64, 4), (64, 8)]
+
+
 def test_the_short_list_starts_with_the_default(tunable: Any, make_problem: Any, make_config: Any) -> None:
-    assert shortlist(tunable, make_problem(), H100, 2) == [make_config(16, 4), make_config(64, 4), make_config(64, 8)]
-    assert shortlist(tunable, make_problem(), H100, 0) == [make_config(16, 4)]
-    everything = shortlist(tunable, make_problem(), H100, 99)
-    assert len(everything) == len(set(everything)) == 6
+    def chosen(top: int) -> list[Any]:
+        return shortlist(tunable, make_problem(), H100, top, lambda config: 1024 // config.tile)
+
+    assert chosen(2) == [make_config(16, 4), make_config(64, 4), make_config(64, 8)]
+    assert chosen(0) == [make_config(16, 4)]
+    assert len(chosen(99)) == len(set(chosen(99))) == 6
 
 
 def test_jobs_are_done_in_other_processes_and_errors_come_back() -> None:

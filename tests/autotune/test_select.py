@@ -12,8 +12,7 @@ import torch
 from iokernels import autotune
 from iokernels.autotune import tables
 from iokernels.autotune.tables import Entry, TableWarning
-from iokernels.ops.flash_attention.triton.space import TUNABLES
-from iokernels.ops.flash_attention.triton.tuning import Problem
+from iokernels.ops.flash_attention.triton.tuning import TUNABLES, Problem
 from iokernels.runtime.device import named
 
 H100 = named("h100-sxm")

@@ -78,7 +78,7 @@ def plan(item: tune.Item, *configs: Config) -> Plan:
     resources: Any = Resources(item.kernel, 64, 0, 1024, 4, b"")
     funnel = item.tunable.space.explain(item.problem, H100)
     chosen = [item.tunable.default(item.problem), *configs]
-    return Plan(item.kernel, item.shape, item.dtype, funnel, chosen, [1.0] * len(chosen), [resources] * len(chosen))
+    return Plan(item.kernel, item.shape, item.dtype, funnel, chosen, [None] * len(chosen), [resources] * len(chosen))
 
 
 @needs_no_gpu
@@ -134,14 +134,36 @@ def test_the_dry_run_compiles_without_a_gpu(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "axes 300 -> a score a thread 296 -> registers" in done.stdout
-    assert "-> compiled 2 of the best on paper and the default, 0 spill" in done.stdout
+    assert "-> compiled 2, the first by bytes and the default, 0 spill" in done.stdout
     (row,) = json.loads(target.read_text())["rows"]
     funnel = row["funnel"]
     assert funnel["total"] - sum(funnel["removed"].values()) == funnel["left"] > 0
     best, default = sorted(row["candidates"], key=lambda one: one["default"])
     assert 32 <= default["registers"] <= 255
     assert 0 < best["shared_bytes"] <= H100.smem_block
-    assert best["rank_ms"] <= default["rank_ms"]
+    assert 0 < best["bytes"] <= default["bytes"]
+
+
+@pytest.mark.parametrize("operator", [name for name in CASES if load(name).tuning is not None])
+def test_every_tunable_kernel_is_ranked_by_the_account_of_its_operator(operator: str) -> None:
+    found = items_of(operator, "--dry-run")
+    assert found
+    for item in found:
+        nbytes = tune.bytes_moved(item, H100)
+        assert nbytes is not None, item.kernel
+        default, *tried = shortlist(item.tunable, item.problem, H100, 4, nbytes)
+        assert default == item.tunable.default(item.problem)
+        moved = [nbytes(config) for config in tried]
+        assert moved == sorted(moved)
+        assert min([*moved, nbytes(default)]) > 0
+        assert not moved or moved[0] <= nbytes(default)
+
+
+def test_no_account_means_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    (item,) = items("--kernel", "flash_attention_fwd")
+    assert tune.bytes_moved(item, H100) is not None
+    monkeypatch.setitem(item.case.__dict__, "accounts", None)
+    assert tune.bytes_moved(item, H100) is None
 
 
 IN_CUDA = {

@@ -94,7 +94,7 @@ def wrong_imports(module: str, source: str, *, package: bool = False) -> list[st
                     wrong.append(f"{module} imports {name} when it is imported: backends load when first called")
         if in_room and target[0] == "triton" and backend_of(stem) != "triton":
             wrong.append(f"{module} imports {name}: Triton belongs in triton/")
-        if in_room and parts[3:] in (["triton", "tuning"], ["triton", "space"]) and target[0] == "triton":
+        if in_room and parts[3:] == ["triton", "tuning"] and target[0] == "triton":
             wrong.append(f"{module} imports {name}: launch parameters are read where there is no Triton")
         if in_room and target[0] == "cupy":
             wrong.append(f"{module} imports {name}: iokernels.runtime.cuda alone knows CuPy")

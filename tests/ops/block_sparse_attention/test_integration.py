@@ -13,15 +13,13 @@ from iokernels import BlockIndex, UnsupportedError, autotune, block_sparse_atten
 from iokernels.ops.block_sparse_attention.case import CASE
 from iokernels.ops.block_sparse_attention.op import backward_op, forward_op
 from iokernels.ops.block_sparse_attention.options import Options
-from iokernels.ops.block_sparse_attention.triton.space import TUNABLES
 from iokernels.ops.block_sparse_attention.triton.tuning import (
     KERNELS,
+    TUNABLES,
     Config,
     Problem,
     default,
-    problem_of,
     shared_bytes,
-    table_key,
 )
 from iokernels.runtime.device import KNOWN
 from iokernels.testing.tracer import trace
@@ -195,7 +193,9 @@ def test_defaults_are_in_the_space(kernel: str) -> None:
                     config = default(problem)
                     assert shared_bytes(problem, config) <= device.smem_block
                     assert TUNABLES[kernel].space.refusal(problem, device, config) is None, (problem, config)
-                    assert table_key(problem_of(kernel, table_key(problem), device)) == table_key(problem)
+                    assert TUNABLES[kernel].key(
+                        TUNABLES[kernel].problem_of(TUNABLES[kernel].key(problem), device)
+                    ) == TUNABLES[kernel].key(problem)
 
 
 def test_decoding_fills_the_gpu_and_prompts_do_not_split() -> None:

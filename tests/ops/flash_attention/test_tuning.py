@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from iokernels import autotune, ops
 from iokernels.autotune import tables
+from iokernels.autotune.search import ranked
 from iokernels.autotune.select import config_of
 from iokernels.ops.flash_attention.options import Options
 from iokernels.ops.flash_attention.triton import launch as triton_launch
 from iokernels.ops.flash_attention.triton import tuning
-from iokernels.ops.flash_attention.triton.space import TUNABLES
+from iokernels.ops.flash_attention.triton.tuning import TUNABLES
 from iokernels.runtime.device import KNOWN, DeviceSpec, assume, named
 
 WIDTHS = (16, 32, 64, 128, 256)
@@ -58,23 +59,20 @@ def test_the_default_is_inside_the_space(drawn: tuple[tuning.Problem, DeviceSpec
 
 @settings(max_examples=20, deadline=None)
 @given(problems())
-def test_what_is_ranked_is_the_space_and_its_cost_is_a_number(drawn: tuple[tuning.Problem, DeviceSpec]) -> None:
+def test_what_is_ranked_is_the_space_from_the_default_on(drawn: tuple[tuning.Problem, DeviceSpec]) -> None:
     problem, device = drawn
-    space = TUNABLES[problem.kernel].space
-    ranked = space.ranked(problem, device)
-    assert tuning.default(problem) in ranked
-    assert len(ranked) == space.explain(problem, device).left
-    assert space.order is not None
-    costs = [space.order(problem, device, config) for config in ranked]
-    assert costs == sorted(costs)
-    assert 0.0 < costs[0] < costs[-1] < float("inf")
+    tunable = TUNABLES[problem.kernel]
+    found = ranked(tunable, problem, device)
+    assert found[0] == tuning.default(problem)
+    assert len(set(found)) == len(found) == tunable.space.explain(problem, device).left
 
 
 @settings(max_examples=50, deadline=None)
 @given(problems())
 def test_keys_lead_back_to_their_problem(drawn: tuple[tuning.Problem, DeviceSpec]) -> None:
     problem, device = drawn
-    assert tuning.problem_of(problem.kernel, tuning.table_key(problem), device) == problem
+    tunable = TUNABLES[problem.kernel]
+    assert tunable.problem_of(tunable.key(problem), device) == problem
 
 
 def test_counts_are_rounded_up() -> None:
@@ -94,7 +92,7 @@ def test_a_launch_asks_for_its_own_problem(roots: tuple[Path, Path]) -> None:
     )  # fmt: skip
     tuned = tuning.Config(64, 16, 4, 1)
     assert tuning.default(problem) != tuned
-    one = tables.Entry(tuning.table_key(problem._replace(seqlen_q=512)), vars(tuned))
+    one = tables.Entry(TUNABLES["flash_attention_fwd"].key(problem._replace(seqlen_q=512)), vars(tuned))
     tables.save(TUNABLES["flash_attention_fwd"], device, roots[0], [one])
     with assume(device):
         assert launch.config("flash_attention_fwd", q) == tuned
@@ -113,8 +111,8 @@ def faults(path: Path) -> list[str]:
     """What is wrong with a table that is about to be shipped, a sentence each."""
     device = named(path.parent.name)
     kernel, backend = path.name.removesuffix(".json").split(".")
-    spaces = Path(ops.__file__).parent.glob("*/triton/space.py")
-    rooms = [import_module(f"iokernels.ops.{path.parts[-3]}.triton.space") for path in spaces]
+    spaces = Path(ops.__file__).parent.glob("*/triton/tuning.py")
+    rooms = [import_module(f"iokernels.ops.{path.parts[-3]}.triton.tuning") for path in spaces]
     owner = next((room for room in rooms if kernel in room.TUNABLES), None)
     if owner is None or owner.TUNABLES[kernel].backend != backend:
         return [f"no room has the kernel {kernel} of {backend}"]
@@ -123,13 +121,12 @@ def faults(path: Path) -> list[str]:
         warnings.simplefilter("error")
         table = tables.load(tunable, device, path.parent.parent)
     assert table is not None
-    problem_of = import_module(owner.__name__.removesuffix("space") + "tuning").problem_of
     found = []
     for entry in table.entries:
         config = config_of(tunable, entry)
         refusal = "its fields are not the axes" if config is None else None
         if config is not None:
-            refusal = tunable.space.refusal(problem_of(kernel, entry.key, device), device, config)
+            refusal = tunable.space.refusal(tunable.problem_of(entry.key, device), device, config)
         if refusal is not None:
             found.append(f"{path}: {entry.key}: {refusal}")
     return found
@@ -143,10 +140,10 @@ def test_a_table_that_must_not_be_shipped_is_found(roots: tuple[Path, Path]) -> 
     device = named("rtx-3090")
     kernel = TUNABLES["flash_attention_fwd"]
     problem = tuning.Problem("flash_attention_fwd", 256, 256, 2, True, False, device.sm, device.smem_block)
-    good = tables.Entry(tuning.table_key(problem), vars(tuning.default(problem)))
+    good = tables.Entry(kernel.key(problem), vars(tuning.default(problem)))
     path = tables.save(kernel, device, roots[1], [good])
     assert faults(path) == []
-    too_large = tables.Entry(tuning.table_key(problem), vars(tuning.Config(128, 128, 8, 4)))
+    too_large = tables.Entry(kernel.key(problem), vars(tuning.Config(128, 128, 8, 4)))
     tables.save(kernel, device, roots[1], [too_large])
     assert ["shared memory" in fault or "registers" in fault for fault in faults(path)] == [True]
     tables.save(kernel, device, roots[1], [replace(good, config={"block_m": 64})])

@@ -18,8 +18,7 @@ from iokernels.ops.flash_rnn.case.shapes import VOCABULARY
 from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.ops.flash_rnn.cuda import tuning as resources
 from iokernels.ops.flash_rnn.cuda.tuning import SPACE, Problem, placement, widest
-from iokernels.ops.flash_rnn.triton.space import TUNABLES
-from iokernels.ops.flash_rnn.triton.tuning import KERNELS, default, max_width, problem_of, table_key
+from iokernels.ops.flash_rnn.triton.tuning import KERNELS, TUNABLES, default, max_width
 from iokernels.ops.flash_rnn.triton.tuning import Problem as Launch
 from iokernels.runtime.device import KNOWN, named
 
@@ -39,10 +38,10 @@ def test_the_default_is_in_the_space(gpu: str) -> None:
                         kernel, width, cell.gates, cell.values, len(cell.states), itemsize, tensor_cores, device.sm,
                         device.smem_block, 1,
                     )  # fmt: skip
-                    space = TUNABLES[kernel].space
+                    tunable, space = TUNABLES[kernel], TUNABLES[kernel].space
                     assert space.refusal(problem, device, default(problem)) is None, problem
-                    assert problem_of(kernel, table_key(problem), device) == problem
-                    assert space.ranked(problem, device)
+                    assert tunable.problem_of(tunable.key(problem), device) == problem
+                    assert space.candidates(problem, device)
 
 
 @pytest.mark.parametrize(("gpu", "points"), [("h100-sxm", list(range(8))), ("rtx-5090", [1, 4, 6])], ids=str)
@@ -100,7 +99,7 @@ def test_the_default_of_cuda_is_in_the_space(gpu: str) -> None:
                         assert tunable.space.refusal(problem, device, config) is None, problem
                     assert resources.fits(problem) or width > 128
                     key = tunable.key(problem)
-                    assert tunable.key(resources.problem_of(kernel, key, device)) == key
+                    assert tunable.key(tunable.problem_of(key, device)) == key
 
 
 def test_one_block_holds_a_head_up_to_what_its_memory_and_registers_do() -> None:

@@ -21,8 +21,7 @@ from iokernels.ops.hip_attention.case.compile import problem
 from iokernels.ops.hip_attention.case.shapes import SELECT
 from iokernels.ops.hip_attention.op import bounds_op, exact_op, global_op, pages_op, stage_op
 from iokernels.ops.hip_attention.options import Region, Stage
-from iokernels.ops.hip_attention.triton.space import TUNABLES
-from iokernels.ops.hip_attention.triton.tuning import KERNELS, SelectProblem, default, problem_of, table_key
+from iokernels.ops.hip_attention.triton.tuning import KERNELS, TUNABLES, SelectProblem, default
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import named
 from iokernels.testing.case import load
@@ -145,7 +144,7 @@ def test_defaults_lie_in_the_space(gpu: str) -> None:
             kernel, width, itemsize, cores, rows, candidates, lists, device.sm, device.smem_block
         )  # fmt: skip
         assert TUNABLES[kernel].space.refusal(problem, device, default(problem)) is None, problem
-        assert problem_of(kernel, table_key(problem), device) == problem
+        assert TUNABLES[kernel].problem_of(TUNABLES[kernel].key(problem), device) == problem
 
 
 def test_a_launch_asks_for_its_own_problem() -> None:

@@ -23,8 +23,7 @@ from iokernels import autotune, short_conv, short_conv_step
 from iokernels.ops.short_conv.case import CASE
 from iokernels.ops.short_conv.op import backward_op, forward_op, step_op
 from iokernels.ops.short_conv.options import TENSOR_OPTIONS, ShortOptions
-from iokernels.ops.short_conv.triton.space import TUNABLES
-from iokernels.ops.short_conv.triton.tuning import KERNELS, ShortProblem, default, problem_of, table_key
+from iokernels.ops.short_conv.triton.tuning import KERNELS, TUNABLES, ShortProblem, default
 from iokernels.runtime import device as devices
 from iokernels.runtime.device import named
 from iokernels.testing.inputs import poisoned_view
@@ -261,7 +260,7 @@ def test_defaults_lie_in_the_space(gpu: str) -> None:
             continue
         problem = ShortProblem(kernel, width, itemsize, inside, rows, channels, 4, device.sm, device.smem_block)
         assert TUNABLES[kernel].space.refusal(problem, device, default(problem)) is None, problem
-        assert problem_of(kernel, table_key(problem), device) == problem
+        assert TUNABLES[kernel].problem_of(TUNABLES[kernel].key(problem), device) == problem
 
 
 @pytest.mark.parametrize("gpu", ["rtx-5090"])  # the least shared memory

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from iokernels.ops.block_sparse_attention.options import Options
-from iokernels.ops.block_sparse_attention.triton.space import TUNABLES
-from iokernels.ops.block_sparse_attention.triton.tuning import DKV, DQ, FWD, KERNELS, Problem
+from iokernels.ops.block_sparse_attention.triton.tuning import DKV, DQ, FWD, KERNELS, TUNABLES, Problem
 from iokernels.runtime.device import DeviceSpec
 from iokernels.testing.case import Compilation, Pass, Tuning
 from iokernels.testing.case.shape import Shape

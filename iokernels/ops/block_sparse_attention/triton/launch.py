@@ -21,7 +21,7 @@ from .backward_kv import block_sparse_bwd_dkv_kernel
 from .backward_q import block_sparse_bwd_dq_kernel
 from .forward import block_sparse_combine_kernel, block_sparse_fwd_kernel
 from .keys import Features
-from .space import TUNABLES
+from .tuning import TUNABLES
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,4 @@
-"""Launch parameters of the block-sparse attention kernels: what a configuration is, and the analytic default.
-
-The configurations that tuning may try are in :mod:`.space`.
+"""Launch parameters of the block-sparse attention kernels: what a configuration is, its default and its space.
 
 The default follows from what must fit, as for flash_attention: a block keeps its own rows (or keys) and ``num_stages``
 blocks of what it walks over in shared memory, and its accumulators in registers. Rows are as many as share a list, up
@@ -10,9 +8,17 @@ to what fits, because each tile of rows reads the keys of its list.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import RESULTS, precision_of, precision_word
+from iokernels.autotune import RESULTS, Size, Tunable
+from iokernels.autotune.space import (
+    Constraint,
+    Space,
+    fits_registers,
+    fits_shared_memory,
+    literals,
+    powers_of_two,
+)
 from iokernels.runtime.device import DeviceSpec
 
 FWD, DQ, DKV = KERNELS = ("block_sparse_fwd", "block_sparse_bwd_dq", "block_sparse_bwd_dkv")
@@ -46,41 +52,9 @@ class Problem(NamedTuple):
     sm: int
     sms: int
     smem_block: int  # bytes of shared memory a thread block may use
-    item_rows: int = 256  # rows that share a list
-    items: int = 1024  # lists
-    seqlen_k: int = 65536
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {
-        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
-        "block_d": problem.block_d,
-        "block_v": problem.block_v,
-        "block_k": problem.block_k,
-        "paged": problem.paged,
-        "item_rows": problem.item_rows,
-        "items": problem.items,
-        "seqlen_k": problem.seqlen_k,
-    }
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    itemsize, tensor_cores = precision_of(key["dtype"])
-    return Problem(
-        kernel=kernel,
-        itemsize=itemsize,
-        tensor_cores=tensor_cores,
-        sm=device.sm,
-        sms=device.sms,
-        smem_block=device.smem_block,
-        **{name: value for name, value in key.items() if name != "dtype"},
-    )
-
-
-SIZES = ("item_rows", "items", "seqlen_k")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
+    item_rows: Size = 256  # rows that share a list
+    items: Size = 1024  # lists
+    seqlen_k: Size = 65536
 
 
 def default(problem: Problem) -> Config:
@@ -161,3 +135,61 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     if problem.kernel == DQ:
         return rows * pair + config.num_stages * keys * pair + scores
     return keys * pair + config.num_stages * rows * pair + 2 * scores
+
+
+_TILE = ("block_m", "block_n", "num_warps")
+
+"""How much faster than DRAM tiles arrive, since L2 serves most: a weight of the ranking, not a measured figure."""
+
+
+def accumulators(kernel: str, problem: Problem, rows: int, keys: int) -> int:
+    """The 32-bit registers of a block that hold results and scores (two copies, or three where S, dP and dS meet)."""
+    scores = rows * keys
+    if kernel == FWD:
+        return rows * problem.block_v + 2 * scores
+    if kernel == DQ:
+        return rows * problem.block_d + 3 * scores
+    return keys * (problem.block_d + problem.block_v) + 3 * scores
+
+
+def _space(kernel: str) -> Space[Config]:
+    def words(problem: Problem, device: DeviceSpec, rows: int, keys: int, warps: int) -> int:
+        return accumulators(kernel, problem, rows, keys)
+
+    def shared(problem: Problem, device: DeviceSpec, rows: int, keys: int, stages: int) -> int:
+        return shared_bytes(problem, Config(rows, keys, 1, 4, stages))
+
+    def a_list_fills_the_rows(problem: Problem, device: DeviceSpec, rows: int) -> bool:
+        return kernel == DKV or rows <= max(problem.item_rows, 16)
+
+    def enough_keys(problem: Problem, device: DeviceSpec, keys: int, parts: int) -> bool:
+        return parts <= most_parts(problem, keys)
+
+    def score_a_thread(problem: Problem, device: DeviceSpec, rows: int, keys: int, warps: int) -> bool:
+        return rows * keys >= 32 * warps
+
+    return Space(
+        name=kernel,
+        version=1,
+        axes=(
+            powers_of_two("block_m", 16, 128),
+            powers_of_two("block_n", 16, 128),
+            literals("parts", 1, 2, 4, 8, 16, 32, 64),
+            literals("num_warps", 4, 8, 16),
+            literals("num_stages", 1, 2, 3, 4),
+        ),
+        constraints=(
+            Constraint("a list fills the rows", ("block_m",), a_list_fills_the_rows),
+            Constraint("enough keys for the parts", ("block_n", "parts"), enough_keys),
+            Constraint("a score a thread", _TILE, score_a_thread),
+            fits_registers(_TILE, "num_warps", words),
+            fits_shared_memory(("block_m", "block_n", "num_stages"), shared),
+        ),
+        make=Config,
+    )
+
+
+TUNABLES: dict[str, Tunable[Config]] = {
+    kernel: Tunable(kernel, "triton", _space(kernel), default, Problem) for kernel in KERNELS
+}
+"""The block-sparse kernels by name."""

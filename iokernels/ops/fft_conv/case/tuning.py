@@ -6,8 +6,7 @@ import torch
 
 from iokernels.ops.fft_conv.cuda import tuning as tuning_cuda
 from iokernels.ops.fft_conv.options import reach
-from iokernels.ops.fft_conv.triton.space import TUNABLES
-from iokernels.ops.fft_conv.triton.tuning import Problem
+from iokernels.ops.fft_conv.triton.tuning import TUNABLES, Problem
 from iokernels.runtime.device import DeviceSpec, assume
 from iokernels.testing.case import Tuning
 from iokernels.testing.case.shape import Shape

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
-from iokernels.autotune import RESULTS
+from iokernels.autotune import RESULTS, RoundedSize, Tunable, Unkeyed
 from iokernels.autotune.space import Axis, Constraint, Space, fits_shared_memory, literals
-from iokernels.autotune.tunable import Tunable
 from iokernels.ops.fft_conv.options import CIRCULAR, TWO_SIDED
-from iokernels.ops.fft_conv.triton.tuning import KERNELS, SIZES, call_key, call_of
+from iokernels.ops.fft_conv.triton.tuning import KERNELS
 from iokernels.runtime.device import DeviceSpec
 
 LENGTHS = (4096, 8192, 16384, 32768)
@@ -33,15 +31,15 @@ class Problem(NamedTuple):
     """What the choice depends on."""
 
     kernel: str
-    seqlen: int
-    taps: int  # that reach an output
+    seqlen: RoundedSize
+    taps: RoundedSize  # that reach an output
     mode: str
-    state: bool  # there is an initial state
+    state: Unkeyed[bool]  # there is an initial state
     gated: bool
     smem_block: int  # bytes of shared memory a thread block may use
     sms: int
-    heads: int
-    pairs: int  # of sequences
+    heads: RoundedSize
+    pairs: RoundedSize  # of sequences
 
 
 class Cover(NamedTuple):
@@ -102,11 +100,6 @@ def most_warps(length: int) -> int:
     return min(16, r * r // 32)
 
 
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`.tuning.call_key`. Raises ``KeyError`` for a key of another make."""
-    return Problem(kernel=kernel, **call_of(key, device))
-
-
 def cover_of(problem: Problem, length: int) -> Cover | None:
     """:func:`cover` of a problem."""
     return cover(length, problem.seqlen, problem.taps, problem.mode, problem.state)
@@ -131,18 +124,6 @@ def default(problem: Problem) -> Config:
     total = problem.pairs * blocks.chunks
     parts = min(total, max(1, -(-2 * problem.sms // max(problem.heads, 1))))
     return Config(length, max(1, -(-total // parts)), min(8, most_warps(length)))
-
-
-def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
-    """What a launch would take on paper, good for ranking: the work of its thread blocks, in whole waves."""
-    blocks = cover_of(problem, config.length)
-    assert blocks is not None
-    parts = -(-problem.pairs * blocks.chunks // config.units)
-    together = device.sms * max(1, device.smem_sm // (shared_bytes(config.length) + 1024))
-    waves = -(-problem.heads * parts // together)
-    unit = 2 * work(problem, config.length) / blocks.chunks
-    crowd = 1.0 + 0.1 * abs(config.num_warps - min(8, most_warps(config.length))) / 4
-    return waves * config.units * unit * crowd * together / device.dram_bandwidth
 
 
 def _space(kernel: str) -> Space[Config]:
@@ -173,11 +154,15 @@ def _space(kernel: str) -> Space[Config]:
             fits_shared_memory(("length",), shared),
         ),
         make=Config,
-        order=partial(predicted_seconds),
     )
 
 
+def _completed(kernel: str, key: dict[str, Any]) -> dict[str, Any]:
+    return {"kernel": kernel.removesuffix("_cuda"), "state": False}
+
+
 TUNABLES: dict[str, Tunable[Config]] = {
-    f"{kernel}_cuda": Tunable(f"{kernel}_cuda", "cuda", _space(kernel), default, call_key, SIZES) for kernel in KERNELS
+    f"{kernel}_cuda": Tunable(f"{kernel}_cuda", "cuda", _space(kernel), default, Problem, _completed)
+    for kernel in KERNELS
 }
 """The CUDA kernels of this room by name."""

@@ -14,8 +14,8 @@ from iokernels.runtime.device import DeviceSpec
 
 from . import tuning
 from .filters import planes_of, roots_of_unity, with_skip
-from .space import TUNABLES
 from .transform import Features
+from .tuning import TUNABLES
 
 
 class Launch:

@@ -1,14 +1,12 @@
-"""Launch parameters of the fft_conv kernels: blocks of transforms, what a configuration is, and the analytic default.
-
-The configurations that tuning may try are in :mod:`.space`.
-"""
+"""Launch parameters of the fft_conv kernels: blocks of transforms, configurations, their default and their space."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from iokernels.autotune import RESULTS, bucket
+from iokernels.autotune import RESULTS, RoundedSize, Tunable, Unkeyed
+from iokernels.autotune.space import Axis, Constraint, Space, fits_registers, fits_shared_memory, literals
 from iokernels.ops.fft_conv.options import CIRCULAR, TWO_SIDED
 from iokernels.runtime.device import DeviceSpec
 
@@ -62,18 +60,18 @@ class Problem(NamedTuple):
     """What the choice depends on."""
 
     kernel: str
-    itemsize: int  # bytes an element of u
-    tensor_cores: str  # "half", "tf32" or "tf32x3": what the products are made of
-    seqlen: int
-    taps: int  # that reach an output
+    itemsize: Unkeyed[int]  # bytes an element of u
+    precision: str  # "half", "tf32" or "tf32x3": what the products are made of
+    seqlen: RoundedSize
+    taps: RoundedSize  # that reach an output
     mode: str
-    state: bool  # there is an initial state
+    state: Unkeyed[bool]  # there is an initial state
     gated: bool
     sm: int
     smem_block: int  # bytes of shared memory a thread block may use
     sms: int = 132
-    heads: int = 768
-    pairs: int = 32  # of sequences
+    heads: RoundedSize = 768
+    pairs: RoundedSize = 32  # of sequences
 
 
 class Blocks(NamedTuple):
@@ -234,44 +232,6 @@ def tiling_refusal(seqlen: Any, taps: Any, mode: str, state: bool, itemsize: int
     )
 
 
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {"precision": problem.tensor_cores, **call_key(problem)}
-
-
-def call_key(problem: Any) -> dict[str, Any]:
-    """What a table is looked up by on every backend: the call, its sizes rounded."""
-    return {
-        "mode": problem.mode,
-        "gated": problem.gated,
-        "heads": bucket(problem.heads),
-        "pairs": bucket(problem.pairs),
-        "seqlen": bucket(problem.seqlen),
-        "taps": bucket(problem.taps),
-    }
-
-
-SIZES = ("heads", "pairs", "seqlen", "taps")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    return Problem(
-        kernel=kernel,
-        itemsize=2 if key["precision"] == "half" else 4,
-        tensor_cores=key["precision"],
-        sm=device.sm,
-        **call_of(key, device),
-    )
-
-
-def call_of(key: dict[str, Any], device: DeviceSpec) -> dict[str, Any]:
-    """The reverse of :func:`call_key`: the fields of a problem that has this key on ``device``."""
-    fields = {name: key[name] for name in ("mode", "gated", *SIZES)}
-    return {**fields, "state": False, "smem_block": device.smem_block, "sms": device.sms}
-
-
 def default(problem: Problem) -> Config:
     """A configuration for every problem that the kernels accept: the least work, and enough thread blocks.
 
@@ -362,3 +322,77 @@ def work(problem: Problem, outer: int, length: int) -> float:
     n1 = cover.n1 * (0.5 if cover.half else 1.0)
     touched = min(length, problem.seqlen + cover.overlap) + min(cover.step, problem.seqlen)
     return cover.chunks * (8 * length * (n1 + cover.n2) / worth + touched * problem.itemsize)
+
+
+def _space(kernel: str) -> Space[Config]:
+    def serves(problem: Problem, device: DeviceSpec, length: int, outer: int) -> bool:
+        return cover_of(problem, outer, length) is not None
+
+    def some_work(problem: Problem, device: DeviceSpec, length: int, units: int, outer: int) -> bool:
+        return units <= most_units(problem, outer, length)  # only asked of what serves the call
+
+    def words(problem: Problem, device: DeviceSpec, length: int, warps: int) -> int:
+        # A transform, and in the backward pass the gradient of the filter.
+        return 2 * length * (2 if kernel == "fft_conv_bwd" else 1)
+
+    def choices(problem: Problem) -> tuple[int, ...]:
+        return tuple(sorted({1 << bits for bits in range(12)} | {default(problem).units}))
+
+    def outers(problem: Problem) -> tuple[int, ...]:
+        # Through memory only what has to go there: it is several times the bytes.
+        return (1,) if best_lengths(problem)[0] == 1 else OUTERS
+
+    return Space(
+        name=kernel,
+        version=2,
+        axes=(
+            Axis("length", lambda problem: sorted({*lengths(problem.itemsize), *row_lengths()})),
+            Axis("units", choices),
+            literals("num_warps", 1, 2, 4, 8, 16),
+            literals("num_stages", 1, 2),
+            Axis("outer", outers),
+        ),
+        constraints=(
+            Constraint("serves the call", ("length", "outer"), serves),
+            Constraint("no more units than there are", ("length", "units", "outer"), some_work),
+            fits_registers(("length", "num_warps"), "num_warps", words),
+            # Operands on their way between two products; more is used where it is there.
+            fits_shared_memory(("length",), lambda problem, device, length: problem.itemsize * 2 * length),
+        ),
+        make=Config,
+    )
+
+
+def _outer_space() -> Space[OuterConfig]:
+    def words(problem: Problem, device: DeviceSpec, rows: int, columns: int, warps: int) -> int:
+        return rows * columns + 16 * 32 * warps
+
+    def shared(problem: Problem, device: DeviceSpec, rows: int, columns: int, depth: int, stages: int) -> int:
+        return stages * depth * (rows + columns) * problem.itemsize
+
+    return Space(
+        name=OUTER_KERNEL,
+        version=1,
+        axes=(
+            literals("rows", 16, 32, 64, 128),
+            literals("columns", 64, 128, 256),
+            literals("depth", 16, 32, 64),
+            literals("num_warps", 4, 8),
+            literals("num_stages", 1, 2, 3),
+        ),
+        constraints=(
+            fits_registers(("rows", "columns", "num_warps"), "num_warps", words),
+            fits_shared_memory(("rows", "columns", "depth", "num_stages"), shared),
+        ),
+        make=OuterConfig,
+    )
+
+
+def _completed(kernel: str, key: dict[str, Any]) -> dict[str, Any]:
+    return {"itemsize": 2 if key["precision"] == "half" else 4, "state": False}
+
+
+TUNABLES: dict[str, Tunable[Any]] = {
+    kernel: Tunable(kernel, "triton", _space(kernel), default, Problem, _completed) for kernel in KERNELS
+} | {OUTER_KERNEL: Tunable(OUTER_KERNEL, "triton", _outer_space(), default_outer, Problem, _completed)}
+"""The kernels of this room by name."""

@@ -8,7 +8,7 @@ import torch
 
 from iokernels.ops.flash_attention.cuda import tuning as tuning_cuda
 from iokernels.ops.flash_attention.options import Needs
-from iokernels.ops.flash_attention.triton.space import TUNABLES
+from iokernels.ops.flash_attention.triton.tuning import TUNABLES
 from iokernels.runtime.device import DeviceSpec, assume
 from iokernels.testing.case import Tuning
 from iokernels.testing.case.shape import Shape

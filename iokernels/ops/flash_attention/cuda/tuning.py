@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import RESULTS, Tunable
+from iokernels.autotune import RESULTS, Size, Tunable, Unkeyed
 from iokernels.autotune.space import Axis, Constraint, Space, fits_shared_memory, literals
 from iokernels.runtime.device import DeviceSpec
 
@@ -33,10 +33,10 @@ class Problem(NamedTuple):
     sm: int
     smem_block: int
     smem_sm: int
-    heads: int = 64  # of all sequences
-    seqlen_q: int = 4096
-    seqlen_k: int = 4096
-    softcap: bool = False
+    heads: Size = 64  # of all sequences
+    seqlen_q: Size = 4096
+    seqlen_k: Size = 4096
+    softcap: Unkeyed[bool] = False
 
     @property
     def own(self) -> int:
@@ -47,15 +47,6 @@ class Problem(NamedTuple):
     def walked(self) -> int:
         """Rows of the side that blocks walk over."""
         return self.seqlen_q if self.kernel == BACKWARD_KV else self.seqlen_k
-
-
-SIZES = ("heads", "seqlen_q", "seqlen_k")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by."""
-    return {name: getattr(problem, name) for name in ("block_d", "block_v", "causal", *SIZES)}
 
 
 HELD = 128
@@ -119,16 +110,6 @@ def _shared(problem: Problem, device: DeviceSpec, block: int, warps: int) -> int
     return shared_bytes(problem, Config(block, warps))
 
 
-def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
-    """What a call would take on paper, for ranking: every warp reads a tile from shared memory, every block from global
-    memory, and each tile costs a barrier."""
-    width = problem.block_d + problem.block_v
-    blocks = problem.heads * -(-problem.own // (16 * config.warps))
-    waves = -(-blocks // (2 * device.sms))
-    tile = config.block * width * (config.warps / 64 + 1 / 16) + 400
-    return waves * -(-problem.walked // config.block) * tile * 1e-9
-
-
 def _space(kernel: str) -> Space[Config]:
     return Space(
         name=kernel,
@@ -144,11 +125,10 @@ def _space(kernel: str) -> Space[Config]:
             ),
         ),
         make=Config,
-        order=predicted_seconds,
     )
 
 
 TUNABLES: dict[str, Tunable[Config]] = {
-    kernel: Tunable(kernel, "cuda", _space(kernel), default, table_key, SIZES) for kernel in KERNELS
+    kernel: Tunable(kernel, "cuda", _space(kernel), default, Problem) for kernel in KERNELS
 }
 """The kernels in CUDA C++, by name."""

@@ -23,7 +23,7 @@ from .backward_kv import flash_attention_bwd_dkv_kernel
 from .backward_q import flash_attention_bwd_delta_kernel, flash_attention_bwd_dq_kernel
 from .forward import flash_attention_fwd_kernel
 from .scores import Features
-from .space import TUNABLES
+from .tuning import TUNABLES
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,4 @@
-"""Launch parameters of the flash_attention kernels: what a configuration is, and the analytic default.
-
-The configurations that tuning may try are in :mod:`.space`.
+"""Launch parameters of the flash_attention kernels: what a configuration is, its default and its space.
 
 The default follows from what must fit. A block keeps its own rows (or keys) and ``num_stages`` blocks of what it walks
 over in shared memory, and its accumulators in registers: 64 K of them an SM, 255 a thread at most.
@@ -9,9 +7,17 @@ over in shared memory, and its accumulators in registers: 64 K of them an SM, 25
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import RESULTS, precision_of, precision_word
+from iokernels.autotune import RESULTS, Size, Tunable
+from iokernels.autotune.space import (
+    Constraint,
+    Space,
+    fits_registers,
+    fits_shared_memory,
+    literals,
+    powers_of_two,
+)
 from iokernels.runtime.device import DeviceSpec
 
 KERNELS = (
@@ -49,41 +55,9 @@ class Problem(NamedTuple):
     smem_block: int  # bytes of shared memory a thread block may use
     causal: bool = False  # keys are bounded to the right
     window: bool = False  # and to the left
-    heads: int = 16  # query heads of all sequences
-    seqlen_q: int = 4096  # of the longest sequence
-    seqlen_k: int = 4096
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {
-        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
-        "block_d": problem.block_d,
-        "block_v": problem.block_v,
-        "extras": problem.extras,
-        "causal": problem.causal,
-        "window": problem.window,
-        "heads": problem.heads,
-        "seqlen_q": problem.seqlen_q,
-        "seqlen_k": problem.seqlen_k,
-    }
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    itemsize, tensor_cores = precision_of(key["dtype"])
-    return Problem(
-        kernel=kernel,
-        itemsize=itemsize,
-        tensor_cores=tensor_cores,
-        sm=device.sm,
-        smem_block=device.smem_block,
-        **{name: value for name, value in key.items() if name != "dtype"},
-    )
-
-
-SIZES = ("heads", "seqlen_q", "seqlen_k")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
+    heads: Size = 16  # query heads of all sequences
+    seqlen_q: Size = 4096  # of the longest sequence
+    seqlen_k: Size = 4096
 
 
 def default(problem: Problem) -> Config:
@@ -168,3 +142,55 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     if problem.kernel == "flash_attention_bwd_dkv":
         return keys * pair + config.num_stages * rows * pair + 2 * scores
     return (rows + keys) * pair + scores
+
+
+_TILE = ("block_m", "block_n", "num_warps")
+
+
+def accumulators(kernel: str, problem: Problem, rows: int, keys: int) -> int:
+    """The 32-bit registers of a block that hold results and scores (two copies, or three where S, dP and dS meet)."""
+    scores = rows * keys
+    if kernel == "flash_attention_fwd":
+        return rows * problem.block_v + 2 * scores
+    if kernel == "flash_attention_bwd_dq":
+        return rows * problem.block_d + 3 * scores
+    if kernel == "flash_attention_bwd_dkv":
+        return keys * (problem.block_d + problem.block_v) + 3 * scores
+    return 3 * scores
+
+
+def _space(kernel: str) -> Space[Config]:
+    def words(problem: Problem, device: DeviceSpec, rows: int, keys: int, warps: int) -> int:
+        return accumulators(kernel, problem, rows, keys)
+
+    def shared(problem: Problem, device: DeviceSpec, rows: int, keys: int, stages: int) -> int:
+        return shared_bytes(problem, Config(rows, keys, 4, stages))
+
+    def score_a_thread(problem: Problem, device: DeviceSpec, rows: int, keys: int, warps: int) -> bool:
+        return rows * keys >= 32 * warps
+
+    return Space(
+        name=kernel,
+        version=1,
+        axes=(
+            powers_of_two("block_m", 16, 256),
+            powers_of_two("block_n", 16, 256),
+            literals("num_warps", 4, 8, 16),
+            literals("num_stages", 1, 2, 3, 4),
+        ),
+        constraints=(
+            Constraint("a score a thread", _TILE, score_a_thread),
+            fits_registers(_TILE, "num_warps", words),
+            fits_shared_memory(("block_m", "block_n", "num_stages"), shared),
+        ),
+        make=Config,
+    )
+
+
+"""How much faster than DRAM tiles arrive, since L2 serves most: a weight of the ranking, not a measured figure."""
+
+
+TUNABLES: dict[str, Tunable[Config]] = {
+    kernel: Tunable(kernel, "triton", _space(kernel), default, Problem) for kernel in KERNELS
+}
+"""The kernels of this room by name."""

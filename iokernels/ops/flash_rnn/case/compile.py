@@ -9,8 +9,7 @@ from torch import Tensor
 
 from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.ops.flash_rnn.options import Forward, Needs, Options, empty_history, empty_out, empty_state, empty_values
-from iokernels.ops.flash_rnn.triton.space import TUNABLES
-from iokernels.ops.flash_rnn.triton.tuning import KERNELS, Problem, max_width
+from iokernels.ops.flash_rnn.triton.tuning import KERNELS, TUNABLES, Problem, max_width
 from iokernels.runtime.device import DeviceSpec, spec_of
 from iokernels.testing.case import Compilation, Pass, Tuning
 from iokernels.testing.case.shape import Shape

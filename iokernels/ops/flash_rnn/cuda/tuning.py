@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from iokernels.autotune import RESULTS, bucket, precision_of, precision_word
+from iokernels.autotune import RESULTS, RoundedSize, Tunable, Unkeyed, bucket
 from iokernels.autotune.space import Axis, Constraint, Space, at_most, divisors, literals
-from iokernels.autotune.tunable import Tunable
 from iokernels.ops.flash_rnn.cells import Cell
 from iokernels.runtime.device import DeviceSpec
 
@@ -35,6 +34,11 @@ _OWN = 48
 """Registers that a thread needs for addresses and counters: an allowance, after compiled kernels."""
 
 
+def _padded(width: int) -> int:
+    """A width in whole instructions."""
+    return -(-width // ROWS) * ROWS
+
+
 class Problem(NamedTuple):
     """One recurrent layer: ``batch`` sequences, ``heads`` of ``width`` units each, for one kernel of :data:`KERNELS`.
 
@@ -42,17 +46,17 @@ class Problem(NamedTuple):
     The last two fields are the GPU's.
     """
 
-    width: int
-    heads: int
-    batch: int = 16
+    width: Annotated[int, _padded]
+    heads: RoundedSize
+    batch: RoundedSize = 16
     gates: int = 4
     itemsize: int = 2
-    backward: bool = False
+    backward: Unkeyed[bool] = False
     values: int = 4
     states: int = 2
-    reads: bool = False
+    reads: Unkeyed[bool] = False
     exact: bool = False  # whether the values are kept in float32
-    parallel: bool = False  # flash_rnn_values_cuda, whose blocks wait for nobody
+    parallel: Unkeyed[bool] = False  # flash_rnn_values_cuda, whose blocks wait for nobody
     tensor_cores: bool = True  # False for float32 at full precision
     sms: int = 132
     smem_block: int = 227 * 1024
@@ -60,7 +64,7 @@ class Problem(NamedTuple):
     @property
     def padded_width(self) -> int:
         """The width in whole instructions."""
-        return -(-self.width // ROWS) * ROWS
+        return _padded(self.width)
 
     @property
     def padded_batch(self) -> int:
@@ -197,25 +201,6 @@ def _no_empty_rows(problem: Problem, device: DeviceSpec, tile: int) -> bool:
     return problem.parallel or tile <= problem.padded_batch
 
 
-def seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
-    """A step on paper, to rank by: waves of a product from registers and shared memory, and the exchange of h.
-
-    The weights are guesses of latencies, not measured figures.
-    """
-    exchange = 1e-7 if config.blocks == 1 else 1.2e-6 + 4e-9 * config.blocks
-    threads = config.threads(problem)
-    fragments = problem.fragments // config.split
-    # A warp's instructions follow one another; up to four warps have matrix units of their own.
-    products = problem.gates * fragments * config.tile // SEQUENCES * (1 if problem.tensor_cores else 3)
-    product = products * 8 * max(threads / 128, 1) / 1.5e9
-    # Per clock an SM reads 128 bytes of shared memory; registers cost nothing.
-    read = threads / 32 * problem.gates * (fragments - config.held(problem)) * 512 / 128 / 1.5e9
-    pointwise = config.tile / SEQUENCES * problem.values * 3e-8
-    gathered = 5e-8 * (config.split > 1)
-    waves = -(-grid(problem, config.blocks, config.tile) // device.sms)
-    return waves * (product + read + pointwise + gathered + exchange + 1e-9 * (4 - config.stages))
-
-
 SPACE: Space[Config] = Space(
     name="flash_rnn_cuda",
     version=1,
@@ -240,13 +225,30 @@ SPACE: Space[Config] = Space(
         ),
     ),
     make=Config,
-    order=seconds,
 )  # fmt: skip
+
+
+def _step_seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
+    """A step on paper, by which the default is chosen: waves of a product from registers and shared memory, and the
+    exchange of h. The weights are guesses of latencies, not measured figures."""
+    exchange = 1e-7 if config.blocks == 1 else 1.2e-6 + 4e-9 * config.blocks
+    threads = config.threads(problem)
+    fragments = problem.fragments // config.split
+    # A warp's instructions follow one another; up to four warps have matrix units of their own.
+    products = problem.gates * fragments * config.tile // SEQUENCES * (1 if problem.tensor_cores else 3)
+    product = products * 8 * max(threads / 128, 1) / 1.5e9
+    # Per clock an SM reads 128 bytes of shared memory; registers cost nothing.
+    read = threads / 32 * problem.gates * (fragments - config.held(problem)) * 512 / 128 / 1.5e9
+    pointwise = config.tile / SEQUENCES * problem.values * 3e-8
+    gathered = 5e-8 * (config.split > 1)
+    waves = -(-grid(problem, config.blocks, config.tile) // device.sms)
+    return waves * (product + read + pointwise + gathered + exchange + 1e-9 * (4 - config.stages))
 
 
 def placement(problem: Problem, device: DeviceSpec) -> Config | None:
     """The best way on paper to place a layer, or None where nothing fits; ``SPACE.explain`` says why."""
-    return next(iter(SPACE.ranked(problem, device)), None)
+    found = SPACE.candidates(problem, device)
+    return min(found, key=lambda config: _step_seconds(problem, device, config), default=None)
 
 
 def widest(
@@ -326,34 +328,16 @@ def fits(problem: Problem) -> bool:
 
 def default(problem: Problem) -> Config:
     """The best on paper, for every problem that :func:`fits`."""
-    return SPACE.ranked(problem, _device(problem))[0]
+    found = placement(problem, _device(problem))
+    assert found is not None
+    return found
 
 
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {
-        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
-        "width": problem.padded_width,
-        "gates": problem.gates,
-        "values": problem.values,
-        "states": problem.states,
-        "exact": problem.exact,
-        "batch": bucket(problem.batch),
-        "heads": bucket(problem.heads),
-    }
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    itemsize, tensor_cores = precision_of(key["dtype"])
-    return Problem(
-        backward=kernel == "flash_rnn_bwd_cuda", parallel=kernel == "flash_rnn_values_cuda", itemsize=itemsize,
-        tensor_cores=tensor_cores, sms=device.sms, smem_block=device.smem_block,
-        **{name: value for name, value in key.items() if name != "dtype"},
-    )  # fmt: skip
+def _completed(kernel: str, key: dict[str, Any]) -> dict[str, Any]:
+    return {"backward": kernel == "flash_rnn_bwd_cuda", "parallel": kernel == "flash_rnn_values_cuda"}
 
 
 TUNABLES: dict[str, Tunable[Config]] = {
-    kernel: Tunable(kernel, "cuda", SPACE, default, table_key, ("batch", "heads")) for kernel in KERNELS
+    kernel: Tunable(kernel, "cuda", SPACE, default, Problem, _completed) for kernel in KERNELS
 }
 """The kernels of backend ``cuda`` by name."""

@@ -26,8 +26,8 @@ from . import tuning
 from .backward import flash_rnn_bwd_kernel
 from .cells import BACKWARD, FORWARD
 from .forward import flash_rnn_fwd_kernel
-from .space import TUNABLES
 from .steps import Matrices, Steps
+from .tuning import TUNABLES
 from .values import flash_rnn_values_kernel
 
 

@@ -1,6 +1,4 @@
-"""Launch parameters of the flash_rnn kernels: what a configuration is, and the analytic default.
-
-The configurations that tuning may try are in :mod:`.space`.
+"""Launch parameters of the flash_rnn kernels: what a configuration is, its default and its space.
 
 A block keeps the recurrent matrices of its head on chip from the first step to the last, in shared memory or in the
 registers that feed the matrix instructions, which is what limits the width. A step is latency, so the default takes the
@@ -10,9 +8,10 @@ smallest tile of a matrix instruction, 16 sequences, and as few warps as hold it
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import RESULTS, precision_of, precision_word
+from iokernels.autotune import RESULTS, Size, Tunable
+from iokernels.autotune.space import Constraint, Space, fits_registers, fits_shared_memory, literals, powers_of_two
 from iokernels.runtime.device import DeviceSpec
 
 KERNELS = ("flash_rnn_fwd", "flash_rnn_bwd", "flash_rnn_values")
@@ -49,38 +48,8 @@ class Problem(NamedTuple):
     tensor_cores: bool  # False for float32 at full precision
     sm: int
     smem_block: int  # bytes of shared memory a thread block may use
-    batch: int = 16
-    heads: int = 16
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {
-        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
-        "block_d": problem.block_d,
-        "gates": problem.gates,
-        "values": problem.values,
-        "states": problem.states,
-        "batch": problem.batch,
-        "heads": problem.heads,
-    }
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    itemsize, tensor_cores = precision_of(key["dtype"])
-    return Problem(
-        kernel=kernel,
-        itemsize=itemsize,
-        tensor_cores=tensor_cores,
-        sm=device.sm,
-        smem_block=device.smem_block,
-        **{name: value for name, value in key.items() if name != "dtype"},
-    )
-
-
-SIZES = ("batch", "heads")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
+    batch: Size = 16
+    heads: Size = 16
 
 
 def max_width(gates: int, itemsize: int, smem_block: int) -> int:
@@ -121,3 +90,49 @@ def _preferred(problem: Problem) -> Config:
     warps = {16: 1, 32: 2, 64: 4, 128: 8}.get(width, 16)
     # The states of sLSTM take more room than a warp less would save.
     return Config(16, min(2 * warps, 16) if problem.states > 2 else warps, 1)
+
+
+def words(kernel: str, problem: Problem, block: int) -> float:
+    """The 32-bit registers of a block: the matrices, as operands, and the tiles of a step."""
+    # Only a loop is worth keeping operands in registers for, and only matrix instructions let them stay there.
+    resident = kernel != "flash_rnn_values" and problem.itemsize == 2
+    matrices = problem.gates * problem.block_d**2 * problem.itemsize / 4 if resident else 0
+    # The values of this step in float32, the inputs of the next as they are stored.
+    tiles = problem.values * (1 + problem.itemsize / 4) + problem.states
+    if kernel == "flash_rnn_bwd":
+        tiles += problem.states
+    return matrices + block * problem.block_d * tiles
+
+
+def _space(kernel: str) -> Space[Config]:
+    def registers(problem: Problem, device: DeviceSpec, block: int, warps: int) -> float:
+        return words(kernel, problem, block)
+
+    def shared(problem: Problem, device: DeviceSpec, block: int) -> int:
+        return shared_bytes(problem, Config(block, 4, 1))
+
+    def a_tile_a_warp(problem: Problem, device: DeviceSpec, block: int, warps: int) -> bool:
+        # Of a matrix instruction, 16 rows by 8 columns; in float32, an element a thread.
+        return block * problem.block_d >= (128 if problem.itemsize == 2 else 32) * warps
+
+    def used(problem: Problem, device: DeviceSpec, block: int) -> bool:
+        return kernel == "flash_rnn_values" or block <= max(16, problem.batch)
+
+    return Space(
+        name=kernel,
+        version=1,
+        axes=(powers_of_two("block", 16, 128), powers_of_two("num_warps", 1, 16), literals("num_stages", 1)),
+        constraints=(
+            Constraint("no empty rows", ("block",), used),
+            fits_shared_memory(("block",), shared),
+            Constraint("a tile a warp", ("block", "num_warps"), a_tile_a_warp),
+            fits_registers(("block", "num_warps"), "num_warps", registers),
+        ),
+        make=Config,
+    )
+
+
+TUNABLES: dict[str, Tunable[Config]] = {
+    kernel: Tunable(kernel, "triton", _space(kernel), default, Problem) for kernel in KERNELS
+}
+"""The kernels of this room by name."""

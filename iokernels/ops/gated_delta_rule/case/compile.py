@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from iokernels.ops.gated_delta_rule.options import DeltaOptions, empty_inverses
-from iokernels.ops.gated_delta_rule.triton.space import TUNABLES
-from iokernels.ops.gated_delta_rule.triton.tuning import KERNELS, STEP, Problem
+from iokernels.ops.gated_delta_rule.triton.tuning import KERNELS, STEP, TUNABLES, Problem
 from iokernels.runtime.device import DeviceSpec
 from iokernels.testing.case import Compilation, Pass, Tuning
 from iokernels.testing.case.shape import Shape

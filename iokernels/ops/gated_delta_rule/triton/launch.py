@@ -27,8 +27,8 @@ from .chunks import Features
 from .forward import gated_delta_rule_bwd_states_kernel, gated_delta_rule_fwd_kernel
 from .grads import gated_delta_rule_bwd_grads_kernel
 from .inverse import gated_delta_rule_inverse_kernel
-from .space import TUNABLES
 from .step import gated_delta_rule_step_kernel
+from .tuning import TUNABLES
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Launch parameters of the gated delta rule's kernels: what a configuration is, and the analytic default.
+"""Launch parameters of the gated delta rule's kernels: what a configuration is, its default and its space.
 
-The configurations that tuning may try are in :mod:`.space`. Rows to a chunk are no part of them: passes
-share what they keep for each chunk (:func:`.delta_options.chunk_rows`).
+Rows to a chunk are no part of them: passes share what they keep for each chunk
+(:func:`iokernels.ops.gated_delta_rule.options.chunk_rows`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from iokernels.autotune import RESULTS, precision_of, precision_word
+from iokernels.autotune import RESULTS, Size, Tunable, Unkeyed
+from iokernels.autotune.space import (
+    Constraint,
+    Space,
+    fits_registers,
+    fits_shared_memory,
+    literals,
+    powers_of_two,
+)
 from iokernels.ops.gated_delta_rule.options import chunk_rows
 from iokernels.runtime.device import DeviceSpec
 
@@ -45,44 +53,14 @@ class Problem(NamedTuple):
     kernel: str
     width_k: int
     width_v: int
-    chunk: int  # rows
+    chunk: Unkeyed[int]  # rows
     itemsize: int  # bytes an element of q, k, v
     tensor_cores: bool  # False for float32 at full precision
     sm: int
     smem_block: int  # bytes of shared memory a thread block may use
     sms: int
-    heads: int = 64  # of all sequences
-    seqlen: int = 4096  # of all sequences together
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {
-        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
-        "width_k": problem.width_k,
-        "width_v": problem.width_v,
-        "heads": problem.heads,
-        "seqlen": problem.seqlen,
-    }
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    itemsize, tensor_cores = precision_of(key["dtype"])
-    return Problem(
-        kernel=kernel,
-        chunk=chunk_rows(torch.float16 if itemsize == 2 else torch.float32, key["width_k"]),
-        itemsize=itemsize,
-        tensor_cores=tensor_cores,
-        sm=device.sm,
-        smem_block=device.smem_block,
-        sms=device.sms,
-        **{name: value for name, value in key.items() if name != "dtype"},
-    )
-
-
-SIZES = ("heads", "seqlen")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
+    heads: Size = 64  # of all sequences
+    seqlen: Size = 4096  # of all sequences together
 
 
 def default(problem: Problem) -> Config:
@@ -140,3 +118,57 @@ def shared_bytes(problem: Problem, config: Config) -> int:
     walked = size * chunk * (2 * config.block_k + config.block_v) + 4 * chunk * chunk
     own = size * (config.block_k * config.block_v + chunk * (chunk + config.block_v)) + 4 * chunk * config.block_v
     return config.num_stages * walked + own
+
+
+_TILE = ("block_k", "block_v", "num_warps")
+
+
+def accumulators(problem: Problem, block_k: int, block_v: int) -> int:
+    """The 32-bit registers of a block that hold states, sums and products."""
+    chunk = problem.chunk
+    if problem.kernel == STEP:
+        return 2 * block_k * block_v
+    if problem.kernel == INVERSE:
+        return 4 * chunk * chunk
+    if problem.kernel == GRADS:
+        return 4 * chunk * chunk + 3 * chunk * block_k
+    return block_k * block_v + 2 * chunk * block_v + chunk * chunk
+
+
+def _space(kernel: str) -> Space[Config]:
+    def words(problem: Problem, device: DeviceSpec, block_k: int, block_v: int, warps: int) -> int:
+        return accumulators(problem, block_k, block_v)
+
+    def shared(problem: Problem, device: DeviceSpec, block_k: int, block_v: int, stages: int) -> int:
+        return shared_bytes(problem, Config(block_k, block_v, 4, stages))
+
+    def columns(problem: Problem, device: DeviceSpec, block_k: int, block_v: int) -> bool:
+        whole = block_k == problem.width_k or (kernel == GRADS and block_k < problem.width_k)
+        return whole and (block_v == 16 if kernel == INVERSE else block_v <= problem.width_v)
+
+    return Space(
+        name=kernel,
+        version=1,
+        axes=(
+            powers_of_two("block_k", 16, 256),
+            powers_of_two("block_v", 16, 256),
+            literals("num_warps", 2, 4, 8),
+            literals("num_stages", 1, 2, 3),
+        ),
+        constraints=(
+            Constraint("columns", ("block_k", "block_v"), columns),
+            fits_registers(_TILE, "num_warps", words),
+            fits_shared_memory(("block_k", "block_v", "num_stages"), shared),
+        ),
+        make=Config,
+    )
+
+
+def _completed(kernel: str, key: dict[str, Any]) -> dict[str, Any]:
+    return {"chunk": chunk_rows(torch.float16 if key["itemsize"] == 2 else torch.float32, key["width_k"])}
+
+
+TUNABLES: dict[str, Tunable[Config]] = {
+    kernel: Tunable(kernel, "triton", _space(kernel), default, Problem, _completed) for kernel in KERNELS
+}
+"""The kernels of the gated delta rule by name."""

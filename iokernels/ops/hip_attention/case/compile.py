@@ -22,8 +22,7 @@ from iokernels.ops.hip_attention.options import (
     query_blocks,
 )
 from iokernels.ops.hip_attention.select.call import hip_plan
-from iokernels.ops.hip_attention.triton.space import TUNABLES
-from iokernels.ops.hip_attention.triton.tuning import BEST, BOUNDS, KERNELS, PAGES, SelectProblem
+from iokernels.ops.hip_attention.triton.tuning import BEST, BOUNDS, KERNELS, PAGES, TUNABLES, SelectProblem
 from iokernels.runtime.device import DeviceSpec, assume, spec_of
 from iokernels.testing.case import Compilation, Pass
 from iokernels.testing.case.shape import Shape

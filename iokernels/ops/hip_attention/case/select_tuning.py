@@ -8,8 +8,7 @@ import torch
 
 from iokernels.ops.hip_attention.cuda import tuning as tuning_cuda
 from iokernels.ops.hip_attention.select.call import MAX_HEAD_DIM
-from iokernels.ops.hip_attention.triton.space import TUNABLES
-from iokernels.ops.hip_attention.triton.tuning import BEST, BOUNDS, KERNELS, PAGES, STAGE
+from iokernels.ops.hip_attention.triton.tuning import BEST, BOUNDS, KERNELS, PAGES, STAGE, TUNABLES
 from iokernels.runtime.device import DeviceSpec, assume
 from iokernels.testing.case import Tuning
 from iokernels.testing.case.shape import Shape

@@ -8,10 +8,10 @@ SM has; every block reads the rows of queries again, so many warps to a block sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import Tunable
-from iokernels.autotune.space import Constraint, Space, fits_shared_memory, literals, occupancy, powers_of_two
+from iokernels.autotune import Size, Tunable
+from iokernels.autotune.space import Constraint, Space, fits_shared_memory, literals, powers_of_two
 from iokernels.runtime.device import DeviceSpec
 
 KERNEL = "hip_attention_select_cuda"
@@ -38,22 +38,13 @@ class Problem(NamedTuple):
     """What the choice depends on. The width is rounded up to 32, counts to powers of two."""
 
     block_d: int
-    rows: int  # of queries that share a list, as the kernel sees them
+    rows: Size  # of queries that share a list, as the kernel sees them
     sm: int
     sms: int
     smem_block: int
     smem_sm: int
-    candidates: int = 512  # of a list
-    searches: int = 1024  # searched heads of all blocks of queries
-
-
-SIZES = ("rows", "candidates", "searches")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {name: getattr(problem, name) for name in ("block_d", *SIZES)}
+    candidates: Size = 512  # of a list
+    searches: Size = 1024  # searched heads of all blocks of queries
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
@@ -83,24 +74,6 @@ def default(problem: Problem) -> Config:
     return Config(rows, warps)
 
 
-def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
-    """What a stage of eight steps would take on paper, for ranking: waves of blocks, whose steps wait for their keys
-    one after the other, or for the memory that all share."""
-    shared = shared_bytes(problem, config)
-    used = min(registers(problem), 255)
-    together = max(occupancy(device, warps=config.num_warps, shared=shared, registers=used), 1)
-    blocks = problem.searches * -(-problem.candidates // config.block_c)
-    row_tiles = -(-problem.rows // config.block_r)
-    fetched = row_tiles * config.block_r * (8 if row_tiles > 1 else 1) + 16 * config.block_c
-    waves = -(-blocks // (device.sms * together))
-    waited = waves * 8 * (1 + (row_tiles - 1) / 2) * _LATENCY
-    return max(waited, blocks * fetched * 2 * problem.block_d / device.dram_bandwidth)
-
-
-_LATENCY = 1e-6
-"""Seconds that a step waits for its keys: a weight of the ranking, not a measured figure."""
-
-
 def _shared(problem: Problem, device: DeviceSpec, rows: int, warps: int) -> int:
     return shared_bytes(problem, Config(rows, warps))
 
@@ -116,8 +89,7 @@ SPACE: Space[Config] = Space(
         fits_shared_memory(("block_r", "num_warps"), _shared),
     ),
     make=Config,
-    order=predicted_seconds,
 )
 
-TUNABLE: Tunable[Config] = Tunable(KERNEL, "cuda", SPACE, default, table_key, SIZES)
+TUNABLE: Tunable[Config] = Tunable(KERNEL, "cuda", SPACE, default, Problem)
 """The kernel in CUDA C++."""

@@ -27,9 +27,8 @@ from iokernels.runtime.device import guard, spec_of
 
 from .best import hip_attention_best_kernel
 from .pages import hip_attention_bounds_kernel, hip_attention_pages_kernel
-from .space import TUNABLES
 from .stage import hip_attention_stage_kernel
-from .tuning import BEST, BOUNDS, PAGES, STAGE, SelectConfig, SelectProblem
+from .tuning import BEST, BOUNDS, PAGES, STAGE, TUNABLES, SelectConfig, SelectProblem
 
 
 def stage(

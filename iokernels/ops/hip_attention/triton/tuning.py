@@ -1,6 +1,6 @@
-"""Launch parameters of the selection kernels: what a configuration is, and the analytic default.
+"""Launch parameters of the selection kernels: what a configuration is, its default and its space.
 
-The configurations that tuning may try are in :mod:`.space`. Those of block-sparse attention itself are its own.
+Those of block-sparse attention itself are its own.
 
 A block of the two scoring kernels holds a tile of query rows and two tiles of keys, and each step of a search waits for
 the one before: many small blocks hide each other's latency better than few large ones.
@@ -9,9 +9,17 @@ the one before: many small blocks hide each other's latency better than few larg
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import bucket, precision_of, precision_word
+from iokernels.autotune import Size, Tunable, bucket
+from iokernels.autotune.space import (
+    Constraint,
+    Space,
+    fits_registers,
+    fits_shared_memory,
+    literals,
+    powers_of_two,
+)
 from iokernels.runtime.device import DeviceSpec
 
 STAGE, PAGES, BOUNDS, BEST = KERNELS = (
@@ -41,39 +49,11 @@ class SelectProblem(NamedTuple):
     block_d: int
     itemsize: int
     tensor_cores: bool  # False for float32 at full precision
-    rows: int = 64  # query rows that share a list, as the kernel sees them
-    candidates: int = 512  # chunks or pages of a list
-    lists: int = 1024
+    rows: Size = 64  # query rows that share a list, as the kernel sees them
+    candidates: Size = 512  # chunks or pages of a list
+    lists: Size = 1024
     sm: int = 90
     smem_block: int = 227 * 1024
-
-
-SIZES = ("rows", "candidates", "lists")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
-def table_key(problem: SelectProblem) -> dict[str, Any]:
-    """What tables are looked up by."""
-    return {
-        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
-        "block_d": problem.block_d,
-        "rows": problem.rows,
-        "candidates": problem.candidates,
-        "lists": problem.lists,
-    }
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> SelectProblem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    itemsize, tensor_cores = precision_of(key["dtype"])
-    return SelectProblem(
-        kernel=kernel,
-        itemsize=itemsize,
-        tensor_cores=tensor_cores,
-        sm=device.sm,
-        smem_block=device.smem_block,
-        **{name: value for name, value in key.items() if name != "dtype"},
-    )
 
 
 def default(problem: SelectProblem) -> SelectConfig:
@@ -105,3 +85,49 @@ def shared_bytes(problem: SelectProblem, config: SelectConfig) -> int:
         return 4096
     operands = problem.itemsize * problem.block_d * (config.block_r + 2 * config.block_c)
     return operands + 4 * config.block_r * config.block_c
+
+
+def words(kernel: str, problem: SelectProblem, rows: int, chunks: int) -> int:
+    """32-bit registers of a block: scores, and the tiles that pass through registers."""
+    if kernel == BEST:
+        return 8 * problem.candidates
+    if kernel == BOUNDS:
+        return 3 * chunks * problem.block_d
+    halves = problem.block_d * problem.itemsize // 4
+    return 2 * rows * chunks + (rows + 2 * chunks) * halves
+
+
+def _space(kernel: str) -> Space[SelectConfig]:
+    def registers(problem: SelectProblem, device: DeviceSpec, rows: int, chunks: int, warps: int) -> int:
+        return words(kernel, problem, rows, chunks)
+
+    def shared(problem: SelectProblem, device: DeviceSpec, rows: int, chunks: int) -> int:
+        return shared_bytes(problem, SelectConfig(rows, chunks, 4))
+
+    def not_past_the_rows(problem: SelectProblem, device: DeviceSpec, rows: int) -> bool:
+        return rows <= max(problem.rows, 16)
+
+    scores = kernel not in (BEST, BOUNDS)
+    return Space(
+        name=kernel,
+        version=1,
+        axes=(
+            powers_of_two("block_r", 16, 256) if scores else literals("block_r", 1),
+            powers_of_two("block_c", 16, 128) if scores else literals("block_c", *((1,) if kernel == BEST else _PAGES)),
+            literals("num_warps", *((1, 2, 4, 8, 16) if kernel == BEST else (2, 4, 8))),
+        ),
+        constraints=(
+            Constraint("no more rows than there are", ("block_r",), not_past_the_rows),
+            fits_registers(("block_r", "block_c", "num_warps"), "num_warps", registers),
+            fits_shared_memory(("block_r", "block_c"), shared),
+        ),
+        make=SelectConfig,
+    )
+
+
+_PAGES = (1, 2, 4, 8, 16, 32)
+
+TUNABLES: dict[str, Tunable[SelectConfig]] = {
+    kernel: Tunable(kernel, "triton", _space(kernel), default, SelectProblem) for kernel in KERNELS
+}
+"""The selection kernels of this room by name."""

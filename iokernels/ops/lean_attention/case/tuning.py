@@ -8,8 +8,7 @@ import torch
 
 from iokernels.ops.lean_attention.cuda import tuning as tuning_cuda
 from iokernels.ops.lean_attention.options import capacity
-from iokernels.ops.lean_attention.triton.space import TUNABLES
-from iokernels.ops.lean_attention.triton.tuning import KERNEL
+from iokernels.ops.lean_attention.triton.tuning import KERNEL, TUNABLES
 from iokernels.runtime.device import DeviceSpec, assume
 from iokernels.testing.case import Tuning
 from iokernels.testing.case.shape import Shape

@@ -6,9 +6,9 @@ As in :mod:`.tuning`, the default asks for many bytes on their way: two blocks a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import RESULTS, Tunable
+from iokernels.autotune import RESULTS, Size, Tunable
 from iokernels.autotune.space import Axis, Constraint, Space, fits_shared_memory, literals, occupancy, powers_of_two
 from iokernels.ops.lean_attention.triton.tuning import INVARIANT_KEYS, MANY_ITEMS
 from iokernels.runtime.device import DeviceSpec
@@ -54,18 +54,8 @@ class Problem(NamedTuple):
     sms: int
     smem_block: int
     smem_sm: int
-    items: int = 8  # row tiles of all sequences and key heads
-    seqlen_k: int = 65536  # capacity of the caches
-
-
-_WORDS = ("schedule", "paged", "row_warps", "block_d", "block_v", "cache_itemsize", "key_scales")
-SIZES = ("items", "seqlen_k")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by."""
-    return {name: getattr(problem, name) for name in (*_WORDS, *SIZES)}
+    items: Size = 8  # row tiles of all sequences and key heads
+    seqlen_k: Size = 65536  # capacity of the caches
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
@@ -125,26 +115,6 @@ def _resident(problem: Problem, device: DeviceSpec, keys: int, blocks: int, key_
     return blocks <= most * device.sms
 
 
-_LATENCY = 1e-6
-"""Seconds from asking for a tile to having it: a weight of the ranking, not a measured figure."""
-
-
-def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
-    """What a call would take on paper, for ranking: the bytes that are on their way at once over the latency, at most
-    the bandwidth of the memory; then partial results, and the imbalance of the last wave."""
-    a_key = (problem.block_d + problem.block_v) * problem.cache_itemsize
-    items, keys = max(problem.items, 1), max(problem.seqlen_k, 1024)
-    tiles = -(-keys // config.block_n)
-    rate = min(device.dram_bandwidth, config.blocks * (config.stages - 1) * config.block_n * a_key / _LATENCY)
-    parts = max(min(config.blocks // items, tiles), 1)
-    if config.stream_k:
-        each, partials = -(-items * tiles // config.blocks), min(2 * config.blocks, items * tiles)
-    else:
-        each, partials = -(-items * parts // config.blocks) * (tiles // parts), items * parts * (parts > 1)
-    merge = 2 * partials * 16 * problem.row_warps * (problem.block_v + 2) * 4 / device.dram_bandwidth
-    return each * config.blocks * config.block_n * a_key / rate + merge
-
-
 SPACE: Space[Config] = Space(
     name=KERNEL,
     version=1,
@@ -166,8 +136,7 @@ SPACE: Space[Config] = Space(
         Constraint("resident", ("block_n", "blocks", "key_warps", "stages"), _resident),
     ),
     make=Config,
-    order=predicted_seconds,
 )  # fmt: skip
 
-TUNABLE: Tunable[Config] = Tunable(KERNEL, "cuda", SPACE, default, table_key, SIZES)
+TUNABLE: Tunable[Config] = Tunable(KERNEL, "cuda", SPACE, default, Problem)
 """The kernel in CUDA C++."""

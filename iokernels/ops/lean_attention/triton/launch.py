@@ -16,8 +16,8 @@ from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
 from .lean import lean_attention_kernel
-from .space import TUNABLES
 from .split import lean_attention_combine_kernel, lean_attention_split_kernel
+from .tuning import TUNABLES
 from .walk import BY_HEAD, BY_KEY, E4M3, INT8, NO_CODE, UNSCALED, Features
 
 MOST_ROWS = 64

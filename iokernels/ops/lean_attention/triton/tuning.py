@@ -1,6 +1,4 @@
-"""Launch parameters of the lean_attention kernels: what a configuration is, and the analytic default.
-
-The configurations that tuning may try are in :mod:`.space`.
+"""Launch parameters of the lean_attention kernels: what a configuration is, its default and its space.
 
 Decoding moves bytes and computes little, so the default asks how many bytes must be on their way to keep the memory
 busy (bandwidth times latency: some tens of kilobytes for each SM), and takes tiles that two blocks of an SM can hold,
@@ -10,9 +8,19 @@ with a third stage where there is room.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import RESULTS
+from iokernels.autotune import RESULTS, Size, Tunable, Verbatim
+from iokernels.autotune.space import (
+    Axis,
+    Constraint,
+    Space,
+    fits_registers,
+    fits_shared_memory,
+    literals,
+    occupancy,
+    powers_of_two,
+)
 from iokernels.runtime.device import DeviceSpec
 
 KERNEL = "lean_attention"
@@ -42,7 +50,7 @@ class Problem(NamedTuple):
     block_m: int
     block_d: int
     block_v: int
-    itemsize: int  # bytes an element of q
+    itemsize: Verbatim[int]  # bytes an element of q
     cache_itemsize: int  # and of the caches
     tensor_cores: bool  # False for float32 at full precision
     schedule: str  # one of options.SCHEDULES
@@ -51,23 +59,8 @@ class Problem(NamedTuple):
     sms: int
     smem_block: int  # bytes of shared memory a thread block may use
     smem_sm: int  # and those that blocks of an SM share
-    items: int = 8  # row tiles of all sequences and key heads
-    seqlen_k: int = 65536  # capacity of the caches
-
-
-_WORDS = ("schedule", "paged", "block_m", "block_d", "block_v", "itemsize", "cache_itemsize", "tensor_cores")
-SIZES = ("items", "seqlen_k")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by."""
-    return {name: getattr(problem, name) for name in (*_WORDS, *SIZES)}
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``TypeError`` for a key of another make."""
-    return Problem(**key, sm=device.sm, sms=device.sms, smem_block=device.smem_block, smem_sm=device.smem_sm)
+    items: Size = 8  # row tiles of all sequences and key heads
+    seqlen_k: Size = 65536  # capacity of the caches
 
 
 MANY_ITEMS = 8
@@ -133,3 +126,54 @@ def part_tiles(problem: Problem, config: Config, items: int, tiles: int) -> int:
         return max(INVARIANT_KEYS // config.block_n, 1)
     parts = max(min(config.blocks // max(items, 1), tiles), 1)
     return -(-tiles // parts) if tiles else 1
+
+
+def registers(problem: Problem, keys: int) -> int:
+    """The 32-bit registers of a block that hold results, scores and decoded tiles."""
+    decoded = keys * (problem.block_d + problem.block_v) // 2 if problem.cache_itemsize != problem.itemsize else 0
+    return problem.block_m * (problem.block_v + 2 * keys) + decoded
+
+
+def _words(problem: Problem, device: DeviceSpec, keys: int, warps: int) -> int:
+    return registers(problem, keys)
+
+
+def _shared(problem: Problem, device: DeviceSpec, keys: int, stages: int) -> int:
+    return shared_bytes(problem, Config(keys, 1, 1, 4, stages))
+
+
+def _as_asked(problem: Problem, device: DeviceSpec, stream_k: int) -> bool:
+    return problem.schedule == "auto" or stream_k == (problem.schedule == "lean")
+
+
+def _resident(problem: Problem, device: DeviceSpec, keys: int, blocks: int, warps: int, stages: int) -> bool:
+    held = int(registers(problem, keys) / (32 * warps)) + 40
+    most = occupancy(device, warps=warps, shared=_shared(problem, device, keys, stages), registers=min(held, 255))
+    return blocks <= most * device.sms
+
+
+def _blocks(problem: Problem) -> tuple[int, ...]:
+    return tuple(times * problem.sms for times in (1, 2, 3, 4))
+
+
+SPACE: Space[Config] = Space(
+    name=KERNEL,
+    version=1,
+    axes=(
+        powers_of_two("block_n", 16, 256),
+        Axis("blocks", _blocks),
+        literals("stream_k", 0, 1),
+        literals("num_warps", 4, 8),
+        literals("num_stages", 1, 2, 3, 4, 5, 7),
+    ),
+    constraints=(
+        Constraint("schedule", ("stream_k",), _as_asked),
+        fits_registers(("block_n", "num_warps"), "num_warps", _words),
+        fits_shared_memory(("block_n", "num_stages"), _shared),
+        Constraint("resident", ("block_n", "blocks", "num_warps", "num_stages"), _resident),
+    ),
+    make=Config,
+)
+
+TUNABLES: dict[str, Tunable[Config]] = {KERNEL: Tunable(KERNEL, "triton", SPACE, default, Problem)}
+"""The kernels of this room by name."""

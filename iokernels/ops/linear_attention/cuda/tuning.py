@@ -8,10 +8,10 @@ SM, where registers allow two.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import RESULTS, Tunable
-from iokernels.autotune.space import Constraint, Space, fits_shared_memory, literals, occupancy
+from iokernels.autotune import RESULTS, Size, Tunable
+from iokernels.autotune.space import Constraint, Space, fits_shared_memory, literals
 from iokernels.runtime.device import DeviceSpec
 
 FORWARD, BACKWARD_Q, BACKWARD_K, BACKWARD_V = KERNELS = (
@@ -53,17 +53,8 @@ class Problem(NamedTuple):
     sms: int
     smem_block: int
     smem_sm: int
-    heads: int = 64  # of v, of all sequences
-    seqlen: int = 4096  # packed: the mean length
-
-
-SIZES = ("heads", "seqlen")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {name: getattr(problem, name) for name in ("block_y", "block_z", "crossing", *SIZES)}
+    heads: Size = 64  # of v, of all sequences
+    seqlen: Size = 4096  # packed: the mean length
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
@@ -114,27 +105,6 @@ def _shared(problem: Problem, device: DeviceSpec, chunk: int, warps: int) -> int
     return shared_bytes(problem, Config(chunk, warps))
 
 
-def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
-    """What a call would take on paper, for ranking: waves of blocks, and of a block its products, at a rate that grows
-    with the warps of an SM up to eight, or its bytes, whichever are longer."""
-    shared = shared_bytes(problem, config)
-    blocks_sm = max(occupancy(device, warps=config.num_warps, shared=shared, registers=registers(problem)), 1)
-    blocks = problem.heads * slices(problem, config)
-    resident = min(blocks_sm, -(-blocks // device.sms))
-    rows, y, z = problem.seqlen, problem.block_y, config.width
-    peak = max(device.matmul_peak.values()) / device.sms * min(resident * config.num_warps / 8, 1.0)
-    products = rows * ((config.chunk + 16) * (y + z) + 4 * y * z) * resident / peak
-    transfer = (
-        rows * 2 * (2 * y + (2 + problem.crossing) * z) * min(blocks, resident * device.sms) / device.dram_bandwidth
-    )
-    barriers = rows / config.chunk * _LATENCY
-    return -(-blocks // (resident * device.sms)) * (max(products, transfer) + barriers)
-
-
-_LATENCY = 2e-7
-"""Seconds that a chunk waits at its barriers: a weight of the ranking, not a measured figure."""
-
-
 def _space(kernel: str) -> Space[Config]:
     return Space(
         name=kernel,
@@ -145,11 +115,10 @@ def _space(kernel: str) -> Space[Config]:
             fits_shared_memory(("chunk", "num_warps"), _shared),
         ),
         make=Config,
-        order=predicted_seconds,
     )
 
 
 TUNABLES: dict[str, Tunable[Config]] = {
-    kernel: Tunable(kernel, "cuda", _space(kernel), default, table_key, SIZES) for kernel in KERNELS
+    kernel: Tunable(kernel, "cuda", _space(kernel), default, Problem) for kernel in KERNELS
 }
 """The kernels in CUDA C++, by name."""

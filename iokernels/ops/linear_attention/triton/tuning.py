@@ -1,6 +1,4 @@
-"""Launch parameters of the linear_attention kernels: what a configuration is, and the analytic default.
-
-The configurations that tuning may try follow, as a space.
+"""Launch parameters of the linear_attention kernels: what a configuration is, its default and its space.
 
 The default follows from what must fit. A block keeps its part of the state in registers (64 K of them an SM, 255 a
 thread at most) and ``num_stages`` chunks of what it walks over in shared memory. Where heads alone do not fill the GPU,
@@ -10,21 +8,17 @@ sequences are cut into segments.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-
-from iokernels.autotune import RESULTS, bucket, precision_of, precision_word
+from iokernels.autotune import RESULTS, Size, Tunable, bucket
 from iokernels.autotune.space import (
     Constraint,
     Space,
     fits_registers,
     fits_shared_memory,
     literals,
-    occupancy,
     powers_of_two,
 )
-from iokernels.autotune.tunable import Tunable
 from iokernels.runtime.device import DeviceSpec
 
 KERNELS = (
@@ -74,8 +68,8 @@ class Problem(NamedTuple):
     sm: int
     sms: int
     smem_block: int  # bytes of shared memory a thread block may use
-    heads: int = 64  # of v, of all sequences
-    seqlen: int = 4096  # packed: the mean length
+    heads: Size = 64  # of v, of all sequences
+    seqlen: Size = 4096  # packed: the mean length
 
     @property
     def rows_width(self) -> int:
@@ -90,37 +84,6 @@ class Problem(NamedTuple):
     @property
     def _over_values(self) -> bool:
         return not self.kernel.endswith(("_dq", "_dk"))
-
-
-def table_key(problem: Problem) -> dict[str, Any]:
-    """What tables are looked up by: float16 and bfloat16 are alike to the hardware."""
-    return {
-        "dtype": precision_word(problem.itemsize, problem.tensor_cores),
-        "block_k": problem.block_k,
-        "block_v": problem.block_v,
-        "taylor": problem.taylor,
-        "crossing": problem.crossing,
-        "heads": problem.heads,
-        "seqlen": problem.seqlen,
-    }
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> Problem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``KeyError`` for a key of another make."""
-    itemsize, tensor_cores = precision_of(key["dtype"])
-    return Problem(
-        kernel=kernel,
-        itemsize=itemsize,
-        tensor_cores=tensor_cores,
-        sm=device.sm,
-        sms=device.sms,
-        smem_block=device.smem_block,
-        **{name: value for name, value in key.items() if name != "dtype"},
-    )
-
-
-SIZES = ("heads", "seqlen")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
 
 
 def default(problem: Problem) -> Config:
@@ -263,48 +226,10 @@ def _space(kernel: str) -> Space[Config]:
             Constraint("whole chunks", ("chunk", "segments"), whole_chunks),
         ),
         make=Config,
-        order=predicted_seconds,
     )
 
 
-_LATENCY = 1e-6
-"""Seconds from asking for a chunk to having it, with one stage: a weight of the ranking, not a measured figure."""
-
-
-def predicted_seconds(problem: Problem, device: DeviceSpec, config: Config) -> float:
-    """What a launch would take on paper: waves of blocks, each walking its chunks. Good for ranking, not for reading.
-
-    A chunk costs its matrix products at peak, or its bytes, whichever is longer; a cut costs the states of segments.
-    """
-    chunk, width, warps = config.chunk, config.width, config.num_warps
-    registers = accumulators(problem, chunk, width) / (32 * warps) + 40  # addresses, offsets and operands
-    most = min(255, device.regs_sm // (32 * warps))
-    shared = shared_bytes(problem, config)
-    blocks_sm = max(occupancy(device, warps=warps, shared=shared, registers=int(min(registers, most))), 1)
-    slices = -(-problem.sliced_width // width)
-    blocks = problem.heads * slices * config.segments
-    busy = min(blocks_sm * device.sms, blocks)
-    half = torch.float16 if problem.itemsize == 2 else torch.float32
-    peak = (device.matmul_peak[half] if problem.tensor_cores else device.vector_peak) / device.sms
-    rows = problem.rows_width
-    held = problem.block_k**2 if problem.taylor else rows
-    products = 2 * chunk * (chunk * (rows + width) + 2 * held * width) / peak
-    transfer = chunk * (2 * rows + 2 * width) * problem.itemsize * busy / device.dram_bandwidth
-    work = max(products * blocks_sm, transfer) if config.num_stages > 1 else products * blocks_sm + transfer
-    if registers > most:
-        work *= registers / most  # spilled
-    turn = max(work, products + _LATENCY / config.num_stages)
-    steps = -(-problem.seqlen // (chunk * config.segments))
-    waves = -(-blocks // (device.sms * blocks_sm))
-    cut = 0.0
-    if config.segments > 1:
-        states = problem.heads * config.segments * held * problem.block_v * 4
-        inputs = problem.heads * problem.seqlen * (problem.block_k + problem.block_v) * problem.itemsize
-        cut = (4 * states + inputs) / device.dram_bandwidth + 3 * _LATENCY
-    return waves * steps * turn + cut
-
-
 TUNABLES: dict[str, Tunable[Config]] = {
-    kernel: Tunable(kernel, "triton", _space(kernel), default, table_key, SIZES) for kernel in KERNELS
+    kernel: Tunable(kernel, "triton", _space(kernel), default, Problem) for kernel in KERNELS
 }
 """The kernels of this room by name."""

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from iokernels.ops.short_conv.options import ShortNeeds, ShortOptions, empty_rows, out_length
-from iokernels.ops.short_conv.triton.space import TUNABLES
-from iokernels.ops.short_conv.triton.tuning import DIRECT_WIDTH, KERNELS, ShortProblem
+from iokernels.ops.short_conv.triton.tuning import DIRECT_WIDTH, KERNELS, TUNABLES, ShortProblem
 from iokernels.runtime.device import DeviceSpec
 from iokernels.testing.case import Compilation, Pass, Tuning
 from iokernels.testing.case.shape import Shape

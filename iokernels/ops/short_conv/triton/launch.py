@@ -24,10 +24,9 @@ from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from .backward import short_conv_bwd_kernel
 from .forward import short_conv_fwd_kernel, short_conv_state_kernel
-from .space import TUNABLES
 from .step import short_conv_step_kernel
 from .tiles import ShortFeatures, is_wide
-from .tuning import DIRECT_WIDTH, ShortConfig, ShortProblem, dweight_inner, inner, product_rows
+from .tuning import DIRECT_WIDTH, TUNABLES, ShortConfig, ShortProblem, dweight_inner, inner, product_rows
 from .wide import short_conv_wide_bwd_kernel, short_conv_wide_dweight_kernel, short_conv_wide_fwd_kernel
 
 

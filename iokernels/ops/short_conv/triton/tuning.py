@@ -1,4 +1,4 @@
-"""Launch parameters of the short_conv kernels: their default, and what the choice depends on.
+"""Launch parameters of the short_conv kernels: what the choice depends on, its default and its space.
 
 A block owns ``block_n`` rows of ``block_h`` channels. The direct kernels hold such a tile in registers; those of wide
 filters walk over the channels one by one, and hold ``block_n`` rows of each as a matrix.
@@ -7,10 +7,10 @@ filters walk over the channels one by one, and hold ``block_n`` rows of each as 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from iokernels.autotune import bucket
-from iokernels.autotune.tunable import RESULTS
+from iokernels.autotune import RESULTS, Size, Tunable, bucket
+from iokernels.autotune.space import Constraint, Space, fits_registers, fits_shared_memory, literals, powers_of_two
 from iokernels.runtime.device import DeviceSpec
 
 KERNELS = (
@@ -43,32 +43,11 @@ class ShortProblem(NamedTuple):
     width: int  # rounded up: 2, 4, 8 taps are direct
     itemsize: int
     rows_inside: bool  # memory order: the rows of a channel are neighbours
-    rows: int = 4096  # of the longest sequence
-    channels: int = 1024
-    sequences: int = 8
+    rows: Size = 4096  # of the longest sequence
+    channels: Size = 1024
+    sequences: Size = 8
     sm: int = 90
     smem_block: int = 227 * 1024
-
-
-SIZES = ("rows", "channels", "sequences")
-"""The sizes of :func:`table_key` of which the nearest entry serves."""
-
-
-def table_key(problem: ShortProblem) -> dict[str, Any]:
-    """What tables are looked up by."""
-    return {
-        "width": problem.width,
-        "itemsize": problem.itemsize,
-        "rows_inside": problem.rows_inside,
-        "rows": problem.rows,
-        "channels": problem.channels,
-        "sequences": problem.sequences,
-    }
-
-
-def problem_of(kernel: str, key: dict[str, Any], device: DeviceSpec) -> ShortProblem:
-    """The reverse of :func:`table_key`: a problem that has this key. Raises ``TypeError`` for a key of another make."""
-    return ShortProblem(kernel=kernel, sm=device.sm, smem_block=device.smem_block, **key)
 
 
 def inner(width: int) -> int:
@@ -102,3 +81,80 @@ def default(problem: ShortProblem) -> ShortConfig:
     block_n = max(min(elements if problem.rows_inside else elements // lane, bucket(problem.rows)), 32)
     block_h = max(min(elements // block_n, bucket(problem.channels)), 1)
     return ShortConfig(block_n, block_h, max(1, min(8, block_n * block_h // (128 if backward else 256))))
+
+
+_TILE = ("block_n", "block_h", "num_warps")
+
+
+def words(kernel: str, problem: ShortProblem, rows: int, channels: int) -> int:
+    """32-bit registers of a block: accumulators and operands."""
+    item = -(-problem.itemsize // 2)  # a half takes half a register; two are counted as one
+    if kernel == "short_conv_fwd":
+        return rows * channels * 3
+    if kernel == "short_conv_bwd":
+        return rows * channels * (3 + (2 * problem.width - 1) * item // 2)
+    if kernel in PRODUCTS:
+        return rows * (1 + item)
+    line, lags = dweight_inner(problem.width)
+    return 2 * line * lags + rows
+
+
+def shared_bytes(kernel: str, problem: ShortProblem, rows: int) -> int:
+    """Shared memory of the operands of a matrix product, in bytes."""
+    if kernel in PRODUCTS:
+        line = inner(problem.width)
+        return 4 * (rows + line * line)
+    if kernel == "short_conv_wide_dweight":
+        line, lags = dweight_inner(problem.width)
+        return 4 * (rows + rows // line * lags + line * lags)
+    return 0
+
+
+def _space(kernel: str) -> Space[ShortConfig]:
+    wide = kernel in (*PRODUCTS, "short_conv_wide_dweight")
+
+    def registers(problem: ShortProblem, device: DeviceSpec, rows: int, channels: int, warps: int) -> int:
+        return words(kernel, problem, rows, channels)
+
+    def shared(problem: ShortProblem, device: DeviceSpec, rows: int) -> int:
+        return shared_bytes(kernel, problem, rows)
+
+    def whole_lines(problem: ShortProblem, device: DeviceSpec, rows: int) -> bool:
+        line = inner(problem.width) if kernel in PRODUCTS else dweight_inner(problem.width)[0]
+        return rows >= 16 * line
+
+    def an_element_a_thread(problem: ShortProblem, device: DeviceSpec, rows: int, channels: int, warps: int) -> bool:
+        return rows * channels >= 32 * warps
+
+    def not_past_the_channels(problem: ShortProblem, device: DeviceSpec, channels: int) -> bool:
+        return channels <= max(bucket(problem.channels), 16)
+
+    own = (
+        (
+            Constraint("sixteen lines", ("block_n",), whole_lines),
+            fits_shared_memory(("block_n",), shared),
+        )
+        if wide
+        else (Constraint("an element a thread", _TILE, an_element_a_thread),)
+    )
+    return Space(
+        name=kernel,
+        version=1,
+        axes=(
+            powers_of_two("block_n", 256 if wide else 16, 8192 if wide else 4096),
+            powers_of_two("block_h", 1, 64 if wide else 256),
+            literals("num_warps", *((4, 8, 16) if wide else (1, 2, 4, 8))),
+        ),
+        constraints=(
+            *own,
+            Constraint("no more channels than there are", ("block_h",), not_past_the_channels),
+            fits_registers(_TILE, "num_warps", registers),
+        ),
+        make=ShortConfig,
+    )
+
+
+TUNABLES: dict[str, Tunable[ShortConfig]] = {
+    kernel: Tunable(kernel, "triton", _space(kernel), default, ShortProblem) for kernel in KERNELS
+}
+"""The kernels of short_conv by name."""
