@@ -123,16 +123,17 @@ class Tiles:
     entries: int
 
 
-def tiles_of(problem: Problem, config: Config) -> Tiles:
+@lru_cache(maxsize=256)
+def tiles_of(problem: Problem, block_m: int, block_n: int) -> Tiles:
     """The walks of all tiles of BLOCK_M rows over their keys."""
     shape, rows, packed = problem.shape, problem.rows, problem.packed
     block = torch.arange(query_blocks(shape))[:, None]
-    tile = torch.arange(-(-rows * packed // config.block_m))
+    tile = torch.arange(-(-rows * packed // block_m))
     own = (shape.n - block * rows).clamp(max=rows) * packed
-    used = (own - tile * config.block_m).clamp(max=config.block_m)
+    used = (own - tile * block_m).clamp(max=block_m)
     exists = used > 0
-    first = problem.shift + block * rows + tile * config.block_m // packed
-    last = problem.shift + block * rows + (tile * config.block_m + used - 1) // packed
+    first = problem.shift + block * rows + tile * block_m // packed
+    last = problem.shift + block * rows + (tile * block_m + used - 1) // packed
     stop = (last + 1).clamp(0, shape.nk) if shape.causal else torch.full_like(last, shape.nk)
     sink = torch.full_like(stop, shape.sink).minimum(stop)
     recent = torch.zeros_like(stop)
@@ -142,7 +143,7 @@ def tiles_of(problem: Problem, config: Config) -> Tiles:
     listed = torch.where(exists, _listed_keys(shape, sink, stop), 0).sum() * copies
     always = torch.where(exists, sink + recent, 0).sum() * shape.b * problem.packs
     entries = index_of(shape, 0).counts.clamp(min=0).long()[..., None] * exists
-    steps = max(shape.bk // config.block_n, 1)
+    steps = max(shape.bk // block_n, 1)
     return Tiles(
         count=int(exists.sum()) * shape.b * problem.packs,
         keys=int(listed + always),
@@ -150,6 +151,7 @@ def tiles_of(problem: Problem, config: Config) -> Tiles:
     )
 
 
+@lru_cache(maxsize=64)
 def seen_keys(problem: Problem) -> int:
     """Keys that some row sees, over key heads and sequences."""
     shape, index = problem.shape, index_of(problem.shape, 0)
@@ -183,7 +185,7 @@ def list_bytes(problem: Problem) -> int:
 
 def forward(problem: Problem, config: Config) -> dict[str, Account]:
     """The forward kernel, and the one that merges its parts where a tile of rows has several."""
-    shape, tiles, parts = problem.shape, tiles_of(problem, config), config.parts
+    shape, tiles, parts = problem.shape, tiles_of(problem, config.block_m, config.block_n), config.parts
     queries = problem.all_rows * shape.d * problem.size
     results = problem.all_rows * (shape.dv * problem.size + _STATISTIC)
     partials = parts * problem.all_rows * (shape.dv + 2) * _STATISTIC
@@ -199,7 +201,7 @@ def forward(problem: Problem, config: Config) -> dict[str, Account]:
 
 def rows_backward(problem: Problem, config: Config) -> Account:
     """dq and delta: a tile of rows reads what the forward kernel read, and out, dO, lse."""
-    shape, tiles = problem.shape, tiles_of(problem, config)
+    shape, tiles = problem.shape, tiles_of(problem, config.block_m, config.block_n)
     statistics = _STATISTIC * problem.all_rows
     own = problem.all_rows * problem.size * (shape.d + 2 * shape.dv) + statistics * (1 + bool(shape.lse))
     written = problem.all_rows * shape.d * problem.size + statistics
@@ -217,31 +219,32 @@ def _entries_loaded(entries: Tensor, own: int, block_m: int) -> Tensor:
     return entries + inner - inner // aligned
 
 
-def keys_backward(problem: Problem, config: Config) -> Account:
+@lru_cache(maxsize=256)
+def keys_backward(problem: Problem, block_m: int, block_n: int) -> Account:
     """dk and dv: keys once; rows as often as a tile of keys walks over them."""
     shape, index, packed = problem.shape, index_of(problem.shape, 0), problem.packed
     joined = shape.h // shape.hkv // packed
-    span = max(config.block_n, shape.bk)
+    span = max(block_n, shape.bk)
     found = transposed_lists(
-        index.indices, index.counts, -(-shape.nk // shape.bk), ratio=max(config.block_n // shape.bk, 1), joined=joined
+        index.indices, index.counts, -(-shape.nk // shape.bk), ratio=max(block_n // shape.bk, 1), joined=joined
     )  # fmt: skip
     blocks, own = query_blocks(shape), problem.rows * packed
     in_block = (shape.n - torch.arange(blocks) * problem.rows).clamp(max=problem.rows) * packed
     # Rows of the entries up to each, so that those of a tile are a difference.
     rows = torch.nn.functional.pad(in_block[found.entries.long() % blocks].cumsum(-1), (1, 0))
     copies = shape.hkv // found.starts.shape[1]
-    first = torch.arange(0, shape.nk, config.block_n)
+    first = torch.arange(0, shape.nk, block_n)
     starts = found.starts.long()
     begin, end = (starts[..., at] for at in (first // span, first // span + 1))
     listed_rows = int((rows.gather(-1, end) - rows.gather(-1, begin)).sum()) * copies
-    entries = int(_entries_loaded(end - begin, own, config.block_m).sum()) * copies
+    entries = int(_entries_loaded(end - begin, own, block_m).sum()) * copies
     dense = found.dense_counts.long()
     valid = torch.arange(found.dense.shape[2]) < dense[..., None]
     dense_rows = int(torch.where(valid, in_block[found.dense.long() % blocks], 0).sum()) * copies * len(first)
-    dense_entries = int(_entries_loaded(dense, own, config.block_m).sum()) * copies * len(first)
+    dense_entries = int(_entries_loaded(dense, own, block_m).sum()) * copies * len(first)
 
     group = shape.h // shape.hkv
-    last = (first + config.block_n).clamp(max=shape.nk) - 1
+    last = (first + block_n).clamp(max=shape.nk) - 1
     row = (first - problem.shift).clamp(min=0)
     sink_row = row if shape.causal else torch.zeros_like(row)
     always = torch.where(first < shape.sink, (shape.n - sink_row).clamp(min=0), 0)
@@ -265,5 +268,5 @@ def accounts(shape: Shape, dtype: torch.dtype, configs: Configs) -> dict[str, Ac
     found = forward(problem, configs[FWD])
     found[f"{DQ}_kernel"] = rows_backward(problem, configs[DQ])
     if shape.nk:
-        found[f"{DKV}_kernel"] = keys_backward(problem, configs[DKV])
+        found[f"{DKV}_kernel"] = keys_backward(problem, configs[DKV].block_m, configs[DKV].block_n)
     return found
