@@ -191,7 +191,7 @@ def test_why_triton_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch, capsys: 
     [
         (["check", "none"], "there is no operator 'none'"),
         (["check", "-k", "no such point"], "no point named like"),
-        (["check", "--backend", "cuda"], "_attention has no backend 'cuda'"),
+        (["check", "--backend", "cuda"], " has no backend 'cuda'"),
         (["bench", "none"], "there is no operator 'none'"),
         (["bench", "flash_attention", "--shape", "z=1"], "has no dimension 'z'"),
         (["bench", "flash_attention", "--suite", "none"], "has no suite 'none'"),
