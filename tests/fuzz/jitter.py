@@ -32,17 +32,22 @@ class Jitter:
         size = torch.where(lse.detach().isfinite(), lse.detach().abs(), 0.0)[..., None]
         return self(weights) * (1.0 + self.single * size * self._noise(size.shape))
 
-    def cancelled(self, scores: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    def cancelled(self, scores: Tensor, weights: Tensor, out: Tensor, lse: Tensor | None = None) -> Tensor:
         """``out``, and a backward pass whose gradient of the scores carries the roundings of what cancels in it.
 
         ``dS = P (dP - dO . out)``: the formula's sum over a row is 0, but a backward pass takes out as it was rounded.
+        With ``lse``, P is ``exp(s - lse)`` of an lse that is rounded by up to ``u |lse|``. That is a factor
+        ``1 + u |lse|`` of every dS of the row, so also of what an incoming gradient of lse contributes to it.
         """
         if not self.unit or not scores.requires_grad or not out.requires_grad:
             return out
         incoming: list[Tensor] = []
         magnitude, weights = out.detach().abs(), weights.detach()
+        size = None if lse is None else torch.where(lse.detach().isfinite(), lse.detach().abs(), 0.0)[..., None]
 
         def astray(gradient: Tensor) -> Tensor:
+            if size is not None:
+                gradient = gradient * (1.0 + self.single * size * self._noise(size.shape))
             if not incoming:
                 return gradient
             row = (incoming[0].abs() * magnitude).sum(-1, keepdim=True)
@@ -52,6 +57,33 @@ class Jitter:
         out.register_hook(incoming.append)
         scores.register_hook(astray)
         return out
+
+    def active(self, x: Tensor, y: Tensor) -> Tensor:
+        """An activation ``y = f(x)``, tanh or sigmoid, and a backward pass that takes its slope from a rounded y.
+
+        Both slopes, ``(1 - y) (1 + y)`` and ``(1 - y) y``, lose ``u |y|`` where 1 - y cancels, however small they are.
+        """
+        if not self.single or not x.requires_grad:
+            return y
+        lost = self.single * y.detach().abs() * self._noise(y.shape)
+        return y + lost * torch.where(x.isfinite(), x - x.detach(), 0.0)
+
+    def transformed(self, x: Tensor) -> Tensor:
+        """x, and a backward pass whose gradient of x comes out of a fast transform along the last dimension.
+
+        Such a transform errs by about ``u sqrt(log2 n)`` of the norm of the row (Higham 2002, section 24.1), spread
+        evenly over its points: a point that is small has the error of the others.
+        """
+        if not self.single or not x.requires_grad:
+            return x
+
+        def astray(gradient: Tensor) -> Tensor:
+            size = gradient.square().mean(-1, keepdim=True).sqrt()
+            return gradient + self.single * size * self._noise(gradient.shape)
+
+        x = x * 1.0  # a hook on a tensor of its own
+        x.register_hook(astray)
+        return x
 
     def _noise(self, shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)

@@ -54,4 +54,4 @@ def attend(
     if kept is not None:
         weights = weights * kept
     out = torch.einsum("bhij,bhjd->bhid", weights, v)
-    return jitter.cancelled(scores, exact, out), lse
+    return jitter.cancelled(scores, exact, out, lse), lse
