@@ -69,7 +69,7 @@ class Case:
     least: float = 0.0
     """An error that every result may have: what is left where numbers near 1 cancel."""
     factors: tuple[str, ...] = ()
-    """The arguments that enter the results in sums of products alone; see :func:`_bounds`."""
+    """The arguments that enter the results in sums of products alone; see :func:`bounds`."""
     slack: float = 1.0
     """A factor of what the strays allow, for an operator whose intermediate values are larger than its results."""
     check: Callable[[Results, Results], None] | None = None
@@ -215,7 +215,7 @@ def _compare(
         around = [s[name] for s in strays(unit)]
         passed = x.isfinite() & (x.abs() > torch.finfo(found[name].dtype).max)
         if case.factors and bool((x.isfinite() & ~found[name].isfinite()).any()):
-            passed |= x.isfinite() & ~_bounds(case, given)[name].isfinite()
+            passed |= x.isfinite() & ~bounds(case, given)[name].isfinite()
         verdict = judge(
             found[name], x, around, work, rms=promised, least=least, slack=case.slack,
             whole=promised is not None and whole, passed=passed,
@@ -226,7 +226,7 @@ def _compare(
     return worst
 
 
-def _bounds(case: Case, given: Mapping[str, Any]) -> Results:
+def bounds(case: Case, given: Mapping[str, Any]) -> Results:
     """The oracle in the dtype of sums, of factors that are positive and at least 1, without decays.
 
     A product of such factors bounds each part of it, and a sum of such products each sum of some: where this is finite,

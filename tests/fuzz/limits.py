@@ -64,9 +64,9 @@ def judge(
 
     ``work`` is the dtype of computation. With ``rms``, rows along the last dimension, or the ``whole`` tensor, have
     that relative root mean square as their limit beside the strays. ``least`` is an error that is allowed everywhere,
-    ``slack`` a factor of what the strays allow. NaN and infinities of ``expected`` must be met. An element of ``passed``
-may also be infinite or NaN, because it or a term of it passes the range of the dtype; if it is a number, it must be the
-right one.
+    ``slack`` a factor of what the strays allow. NaN and infinities of ``expected`` must be met. An element of
+    ``passed`` may also be infinite or NaN, because it or a term of it passes the range of the dtype; if it is a number,
+    it must be the right one.
     """
     got, expected = got.detach().double(), expected.detach()
     if not expected.numel():

@@ -34,7 +34,8 @@ def dense(a: dict[str, Any]) -> dict[str, Tensor]:
     seen = window_of(place, key, left, 0 if a.get("causal") else right).expand(batch, heads, rows, keys)
     if a.get("mask") is not None:
         seen = seen & a["mask"]
-    out, lse = attend(scores, seen, by_groups(v, heads), a["jitter"], a.get("sinks"), a.get("kept"))
+    tail = a.get("bias") is not None or a.get("alibi_slopes") is not None
+    out, lse = attend(scores, seen, by_groups(v, heads), a["jitter"], a.get("sinks"), a.get("kept"), tail)
     return {"out": out, "lse": lse}
 
 
