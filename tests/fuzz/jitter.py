@@ -58,6 +58,15 @@ class Jitter:
         scores.register_hook(astray)
         return out
 
+    def summed(self, f: Tensor, terms: Tensor) -> Tensor:
+        """Zeros ``[H, W]``, for ``f [H, F]`` times sums ``[H, F, W]``, of whose terms ``terms`` adds the magnitudes.
+
+        A backward pass makes ``g . sum`` from the terms anew and misses it by ``u |g| . terms``, also where the sum itself
+        is small, and where a quotient of two of them does not depend on f: that their errors are the same is lost.
+        """
+        lost = self.single * terms.detach() * self._noise(terms.shape) if self.single else torch.zeros_like(terms)
+        return torch.einsum("hf,hfw->hw", f - f.detach(), lost.to(f.dtype))
+
     def active(self, x: Tensor, y: Tensor) -> Tensor:
         """An activation ``y = f(x)``, tanh or sigmoid, and a backward pass that takes its slope from a rounded y.
 

@@ -21,7 +21,8 @@ def dense(a: dict[str, Any]) -> dict[str, Tensor]:
     scores = a["jitter"].sums(scores)
     softcap = a.get("softcap") or 0.0
     if softcap > 0.0:
-        scores = softcap * torch.tanh(scores / softcap)
+        capped = scores / softcap
+        scores = softcap * a["jitter"].active(capped, torch.tanh(capped))
     place = torch.arange(rows)[:, None] + (keys - rows)
     key = torch.arange(keys)[None, :]
     if a.get("bias") is not None:
