@@ -281,7 +281,7 @@ def _strays(
     """The oracle of arguments that were moved, and the oracle in float32; see :mod:`.limits`."""
 
     single = UNIT[torch.float64 if case.dtype == torch.float64 else torch.float32]
-    values = Jitter(UNIT[case.dtype] if unit is None or case.rms else unit, single, generator)
+    own_unit = UNIT[case.dtype] if unit is None or case.rms else unit
 
     def moved(name: str, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or name in case.still:
@@ -290,8 +290,9 @@ def _strays(
         return Jitter(UNIT.get(own, 0.0) if unit is None else unit, 0.0, generator)(x.detach().double())
 
     found = []
-    for _ in range(2):
+    for side in (1.0, -1.0):
         inputs = {name: moved(name, x) for name, x in given.items()}
+        values = Jitter(own_unit, single, generator, side)
         found.append(evaluate(case, inputs, cotangents, torch.float64, values))
     if case.dtype != torch.float64:
         found.append(evaluate(case, given, cotangents, torch.float32))

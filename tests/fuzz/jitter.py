@@ -12,10 +12,14 @@ class Jitter:
     Args:
         unit: roundoff of the dtype in which weights, states and outputs meet a product.
         single: of the dtype in which scores and sums are kept: float32, or float64.
+        side: 1 or -1, with which one of two errors of a row counts. An oracle that is evaluated with both shows their
+            sum, however the errors fall.
     """
 
-    def __init__(self, unit: float = 0.0, single: float = 0.0, generator: torch.Generator | None = None) -> None:
-        self.unit, self.single, self.generator = unit, single, generator
+    def __init__(
+        self, unit: float = 0.0, single: float = 0.0, generator: torch.Generator | None = None, side: float = 1.0
+    ) -> None:
+        self.unit, self.single, self.generator, self.side = unit, single, generator, side
 
     def __call__(self, x: Tensor) -> Tensor:
         """x as it is rounded where it meets a product."""
@@ -46,12 +50,14 @@ class Jitter:
         size = None if lse is None else torch.where(lse.detach().isfinite(), lse.detach().abs(), 0.0)[..., None]
 
         def astray(gradient: Tensor) -> Tensor:
+            # Signs: of one number for a row, a normal one would be near 0 by chance, and the row would not stray.
+            sign = self._noise(weights[..., :1].shape).sign()
             if size is not None:
-                gradient = gradient * (1.0 + self.single * size * self._noise(size.shape))
+                gradient = gradient * (1.0 + self.single * size * sign)
             if not incoming:
                 return gradient
             row = (incoming[0].abs() * magnitude).sum(-1, keepdim=True)
-            noise = self._noise(row.shape) + 0.5 * self._noise(weights.shape)
+            noise = self.side * sign + 0.5 * self._noise(weights.shape)
             return gradient + self.unit * noise * weights * row
 
         out.register_hook(incoming.append)
