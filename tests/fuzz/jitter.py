@@ -67,8 +67,8 @@ class Jitter:
     def summed(self, f: Tensor, terms: Tensor) -> Tensor:
         """Zeros ``[H, W]``, for ``f [H, F]`` times sums ``[H, F, W]``, of whose terms ``terms`` adds the magnitudes.
 
-        A backward pass makes ``g . sum`` from the terms anew and misses it by ``u |g| . terms``, also where the sum itself
-        is small, and where a quotient of two of them does not depend on f: that their errors are the same is lost.
+        A backward pass makes ``g . sum`` from the terms anew and misses it by ``u |g| . terms``, also where the sum
+        itself is small, and where a quotient of two does not depend on f: their errors are not those of the forward pass.
         """
         lost = self.single * terms.detach() * self._noise(terms.shape) if self.single else torch.zeros_like(terms)
         return torch.einsum("hf,hfw->hw", f - f.detach(), lost.to(f.dtype))
