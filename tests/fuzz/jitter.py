@@ -65,13 +65,14 @@ class Jitter:
         return out
 
     def summed(self, f: Tensor, terms: Tensor) -> Tensor:
-        """Zeros ``[H, W]``, for ``f [H, F]`` times sums ``[H, F, W]``, of whose terms ``terms`` adds the magnitudes.
+        """Zeros, for ``f [H, F]`` times sums ``[H, F, W]``, of whose terms ``terms`` adds the magnitudes.
 
         A backward pass makes ``g . sum`` from the terms anew and misses it by ``u |g| . terms``, also where the sum
-        itself is small, and where a quotient of two does not depend on f: their errors are not those of the forward pass.
+        itself is small. Of a quotient of two sums the forward pass may have lost the same, but not by the same error.
         """
-        lost = self.single * terms.detach() * self._noise(terms.shape) if self.single else torch.zeros_like(terms)
-        return torch.einsum("hf,hfw->hw", f - f.detach(), lost.to(f.dtype))
+        if not self.single or not f.requires_grad:
+            return f.new_zeros(())
+        return torch.einsum("hf,hfw->hw", f - f.detach(), self.single * terms * self._noise(terms.shape))
 
     def active(self, x: Tensor, y: Tensor) -> Tensor:
         """An activation ``y = f(x)``, tanh or sigmoid, and a backward pass that takes its slope from a rounded y.
