@@ -109,11 +109,12 @@ def weigh_pairs(tile, sums, REVERSE: tl.constexpr, STRICT: tl.constexpr, BLOCK_C
         seen = early < late
     else:
         seen = early <= late
+    tile = tl.where(seen, tile, 0.0)  # not a product with 0, for what is not seen may have overflowed
     if FEATURES.decay > 0:
         # Masked before the exponential: the other half would be positive.
         return tile * tl.exp2(tl.where(seen, log2_between(sums, REVERSE), float("-inf")))
     else:
-        return tl.where(seen, tile, 0.0)
+        return tile
 
 
 @triton.jit
