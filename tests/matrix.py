@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("tests/ops/test_*_compile.py", "tests/ops/test_*_integration.py", "tests/runtime", "tests/compatibility")
+SUITES = ("tests/ops/*/test_compile.py", "tests/ops/*/test_integration.py", "tests/runtime", "tests/compatibility")
 
 
 @dataclass(frozen=True)
