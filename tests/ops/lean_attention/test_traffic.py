@@ -83,7 +83,7 @@ def test_no_byte_outside_the_tensors(part: int) -> None:
         row_tiles = -(-rows // min(max(16, 1 << (rows - 1).bit_length()), 64))
         most = sum(given["lengths"]) * row_tiles * given["kv_heads"]
         windowed = given.get("window", (-1, -1))[0] >= 0
-        for argument, width in (("k_ptr", given["head_dim"]), ("v_ptr", given["value_dim"])):
+        for argument, width in (("inputs.k", given["head_dim"]), ("inputs.v", given["value_dim"])):
             found = own.arguments[argument].read
             assert found <= most * width * size if windowed else found == most * width * size
 
