@@ -62,7 +62,9 @@ def accounts() -> Section:
     found: Section = {}
     for name, case in ((name, load(name)) for name in CASES):
         for backend, stated in (("triton", case.accounts), ("cuda", case.cuda_accounts)):
-            for shape, dtype in stated.shapes if stated else ():
+            if stated is None:
+                continue
+            for shape, dtype in stated.shapes:
                 for kernel, account in stated.model(shape, dtype, stated.test_configs).items():
                     found[f"{name} {backend} {dtype_name(dtype)} {shape}: {kernel}"] = {
                         f"{what} {way}": getattr(getattr(account, what), way)
