@@ -10,11 +10,11 @@ OPERATORS = $(shell $(BIN)/python -c 'from iokernels.ops import CASES; print(*CA
 CASES ?= 10000
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: help setup demo test fuzz matrix lint format type bench cubins dist clean
+.PHONY: help setup demo test fuzz matrix inventory lint format type bench cubins dist clean
 .DELETE_ON_ERROR:
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install into .venv; runs by itself, and again when pyproject.toml or constraints/ change
 
@@ -46,6 +46,9 @@ fuzz: $(READY) ## drawn calls of every operator and backend against their formul
 
 matrix: ## the compile and integration tests at the ends of the declared versions; ARGS="--row torch-2.11"
 	$(PYTHON) tests/matrix.py $(ARGS)
+
+inventory: $(READY) ## what is proved and what kernels take; ARGS="--json FILE" keeps it, "--against FILE" compares
+	$(BIN)/python tests/inventory.py $(ARGS)
 
 lint: $(READY) ## style, without changing a file
 	$(BIN)/ruff check .
