@@ -12,10 +12,9 @@ import torch
 from iokernels.runtime.cuda import emulator
 from iokernels.runtime.cuda.emulator import warp_order, watch
 from iokernels.runtime.cuda.kernel import CudaKernel, cuda_kernel
-from iokernels.runtime.device import cxx
 from iokernels.runtime.errors import KernelFault, KernelLaunchError
 
-pytestmark = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
+pytestmark = pytest.mark.gxx
 
 SOURCE = Path(__file__).with_name("planted.cu")
 LINES = SOURCE.read_text().splitlines()
