@@ -32,6 +32,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("IOKERNELS_EMULATE", "1")
 
 from iokernels import autotune
+from iokernels.autotune import tables
 from iokernels.runtime import device as devices
 from iokernels.runtime import environment, interpreter
 from iokernels.runtime.cuda import emulator
@@ -113,6 +114,16 @@ def _orders(config: pytest.Config) -> int:
 def _tiles(item: pytest.Item) -> dict[str, Any]:
     marker = item.get_closest_marker("tiles")
     return marker.kwargs if marker is not None else {}
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """The user's and the package's folder of tuning tables, both empty."""
+    monkeypatch.setattr(tables, "user", lambda: tmp_path / "user")
+    monkeypatch.setattr(tables, "PACKAGE", tmp_path / "package")
+    autotune.forget()
+    yield tables.user(), tables.PACKAGE
+    autotune.forget()
 
 
 @pytest.fixture(scope="session")
