@@ -10,7 +10,7 @@ fixed seed, the tiles that a module asks for, and, when it fails, the command th
 | mark | |
 |---|---|
 | `tiles(**configs)` | the test launches kernels with these configurations (`autotune.override`) |
-| `orders(n)` | in how many orders the emulated GPU runs a launch |
+| `orders(n)` | in how many orders, at least, the emulated GPU runs a launch |
 | `interpreted`, `gxx`, `without_gpu`, `with_gpu` | the test is skipped where that is not so |
 """
 
@@ -65,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    tiers.examples_scale = config.getoption("examples") * (0.2 if config.getoption("tier") == "quick" else 1.0)
+    tiers.examples_scale = float(config.getoption("examples")) * (0.2 if config.getoption("tier") == "quick" else 1.0)
     for name, (_, reason) in CONDITIONS.items():
         config.addinivalue_line("markers", f"{name}: skipped elsewhere ({reason})")
     config.addinivalue_line("markers", "tiles(**configs): configurations that the kernels are launched with")
@@ -99,7 +99,7 @@ def _surroundings(request: pytest.FixtureRequest) -> Iterator[None]:
     with (
         poisoned_memory(),
         repeated_by(again),
-        emulator.warp_order(orders=orders or tiers.orders(request.node)),
+        emulator.warp_order(orders=tiers.orders(request.node, orders)),
         autotune.override(**_tiles(request.node)),
     ):
         yield
@@ -113,7 +113,7 @@ def _orders(config: pytest.Config) -> int:
 
 def _tiles(item: pytest.Item) -> dict[str, Any]:
     marker = item.get_closest_marker("tiles")
-    return marker.kwargs if marker is not None else {}
+    return dict(marker.kwargs) if marker is not None else {}
 
 
 @pytest.fixture

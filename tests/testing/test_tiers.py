@@ -33,7 +33,7 @@ def test_every_backend_meets_every_point_and_every_other_value_is_met() -> None:
         for dtype in ("half", "single")
     ]
     widths = [item("test_widths", backend=backend, width=w) for backend in ("torch", "cuda") for w in (16, 40, 59)]
-    kept = tiers.thinned(swept + widths)
+    kept: list[Any] = tiers.thinned(swept + widths)
     told = [x.callspec.params for x in kept if "test_every_option" in x.nodeid]
     assert len(told) == 6
     assert {(x["backend"], x["point"].name) for x in told} == {
@@ -42,6 +42,11 @@ def test_every_backend_meets_every_point_and_every_other_value_is_met() -> None:
     told = [x.callspec.params for x in kept if "test_widths" in x.nodeid]
     assert ({x["backend"] for x in told}, {x["width"] for x in told}) == ({"torch", "cuda"}, {16, 40, 59})
     assert len(told) == 4
+
+
+def test_of_many_values_the_first_are_met() -> None:
+    kept: list[Any] = tiers.thinned([item("test_lengths", backend="cuda", length=n) for n in range(100)])
+    assert [x.callspec.params["length"] for x in kept] == list(range(tiers.MOST_VALUES))
 
 
 def test_what_says_nothing_of_results_is_left_out() -> None:
@@ -55,6 +60,7 @@ def test_orders() -> None:
     assert tiers.orders(item("test_every_option", point=point("plain", quick=True))) == tiers.FULL_ORDERS
     assert tiers.orders(item("test_every_option", "test_cuda.py", point=point("rare"))) == tiers.FEW_ORDERS
     assert tiers.orders(item("test_widths")) == tiers.FEW_ORDERS
+    assert tiers.orders(item("test_widths"), 100) == 100
 
 
 @pytest.mark.orders(7)
@@ -64,7 +70,7 @@ def test_the_marks_of_a_test_are_in_force(request: pytest.FixtureRequest) -> Non
 
     assert _overrides.value["toy"] == "small"
     asked = request.config.getoption("orders")
-    assert asked or request.config.getoption("tier") == "quick" or emulator._order.value == range(7)  # pyright: ignore[reportPrivateUsage]
+    assert emulator._order.value == range(max(7, asked or 0))  # pyright: ignore[reportPrivateUsage]
     assert request.node.nodeid in _again.value
 
 
