@@ -65,7 +65,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    tiers.examples_scale = float(config.getoption("examples")) * (0.2 if config.getoption("tier") == "quick" else 1.0)
+    share = 0.2 if config.getoption("tier") == "quick" else 1.0
+    tiers.examples_scale = share * float(config.getoption("examples") or 1.0)
     for name, (_, reason) in CONDITIONS.items():
         config.addinivalue_line("markers", f"{name}: skipped elsewhere ({reason})")
     config.addinivalue_line("markers", "tiles(**configs): configurations that the kernels are launched with")

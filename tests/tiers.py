@@ -54,7 +54,7 @@ def thinned(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     """Those of the tests that the tier ``quick`` runs."""
     kept: list[pytest.Item] = []
     seen: set[tuple[str, ...]] = set()
-    values: Counter[tuple[str, str]] = Counter()
+    values: Counter[tuple[str, ...]] = Counter()
     for item in items:
         if item.path.name in _NO_RESULTS or "compiled_apart" in getattr(item, "fixturenames", ()):
             continue
