@@ -7,10 +7,11 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OPERATORS = $(shell $(BIN)/python -c 'from iokernels.ops import CASES; print(*CASES)')
+ROOMS := $(notdir $(patsubst %/,%,$(wildcard tests/ops/*/)))
 CASES ?= 10000
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: help setup demo test fuzz matrix inventory lint format type bench cubins dist clean
+.PHONY: help setup demo quick test fuzz matrix inventory lint format type bench cubins dist clean
 .DELETE_ON_ERROR:
 
 help: ## what there is to make
@@ -35,8 +36,13 @@ demo: $(READY) ## prove every operator on this machine, time each, train a small
 	for case in $(OPERATORS); do $(BIN)/iokernels bench $$case --suite quick --seconds 0.2 || exit 1; done
 	$(BIN)/python docs/examples/language_model.py --mixer flash --short
 
+quick: export OMP_NUM_THREADS ?= 1
+quick: $(READY) ## one point an option of one operator, every backend, in a minute: OP=flash_attention
+	@$(if $(filter $(OP),$(ROOMS)),:,echo 'make quick OP=one of: $(ROOMS)' >&2; exit 1)
+	$(BIN)/python -m pytest tests/ops/$(OP) --tier quick -q -n $(WORKERS) $(ARGS)
+
 test: export OMP_NUM_THREADS ?= 1
-test: $(READY) ## all tests
+test: $(READY) ## all tests; a hundred orders, more drawn calls: ARGS="--orders 100 --examples 10"
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 fuzz: export OMP_NUM_THREADS ?= 1

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from iokernels.runtime.device import named
 from iokernels.testing.case import load
-
-ROOT = Path(__file__).resolve().parents[3]
-
 
 KERNELS = {"fft_conv_fwd_kernel", "fft_conv_bwd_kernel"}
 THROUGH = {
@@ -35,14 +29,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("gpu", SHAPES)
-def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, compiled_apart: Callable[..., str]) -> None:
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "iokernels", "inspect", "fft_conv", "--gpu", gpu, *SHAPES[gpu], "--json", "-"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    kernels = json.loads(run.stdout)["rows"]
+    command = ("-m", "iokernels", "inspect", "fft_conv", "--gpu", gpu, *SHAPES[gpu], "--json", "-")
+    kernels = json.loads(compiled_apart(*command))["rows"]
     assert {kernel["kernel"] for kernel in kernels} == KERNELS | THROUGH
     vocabulary = load("fft_conv").vocabulary
     for kernel in kernels:

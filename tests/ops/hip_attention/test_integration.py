@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,10 +25,8 @@ from iokernels.testing.case import load
 from iokernels.testing.inputs import poisoned_view
 from iokernels.testing.tracer import trace
 
-ROOT = Path(__file__).resolve().parents[3]
 # Dynamo makes an instance of every autograd.Function that it traces, and PyTorch warns of instances.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 SMALL: dict[str, Any] = {"budget": 32, "sink": 5, "window": 20, "block_q": 16}
 
 
@@ -93,7 +87,7 @@ def test_autocast() -> None:
     assert torch.equal(out, hip_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **SMALL))
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("layout", ["bnhd", "padded", "strided"])
 def test_no_byte_outside_the_tensors_and_no_atomics(layout: Any) -> None:
     q, k, v = (poisoned_view(x, layout) for x in tensors(37, 150))
@@ -157,14 +151,10 @@ def test_a_launch_asks_for_its_own_problem() -> None:
 
 
 @pytest.mark.parametrize("gpu", ["a100-sxm"])
-def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, compiled_apart: Callable[..., str]) -> None:
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "iokernels", "inspect", "select_hip", "--gpu", gpu, "--points", "--json", "-"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    kernels = json.loads(run.stdout)["rows"]
+    command = ("-m", "iokernels", "inspect", "select_hip", "--gpu", gpu, "--points", "--json", "-")
+    kernels = json.loads(compiled_apart(*command))["rows"]
     assert {kernel["kernel"] for kernel in kernels} == {f"{kernel}_kernel" for kernel in KERNELS}
     for kernel in kernels:
         assert kernel["shared_bytes"] <= named(gpu).smem_block, kernel

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from iokernels.runtime.device import named
-
-ROOT = Path(__file__).resolve().parents[3]
 
 COMPILE = """
 import json, sys
@@ -31,14 +26,9 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize(("gpu", "points"), [("a100-sxm", [0, 1]), ("h100-sxm", [0, 1, 2, 4, 6])])
-def test_default_configurations_fit(gpu: str, points: list[int], tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, points: list[int], compiled_apart: Callable[..., str]) -> None:
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE, gpu, json.dumps(points)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    kernels = json.loads(run.stdout)
+    kernels = json.loads(compiled_apart("-c", COMPILE, gpu, json.dumps(points)))
     assert len({kernel for _, kernel, *_ in kernels}) == (10 if gpu == "h100-sxm" else 5)
     for index, kernel, _, spills, shared in kernels:
         assert shared <= named(gpu).smem_block, (index, kernel)
