@@ -72,7 +72,7 @@ def differentiable(
     known = _names(inputs) if single else _names(f"{inputs}, {results}")
     picks = tuple(known.index(field) for field in held)
     zeros = None if gradients.startswith("Tensor?") else held.index(like)
-    width = len(held) - listed
+    everything, width = held == known, len(held) - listed
 
     # Places among the arguments of ``<name>``: of the first option, of the first that has no gradient, of the numbers.
     order = (*outer, "backend", *options._fields)
@@ -81,6 +81,7 @@ def differentiable(
     rest = start + len(needs._fields) - leaves
     numbers = start + len(tensor_fields(options))
     places = (*range(leaves), *range(start, rest))
+    wanting = len(places)
     if needs._fields != tuple(order[place] for place in places) or order[start:numbers] != tensor_fields(options):
         raise TypeError(f"{name}: what has a gradient stands first, and tensors before numbers")
     twice = tuple(order.index(field) for field in distinct)
@@ -119,15 +120,18 @@ def differentiable(
 
     def function_forward(ctx: Any, *given: Any) -> Any:
         # What has gradients is first, for autograd; the options without are one, because each costs half a microsecond.
-        arguments = (*given[:leaves], *given[len(places) : -1], *given[leaves : len(places)], *given[-1])
+        arguments = (*given[:leaves], *given[wanting:-1], *given[leaves:wanting], *given[-1])
         passed = arguments if prepare is None else prepare(True, *arguments)
         made = forward_op(*passed)
         values = passed if single else (*passed[: len(known) - len(made)], *made)
-        kept: Any = [values[place] for place in picks]
+        kept: Any = values if everything else [values[place] for place in picks]
         if keep is not None:
-            wanted = needs(*ctx.needs_input_grad[: len(places)])
+            wanted = needs(*ctx.needs_input_grad[:wanting])
             kept = keep(wanted, options(*arguments[start:]), *arguments[leaves : start - 1], *kept)
-        ctx.save_for_backward(*kept[:width], *arguments[start:numbers], *(kept[-1] if listed else ()))
+        if listed:
+            ctx.save_for_backward(*kept[:width], *arguments[start:numbers], *kept[width])
+        else:
+            ctx.save_for_backward(*kept, *arguments[start:numbers])
         ctx.backend, ctx.numbers = arguments[start - 1], arguments[numbers:]
         ctx.set_materialize_grads(False)  # they stay None in the common case that nobody uses a second result
         return made if whole else made[:visible]
@@ -137,7 +141,7 @@ def differentiable(
         kept = list(ctx.saved_tensors)
         tensors, lists = kept[width : width + numbers - start], kept[width + numbers - start :]
         kept = [*kept[:width], lists] if listed else kept[:width]
-        wanted = list(ctx.needs_input_grad[: len(places)])
+        wanted = list(ctx.needs_input_grad[:wanting])
         if zeros is None:
             if all(x is None for x in grads):
                 return (*(None for _ in wanted), *constants)
@@ -157,7 +161,7 @@ def differentiable(
             arguments = tuple(
                 x.view_as(x) if place in twice and x is not None else x for place, x in enumerate(arguments)
             )
-        return function.apply(*[arguments[place] for place in places], *arguments[leaves:start], arguments[rest:])
+        return function.apply(*arguments[:leaves], *arguments[start:rest], *arguments[leaves:start], arguments[rest:])
 
     def call(*arguments: Any) -> Any:
         if torch.is_grad_enabled():
