@@ -81,7 +81,7 @@ def test_numbers_before_tensors_are_refused() -> None:
     def nothing(*arguments: object) -> None:
         raise AssertionError
 
-    with pytest.raises(TypeError, match="misplaced: what has a gradient stands first"):
+    with pytest.raises(TypeError, match="misplaced: tensors stand before numbers"):
         differentiable(
             "misplaced", "Tensor x", "Tensor", gradients="Tensor dy", saved="Tensor x", like="x", options=Misplaced,
             needs=Needs, forward=nothing, fake=nothing, backward=nothing,

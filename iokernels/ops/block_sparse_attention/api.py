@@ -128,7 +128,7 @@ def block_sparse_attention(
         check_values(q, k, options)
         out, lse = reference.attend(q, k, v, options)
     else:
-        out, lse = attend(q, k, v, plan.backend, *options)
+        out, lse = attend(q, k, v, plan.backend, options)
     return (out, lse) if return_lse else out
 
 

@@ -44,4 +44,4 @@ forward_op, backward_op, _, attend = differentiable(
     empty=EMPTY_IN_ORDER,
     distinct=("k", "v"),
 )
-"""``attend(q, k, v, backend, *options)`` returns (out, lse), differentiable where an input wants a gradient."""
+"""``attend(q, k, v, backend, options)`` returns (out, lse), differentiable where an input wants a gradient."""

@@ -101,7 +101,7 @@ def fft_conv(
         y = reference.convolve(u, taps, options)
     else:
         known = [] if spectrum is None else spectrum.transform if past is None else spectrum.with_state
-        y = convolve(u, taps, known, plan.backend, *options)
+        y = convolve(u, taps, known, plan.backend, options)
     return (y, _state_after(u, taps.shape[1] - 1, options)) if return_state else y
 
 

@@ -45,5 +45,5 @@ forward_op, backward_op, _, convolve = differentiable(
     like="u",
     distinct=("pre_gate", "post_gate", "skip", "initial_state"),
 )
-"""``convolve(u, k, transform, backend, *options)`` returns y ``[B, H, N]``, differentiable where an input wants a
+"""``convolve(u, k, transform, backend, options)`` returns y ``[B, H, N]``, differentiable where an input wants a
 gradient."""

@@ -47,5 +47,5 @@ forward_op, backward_op, exported_op, _run = differentiable(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
     """Run the operator, differentiably where an input wants a gradient. Returns (out, lse)."""
-    out, statistics = _run(q, k, v, backend, *options)
+    out, statistics = _run(q, k, v, backend, options)
     return out, lse_and_tail(statistics)[0]

@@ -127,7 +127,7 @@ def flash_rnn(
     if plan.backend == "reference":
         out, state = reference.run(gates, recurrent, bias, options)
     else:
-        out, state = run(gates, recurrent, bias, plan.backend, *options)
+        out, state = run(gates, recurrent, bias, plan.backend, options)
     return (out, state) if return_state else out
 
 

@@ -66,9 +66,8 @@ forward_op, backward_op, exported_op, run = differentiable(
     backward=_backward,
     empty={"gates": lambda given: empty_gates(given.out, CELLS[given.cell])},
     outside="Tensor gates, Tensor recurrent, Tensor? bias",
-    prepare=lambda keep, gates, recurrent, bias, *rest: (gates, recurrent, bias, keep, *rest),
     # The values stand for the gates, which then need not live on.
-    keep=lambda needs, options, gates, *saved: (gates if options.recompute_gates else None, *saved),
+    keep=lambda wanted, options, gates, *saved: (gates if options.recompute_gates else None, *saved),
 )
-"""``run(gates, recurrent, bias, backend, *options)`` returns (out, final states), differentiable where an input wants a
+"""``run(gates, recurrent, bias, backend, options)`` returns (out, final states), differentiable where an input wants a
 gradient."""

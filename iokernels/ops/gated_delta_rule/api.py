@@ -130,7 +130,7 @@ def gated_delta_rule(
     if plan.backend == "reference":
         out, state = reference.gated_delta_rule(q, k, v, beta, options)
     else:
-        out, state = run(q, k, v, beta, plan.backend, *options)
+        out, state = run(q, k, v, beta, plan.backend, options)
     if packed:
         out = out.squeeze(0).transpose(0, 1)
     return (out, state) if return_state else out

@@ -59,7 +59,7 @@ forward_op, backward_op, _, gated_delta_rule = differentiable(
     like="v",
     distinct=("k", "v", "log_decay"),
 )
-"""``gated_delta_rule(q, k, v, beta, backend, *options)`` returns (out, final state), differentiable where an
+"""``gated_delta_rule(q, k, v, beta, backend, options)`` returns (out, final state), differentiable where an
 input wants a gradient."""
 
 step_op = register(

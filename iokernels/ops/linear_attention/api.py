@@ -138,7 +138,7 @@ def linear_attention(
     if plan.backend == "reference":
         out, state = reference.attend(q, k, v, options)
     else:
-        out, state = attend(q, k, v, return_state, plan.backend, *options)
+        out, state = attend(q, k, v, return_state, plan.backend, options)
     if packed:
         out = out.squeeze(0).transpose(0, 1)
     return (out, state) if return_state else out

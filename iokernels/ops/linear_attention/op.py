@@ -32,14 +32,17 @@ def _backward(*given: Any) -> Gradients:
     return _backend(backend).backward(dout, dstate, q, k, v, out, state, denominator, options, needs)
 
 
+_LOG_DECAY = Needs._fields.index("log_decay")
+
+
 def _keep(
-    needs: Needs, options: Options, gives_state: bool, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor,
-    denominator: Tensor,
+    wanted: tuple[bool, ...], options: Options, gives_state: bool, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    state: Tensor, denominator: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The backward pass recomputes the rest: out serves the division, the final state the gradient of decays. Who gets
     the state may change it in place, so the backward pass keeps one of its own."""
     kept = None
-    if needs.log_decay:
+    if wanted[_LOG_DECAY]:
         kept = state.clone() if gives_state else state
     return q, k, v, out if options.normalize else None, kept, denominator
 
@@ -59,10 +62,9 @@ forward_op, backward_op, _, attend = differentiable(
     like="v",
     distinct=("k", "v"),
     outside="Tensor q, Tensor k, Tensor v, bool gives_state",
-    prepare=lambda differentiated, q, k, v, gives_state, *rest: (q, k, v, *rest),
     keep=_keep,
 )
-"""``attend(q, k, v, gives_state, backend, *options)`` returns (out, final state), differentiable where an input wants a
+"""``attend(q, k, v, gives_state, backend, options)`` returns (out, final state), differentiable where an input wants a
 gradient; ``gives_state`` says whether the caller hands the state on."""
 
 

@@ -118,7 +118,7 @@ def short_conv(
     if plan.backend == "reference":
         out, final_state = reference.convolve(x, weight, options)
     else:
-        out, final_state = convolve(x, weight, plan.backend, *options)
+        out, final_state = convolve(x, weight, plan.backend, options)
     if packed:
         out = out.squeeze(0).transpose(0, 1)
     return (out, final_state) if return_state else out

@@ -60,7 +60,7 @@ forward_op, backward_op, _, convolve = differentiable(
         "initial_state": lambda given: torch.empty_like(given.initial_state),
     },
 )
-"""``convolve(x, weight, backend, *options)`` returns (out, final state), differentiable where an input wants a
+"""``convolve(x, weight, backend, options)`` returns (out, final state), differentiable where an input wants a
 gradient."""
 
 step_op = register(

@@ -23,7 +23,7 @@ class Operators(NamedTuple):
     backward: torch._ops.OpOverload
     exported: torch._ops.OpOverload
     run: Callable[..., Any]
-    """Takes the arguments of ``exported`` and is differentiable where an input wants a gradient."""
+    """Takes the arguments of ``exported``, options as one, and is differentiable where an input wants a gradient."""
 
 
 def differentiable(
@@ -42,7 +42,6 @@ def differentiable(
     like: str = "out",
     distinct: tuple[str, ...] = (),
     outside: str | None = None,
-    prepare: Callable[..., tuple[Any, ...]] | None = None,
     keep: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Operators:
     """Register three operators and return them with the function that calls them:
@@ -62,9 +61,9 @@ def differentiable(
     optional, it is zeros of the shape of ``like``, one of these. ``distinct`` names arguments that may be one tensor
     with another, which Dynamo refuses: it gets views.
 
-    Where the inputs of ``<name>`` are others, ``outside``, ``prepare(differentiated, *arguments)`` makes those of
-    ``<name>_fwd`` of them. ``keep(needs, options, *inputs without a gradient, *saved)`` replaces by None what this
-    backward pass will not read.
+    Where the inputs of ``<name>`` are others, ``outside``, those of ``<name>_fwd`` are the ones with gradients and at
+    most one more, which tells whether the call is differentiated. ``keep(wanted, options, *inputs without a gradient,
+    *saved)`` replaces by None what this backward pass will not read.
     """
     outer, held = _names(outside or inputs), _names(saved)
     single, visible, listed = "," not in results, len(_names(gradients)), "[]" in saved
@@ -74,18 +73,17 @@ def differentiable(
     zeros = None if gradients.startswith("Tensor?") else held.index(like)
     everything, width = held == known, len(held) - listed
 
-    # Places among the arguments of ``<name>``: of the first option, of the first that has no gradient, of the numbers.
     order = (*outer, "backend", *options._fields)
-    leaves = sum(field in outer for field in needs._fields)
-    start = len(outer) + 1
-    rest = start + len(needs._fields) - leaves
-    numbers = start + len(tensor_fields(options))
-    places = (*range(leaves), *range(start, rest))
-    wanting = len(places)
-    if needs._fields != tuple(order[place] for place in places) or order[start:numbers] != tensor_fields(options):
-        raise TypeError(f"{name}: what has a gradient stands first, and tensors before numbers")
+    leaves, count = sum(field in outer for field in needs._fields), len(needs._fields)
+    ours = count - leaves  # of the options
+    if needs._fields != (*outer[:leaves], *options._fields[:ours]):
+        raise TypeError(f"{name}: what has a gradient stands first")
+    tensors = len(tensor_fields(options))
+    if tensor_fields(options) != options._fields[:tensors]:
+        raise TypeError(f"{name}: tensors stand before numbers")
     twice = tuple(order.index(field) for field in distinct)
-    constants = (None,) * (start - leaves + 1)
+    constants = (None,) * (len(outer) - leaves + 2)
+    plain, told = ((x,) * (len(_names(inputs)) - leaves) for x in (False, True))
 
     def gradients_of(*arguments: Any) -> tuple[Tensor, ...]:
         *given, wanted, backend, opts = arguments
@@ -119,35 +117,36 @@ def differentiable(
     )
 
     def function_forward(ctx: Any, *given: Any) -> Any:
-        # What has gradients is first, for autograd; the options without are one, because each costs half a microsecond.
-        arguments = (*given[:leaves], *given[wanting:-1], *given[leaves:wanting], *given[-1])
-        passed = arguments if prepare is None else prepare(True, *arguments)
+        # What has gradients is first, for autograd, and stands again in the options, which are one argument: each costs
+        # half a microsecond.
+        backend, opts = given[-2:]
+        others, own = given[count:-2], given[leaves:count]
+        passed = (*given[:leaves], *(others if outside is None else told), backend, *own, *opts[ours:])
         made = forward_op(*passed)
         values = passed if single else (*passed[: len(known) - len(made)], *made)
         kept: Any = values if everything else [values[place] for place in picks]
         if keep is not None:
-            wanted = needs(*ctx.needs_input_grad[:wanting])
-            kept = keep(wanted, options(*arguments[start:]), *arguments[leaves : start - 1], *kept)
+            kept = keep(ctx.needs_input_grad, opts, *others, *kept)
         if listed:
-            ctx.save_for_backward(*kept[:width], *arguments[start:numbers], *kept[width])
+            ctx.save_for_backward(*kept[:width], *own, *opts[ours:tensors], *kept[width])
         else:
-            ctx.save_for_backward(*kept, *arguments[start:numbers])
-        ctx.backend, ctx.numbers = arguments[start - 1], arguments[numbers:]
+            ctx.save_for_backward(*kept, *own, *opts[ours:tensors])
+        ctx.backend, ctx.numbers = backend, opts[tensors:]
         ctx.set_materialize_grads(False)  # they stay None in the common case that nobody uses a second result
         return made if whole else made[:visible]
 
     @differentiable_once(name)
     def function_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        kept = list(ctx.saved_tensors)
-        tensors, lists = kept[width : width + numbers - start], kept[width + numbers - start :]
-        kept = [*kept[:width], lists] if listed else kept[:width]
-        wanted = list(ctx.needs_input_grad[:wanting])
+        saved = ctx.saved_tensors
+        kept, wanted = saved[:width], list(ctx.needs_input_grad[:count])
         if zeros is None:
             if all(x is None for x in grads):
-                return (*(None for _ in wanted), *constants)
+                return ((None,) * count) + constants
         elif grads[0] is None:
             grads = (torch.zeros_like(kept[zeros]), *grads[1:])
-        found = backward_op(*grads, *kept, wanted, ctx.backend, *tensors, *ctx.numbers)
+        if listed:
+            kept = (*kept, list(saved[width + tensors :]))
+        found = backward_op(*grads, *kept, wanted, ctx.backend, *saved[width : width + tensors], *ctx.numbers)
         return (*(x if need else None for x, need in zip(found, wanted, strict=True)), *constants)
 
     function = type(torch.autograd.Function)(
@@ -156,26 +155,33 @@ def differentiable(
         {"forward": staticmethod(function_forward), "backward": staticmethod(function_backward)},
     )
 
-    def differentiated(arguments: tuple[Any, ...]) -> Any:
-        if twice and torch.compiler.is_compiling():
-            arguments = tuple(
-                x.view_as(x) if place in twice and x is not None else x for place, x in enumerate(arguments)
-            )
-        return function.apply(*arguments[:leaves], *arguments[start:rest], *arguments[leaves:start], arguments[rest:])
+    def views(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        at = len(arguments) - 1
+        flat = tuple(
+            x.view_as(x) if place in twice and x is not None else x
+            for place, x in enumerate((*arguments[:at], *arguments[at]))
+        )
+        return *flat[:at], options(*flat[at:])
 
     def call(*arguments: Any) -> Any:
+        opts = arguments[-1]
         if torch.is_grad_enabled():
-            for place in places:
-                x = arguments[place]
+            for x in (*arguments[:leaves], *opts[:ours]):
                 if x is not None and x.requires_grad:
-                    return differentiated(arguments)
-        made = forward_op(*(arguments if prepare is None else prepare(False, *arguments)))
+                    if twice and torch.compiler.is_compiling():
+                        arguments = views(arguments)
+                        opts = arguments[-1]
+                    return function.apply(*arguments[:leaves], *opts[:ours], *arguments[leaves:-1], opts)
+        if outside is None:
+            made = forward_op(*arguments[:-1], *opts)
+        else:
+            made = forward_op(*arguments[:leaves], *plain, arguments[-2], *opts)
         return made if whole else made[:visible]
 
     def shown(compute: Callable[..., Any]) -> Callable[..., Any]:
-        if whole and prepare is None:
-            return compute
-        return lambda *given: compute(*(given if prepare is None else prepare(False, *given)))[:visible]
+        if outside is None:
+            return compute if whole else lambda *given: compute(*given)[:visible]
+        return lambda *given: compute(*given[:leaves], *plain, *given[-2:])[:visible]
 
     exported_op = register(
         name,
@@ -184,11 +190,13 @@ def differentiable(
         impl=shown(forward),
         fake=shown(fake),
         options=options,
-        gradient=call,
+        gradient=lambda *arguments: call(*arguments[: len(outer) + 1], options(*arguments[len(outer) + 1 :])),
     )
 
     def run(*arguments: Any) -> Any:
-        return exported_op(*arguments) if torch.compiler.is_exporting() else call(*arguments)
+        if torch.compiler.is_exporting():
+            return exported_op(*arguments[:-1], *arguments[-1])
+        return call(*arguments)
 
     return Operators(forward_op, backward_op, exported_op, run)
 
