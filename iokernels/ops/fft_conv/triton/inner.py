@@ -51,9 +51,9 @@ class RowSizes(NamedTuple):
 class Rows(NamedTuple):
     """A of one signal, and later what became of it, with the scales of both; None where it takes no part."""
 
-    values: Any  # [chunks B H, N0, M]
-    scales: Any  # float32 [chunks B H, N0 / ROWS, M / COLUMNS], of A
-    out_scales: Any  # float32 [chunks B H, N0 / 2 + 1], of the result
+    values_ptr: Any  # [chunks B H, N0, M]
+    scales_ptr: Any  # float32 [chunks B H, N0 / ROWS, M / COLUMNS], of A
+    out_scales_ptr: Any  # float32 [chunks B H, N0 / 2 + 1], of the result
 
 
 class RowTwiddles(NamedTuple):
@@ -104,8 +104,8 @@ def _load_row(rows, at, row, SIZES: tl.constexpr):
     tile = tl.arange(0, N1) * N2 // COLUMNS
     mirrored = row % half
     below = tl.where(mirrored == 0, 0, N1)  # rows of the tile that the imaginary part has
-    values = rows.values + tl.cast(at, tl.int64) * (OUTER * N1 * N2)
-    scales = rows.scales + tl.cast(at, tl.int64) * (OUTER // ROWS * tiles)
+    values = rows.values_ptr + tl.cast(at, tl.int64) * (OUTER * N1 * N2)
+    scales = rows.scales_ptr + tl.cast(at, tl.int64) * (OUTER // ROWS * tiles)
     xr = tl.load(values + (row * (N1 * N2) + offs)).to(tl.float32)
     xr *= tl.load(scales + (row // ROWS * tiles + tile))[:, None]
     second = half + mirrored
@@ -126,11 +126,11 @@ def _store_row(rows, at, row, xr, xi, SIZES: tl.constexpr):
     below = tl.where(mirrored == 0, 0, N1 * N2)
     e = tl.maximum(exponent(xr), exponent(xi))
     factor = power_of_two(-e)
-    values = rows.values + tl.cast(at, tl.int64) * (OUTER * N1 * N2)
-    tl.store(values + (row * (N1 * N2) + offs), (xr * factor).to(rows.values.dtype.element_ty))
+    values = rows.values_ptr + tl.cast(at, tl.int64) * (OUTER * N1 * N2)
+    tl.store(values + (row * (N1 * N2) + offs), (xr * factor).to(rows.values_ptr.dtype.element_ty))
     values += (half + mirrored) * (N1 * N2)
-    tl.store(values + offs, (xi * factor).to(rows.values.dtype.element_ty), mask=offs < below)
-    tl.store(rows.out_scales + tl.cast(at, tl.int64) * (half + 1) + row, scale_back(e))
+    tl.store(values + offs, (xi * factor).to(rows.values_ptr.dtype.element_ty), mask=offs < below)
+    tl.store(rows.out_scales_ptr + tl.cast(at, tl.int64) * (half + 1) + row, scale_back(e))
 
 
 @triton.jit

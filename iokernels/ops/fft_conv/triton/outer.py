@@ -59,9 +59,9 @@ class Signal(NamedTuple):
 class Scaled(NamedTuple):
     """A as it is stored, and the matrix of the transform."""
 
-    values: Any  # [chunks, B, H, N0, M]
-    scales: Any  # float32, what it was divided by: of tiles [chunks, B, H, N0 / ROWS, M / COLUMNS], or of rows
-    basis: Any  # [N0, N0], real
+    values_ptr: Any  # [chunks, B, H, N0, M]
+    scales_ptr: Any  # float32, what it was divided by: of tiles [chunks, B, H, N0 / ROWS, M / COLUMNS], or of rows
+    basis_ptr: Any  # [N0, N0], real
 
 
 class Extent(NamedTuple):

@@ -97,8 +97,8 @@ class Steps:
         launch, tile, rows = self.launch, self.tile, self.rows(chunks)
         tiles = self.outer // tile.rows * (self.length // tile.columns)
         source = Source(gate=gate is not None, state=state is not None, periodic=self.cover.periodic)
-        kernel[(rows.values.shape[0] * tiles,)](
-            Signal(view(x), view(gate), state), Scaled(rows.values, rows.scales, self.matrix(False)),
+        kernel[(rows.values_ptr.shape[0] * tiles,)](
+            Signal(view(x), view(gate), state), Scaled(rows.values_ptr, rows.scales_ptr, self.matrix(False)),
             launch.batch, launch.heads, launch.n, overlap, self.cover.step, stop, limit,
             SOURCE=source, SIZES=self.tile_sizes(x, gate), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -118,8 +118,8 @@ class Steps:
         )  # fmt: skip
         post = options.post_gate
         first, blocks = self.results(cover.overlap, cover.overlap + launch.n)
-        fft_conv_outer_fwd_out_kernel[(rows.values.shape[0] * blocks * (self.length // tile.columns),)](
-            Scaled(rows.values, rows.out_scales, self.matrix(True)), view(post), view(y),
+        fft_conv_outer_fwd_out_kernel[(rows.values_ptr.shape[0] * blocks * (self.length // tile.columns),)](
+            Scaled(rows.values_ptr, rows.out_scales_ptr, self.matrix(True)), view(post), view(y),
             launch.batch, launch.heads, launch.n, cover.overlap, cover.step, first, blocks,
             POST=post is not None, SIZES=self.tile_sizes(post, y),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -181,8 +181,9 @@ class Steps:
         launch, tile, options = self.launch, self.tile, self.launch.options
         first, blocks = self.results(overlap if wanted.post else 0, min(stop, launch.n + overlap))
         tensors = launch.u, options.pre_gate, dy, grads.u, grads.pre_gate, grads.post_gate
-        fft_conv_outer_bwd_out_kernel[(rows.values.shape[0] * blocks * (self.length // tile.columns),)](
-            Scaled(rows.values, rows.out_scales, self.matrix(True)), view(launch.u), view(options.pre_gate), view(dy),
+        fft_conv_outer_bwd_out_kernel[(rows.values_ptr.shape[0] * blocks * (self.length // tile.columns),)](
+            Scaled(rows.values_ptr, rows.out_scales_ptr, self.matrix(True)),
+            view(launch.u), view(options.pre_gate), view(dy),
             Results(view(grads.u), view(grads.pre_gate), view(grads.post_gate), grads.initial_state),
             launch.batch, launch.heads, launch.n, overlap, self.cover.step, stop, first, blocks,
             SOURCE=Source(options.pre_gate is not None, launch.state is not None, self.cover.periodic), WANTED=wanted,
