@@ -43,3 +43,51 @@ def test_default_configurations_fit(gpu: str, compiled_apart: Callable[..., str]
         if kernel["kernel"] in THROUGH or ("fwd" in kernel["kernel"] and vocabulary.parse(kernel["shape"]).n < 4096):
             # Transforms of 8192 points keep part of what they need in local memory, as the command says.
             assert kernel["spill_bytes"] <= 192, kernel  # none or a word or two with Triton 3.6, more with 3.7
+
+
+INTEGERS = """
+import json
+import torch
+from triton.runtime.jit import JITFunction
+from iokernels import autotune
+from iokernels.autotune.resources import compiling_for
+from iokernels.ops.fft_conv.case import CASE
+from iokernels.ops.fft_conv.triton.tuning import Config, OuterConfig
+from iokernels.runtime.device import named
+
+rows, run = [], JITFunction.run
+
+def binaries(kernel):
+    # What Triton remembers of a kernel on a device starts with its variants.
+    return sum(len(device[0]) for device in kernel.device_caches.values())
+
+def with_other_integers(self, *args, **options):
+    found, before = run(self, *args, **options), binaries(self)
+    for value in (1, 10, 16, 17):
+        run(self, *(value if type(x) is int else x for x in args), **options)
+    rows.append([self.__name__, sum(type(x) is int for x in args), binaries(self) - before])
+    return found
+
+JITFunction.run = with_other_integers
+on_chip, through = Config(256, 2, 4, 1), Config(256, 2, 4, 1, 16)
+tile = OuterConfig(rows=16, columns=128, depth=16, num_warps=4, num_stages=1)
+for config, words in ((on_chip, "n=700,nk=20"), (through, "n=2k,nk=1k")):
+    found = autotune.override(fft_conv_fwd=config, fft_conv_bwd=config, fft_conv_outer=tile)
+    with compiling_for(named("h100-sxm")), found:
+        CASE.compilation.launch(CASE.vocabulary.parse(f"b=3,h=2,{words},gated=1,state=1"), torch.float16, "both")
+print(json.dumps(rows))
+"""
+
+
+def test_no_integer_is_compiled_in(tmp_path: Path) -> None:
+    """One binary serves every length, batch, overlap and number of transforms."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", INTEGERS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = json.loads(run.stdout)
+    assert {kernel for kernel, _, _ in rows} == KERNELS | THROUGH
+    for kernel, integers, more in rows:
+        assert integers >= 3, kernel
+        assert more == 0, kernel
