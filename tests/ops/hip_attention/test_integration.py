@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from iokernels import hip_attention, page_bounds, select_exact, select_hip, select_quest
+from iokernels import PageBounds, hip_attention, page_bounds, select_exact, select_hip, select_quest
 from iokernels.ops.hip_attention.case.compile import problem
 from iokernels.ops.hip_attention.case.shapes import SELECT
 from iokernels.ops.hip_attention.op import bounds_op, exact_op, global_op, pages_op, stage_op
@@ -77,6 +77,22 @@ def test_compile_makes_one_graph_for_three_lengths(selector: str) -> None:
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected)
     assert counter.frame_count == 1
+
+
+def test_compiled_bounds_are_written_where_asked() -> None:
+    k = torch.randn(1, 2, 48, 8)
+    bounds = page_bounds(k)
+    k[:, :, 32:] = torch.randn(1, 2, 16, 8)
+
+    def update(out: PageBounds) -> PageBounds:
+        return page_bounds(k, out=out, first=32)
+
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    got, kept = (PageBounds(*(x.clone() for x in bounds)) for _ in range(2))
+    compiled(got)
+    for x, y in zip(got, update(kept), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert not torch.equal(got.kmin, bounds.kmin)
 
 
 def test_autocast() -> None:
