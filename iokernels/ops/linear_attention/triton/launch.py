@@ -232,8 +232,16 @@ class Launch:
         )  # fmt: skip
 
 
-def rows_view(x: Tensor | None, v: Tensor) -> View:
-    """A contiguous ``[B, H, N]``, or several one after the other: the last stride is from one to the next."""
+NO_ROWS = View(None, 0, 0, 0, 0)
+
+
+def rows_view(x: Tensor | None, v: Tensor, shares: bool = False) -> View:
+    """A contiguous ``[B, H, N]``, or several one after the other: the last stride is from one to the next.
+
+    Without ``x`` there are strides only where other ``shares`` follow them, so that lengths make no kernel variants.
+    """
+    if x is None and not shares:
+        return NO_ROWS
     batch, heads, length, _ = v.shape
     return View(x, heads * length, length, 1, batch * heads * length)
 

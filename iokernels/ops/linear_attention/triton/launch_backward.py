@@ -100,7 +100,7 @@ class _Backward:
         r = self._shares(triton.cdiv(width, config.width)) if wanted else None
         linear_attention_bwd_dq_kernel[launch.grid(self.cut, config, width)](
             launch.inputs, self.cut.offsets, view(self.dout), rows_view(self.dden, self.v), view(dq),
-            DecayGradient(None, None, view(None), rows_view(r, self.v)), _exchanged(before),
+            DecayGradient(None, None, view(None), rows_view(r, self.v, options.taylor)), _exchanged(before),
             *launch.varying(self.cut), options.scale,
             FEATURES=launch.features(self.cut, has_state=before is not None, writes_state=False, decay_gradient=wanted),
             SIZES=launch.sizes(config, self.q, self.k, self.v, self.dout, dq, over=over), **resources(config),
@@ -118,7 +118,7 @@ class _Backward:
         states = _exchanged(final if end is None else end)._replace(ptr=final)
         linear_attention_bwd_dk_kernel[launch.grid(self.cut, config, width)](
             launch.inputs, self.cut.offsets, view(self.dout), rows_view(self.dden, self.v), view(dk),
-            DecayGradient(r, end, states, rows_view(dg, self.v)), _exchanged(behind),
+            DecayGradient(r, end, states, rows_view(dg, self.v, options.taylor)), _exchanged(behind),
             *launch.varying(self.cut), options.scale,
             FEATURES=launch.features(self.cut, has_state=behind is not None, writes_state=False, decay_gradient=wanted),
             SIZES=launch.sizes(config, self.q, self.k, self.v, self.dout, dk, over=over), **resources(config),
