@@ -163,7 +163,9 @@ def differentiable(
         )
         return *flat[:at], options(*flat[at:])
 
-    def call(*arguments: Any) -> Any:
+    def run(*arguments: Any, exported: bool = False) -> Any:
+        if not exported and torch.compiler.is_exporting():
+            return exported_op(*arguments[:-1], *arguments[-1])
         opts = arguments[-1]
         if torch.is_grad_enabled():
             for x in (*arguments[:leaves], *opts[:ours]):
@@ -190,13 +192,8 @@ def differentiable(
         impl=shown(forward),
         fake=shown(fake),
         options=options,
-        gradient=lambda *arguments: call(*arguments[: len(outer) + 1], options(*arguments[len(outer) + 1 :])),
+        gradient=lambda *flat: run(*flat[: len(outer) + 1], options(*flat[len(outer) + 1 :]), exported=True),
     )
-
-    def run(*arguments: Any) -> Any:
-        if torch.compiler.is_exporting():
-            return exported_op(*arguments[:-1], *arguments[-1])
-        return call(*arguments)
 
     return Operators(forward_op, backward_op, exported_op, run)
 
