@@ -149,7 +149,8 @@ def differentiable(
         found = backward_op(*grads, *kept, wanted, ctx.backend, *saved[width : width + tensors], *ctx.numbers)
         return (*(x if need else None for x, need in zip(found, wanted, strict=True)), *constants)
 
-    function = type(torch.autograd.Function)(
+    kind: Any = type(torch.autograd.Function)
+    function = kind(
         "_" + "".join(map(str.capitalize, name.split("_"))),
         (torch.autograd.Function,),
         {"forward": staticmethod(function_forward), "backward": staticmethod(function_backward)},
