@@ -149,8 +149,8 @@ def differentiable(
         found = backward_op(*grads, *kept, wanted, ctx.backend, *saved[width : width + tensors], *ctx.numbers)
         return (*(x if need else None for x, need in zip(found, wanted, strict=True)), *constants)
 
-    metaclass: Any = type(torch.autograd.Function)
-    function = metaclass(
+    kind: Any = type(torch.autograd.Function)
+    function = kind(
         "_" + "".join(map(str.capitalize, name.split("_"))),
         (torch.autograd.Function,),
         {"forward": staticmethod(function_forward), "backward": staticmethod(function_backward)},
@@ -164,7 +164,9 @@ def differentiable(
         )
         return *flat[:at], options(*flat[at:])
 
-    def call(*arguments: Any) -> Any:
+    def run(*arguments: Any, exported: bool = False) -> Any:
+        if not exported and torch.compiler.is_exporting():
+            return exported_op(*arguments[:-1], *arguments[-1])
         opts = arguments[-1]
         if torch.is_grad_enabled():
             for x in (*arguments[:leaves], *opts[:ours]):
@@ -191,13 +193,8 @@ def differentiable(
         impl=shown(forward),
         fake=shown(fake),
         options=options,
-        gradient=lambda *arguments: call(*arguments[: len(outer) + 1], options(*arguments[len(outer) + 1 :])),
+        gradient=lambda *flat: run(*flat[: len(outer) + 1], options(*flat[len(outer) + 1 :]), exported=True),
     )
-
-    def run(*arguments: Any) -> Any:
-        if torch.compiler.is_exporting():
-            return exported_op(*arguments[:-1], *arguments[-1])
-        return call(*arguments)
 
     return Operators(forward_op, backward_op, exported_op, run)
 
