@@ -7,14 +7,15 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OPERATORS = $(shell $(BIN)/python -c 'from iokernels.ops import CASES; print(*CASES)')
+ROOMS := $(notdir $(patsubst %/,%,$(wildcard tests/ops/*/)))
 CASES ?= 10000
 SEED ?= $(shell date +%Y%m%d)
 
-.PHONY: help setup demo test fuzz matrix lint format type bench cubins dist clean
+.PHONY: help setup demo quick test fuzz matrix inventory lint format type bench cubins dist clean
 .DELETE_ON_ERROR:
 
 help: ## what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install into .venv; runs by itself, and again when pyproject.toml or constraints/ change
 
@@ -35,8 +36,13 @@ demo: $(READY) ## prove every operator on this machine, time each, train a small
 	for case in $(OPERATORS); do $(BIN)/iokernels bench $$case --suite quick --seconds 0.2 || exit 1; done
 	$(BIN)/python docs/examples/language_model.py --mixer flash --short
 
+quick: export OMP_NUM_THREADS ?= 1
+quick: $(READY) ## one point an option of one operator, every backend, in a minute: OP=flash_attention
+	@$(if $(filter $(OP),$(ROOMS)),:,echo 'make quick OP=one of: $(ROOMS)' >&2; exit 1)
+	$(BIN)/python -m pytest tests/ops/$(OP) --tier quick -q -n $(WORKERS) $(ARGS)
+
 test: export OMP_NUM_THREADS ?= 1
-test: $(READY) ## all tests
+test: $(READY) ## all tests; a hundred orders, more drawn calls: ARGS="--orders 100 --examples 10"
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 fuzz: export OMP_NUM_THREADS ?= 1
@@ -46,6 +52,9 @@ fuzz: $(READY) ## drawn calls of every operator and backend against their formul
 
 matrix: ## the compile and integration tests at the ends of the declared versions; ARGS="--row torch-2.11"
 	$(PYTHON) tests/matrix.py $(ARGS)
+
+inventory: $(READY) ## what is proved and what kernels take; ARGS="--json FILE" keeps it, "--against FILE" compares
+	$(BIN)/python tests/inventory.py $(ARGS)
 
 lint: $(READY) ## style, without changing a file
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The quick suites under pytest-benchmark: ``pytest bench --benchmark-only``.
 
-Nothing collects this file unless it is asked for. Times are those of :mod:`iokernels.testing.case.passes`, on the
+Nothing collects this file unless it is asked for. Times are those of :mod:`iokernels.bench.timing.passes`, on the
 device that the command line would pick; its protocol (rounds in turn, a cold cache on a GPU) is that of
 ``iokernels bench``, and pytest-benchmark's own is used here, whose histories and comparisons it serves.
 """
@@ -15,9 +15,9 @@ import torch
 
 from iokernels.bench.timing import contenders, machine
 from iokernels.bench.timing.contenders import Contender
+from iokernels.bench.timing.passes import pass_call
 from iokernels.ops import CASES
 from iokernels.testing.case import Pass, dtype_name, load
-from iokernels.testing.case.passes import pass_call
 from iokernels.testing.case.proof import Verdict
 from iokernels.testing.case.shape import Shape
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("tests/ops/test_*_compile.py", "tests/ops/test_*_integration.py", "tests/runtime", "tests/compatibility")
+SUITES = ("tests/ops/*/test_compile.py", "tests/ops/*/test_integration.py", "tests/runtime", "tests/compatibility")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ OTHERS = (
 )
 """What else the tests import."""
 
+SETTINGS = {"OMP_NUM_THREADS": "1", "IOKERNELS_EMULATE_ORDERS": "1"}
+"""What the tests run under unless the environment says otherwise. In which orders a kernel's blocks and warps run is
+nothing that a version of a package changes, so one is enough here; `make test` runs twenty."""
+
 
 def install(row: Row, folder: Path) -> tuple[Path, str]:
     """Make the environment of a row, or take the one that is there; its Python, and what went wrong ("" if nothing)."""
@@ -70,7 +74,10 @@ def install(row: Row, folder: Path) -> tuple[Path, str]:
     for command in ([*pip, *pins, *OTHERS], [*pip, "--no-deps", f"triton=={row.triton}"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            return python, (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            lines = done.stderr.strip().splitlines()
+            # Warnings about indexes may follow the reason.
+            reasons = [line for line in lines if line.startswith("ERROR")]
+            return python, (reasons or lines or [f"pip ended with {done.returncode}"])[-1]
     ready.write_text(repr((row, OTHERS)))
     return python, ""
 
@@ -103,7 +110,7 @@ def run(name: str, folder: Path, workers: int, rest: list[str]) -> tuple[str, li
         return f"{versions} not installed: {fault} | | | |", [], False
     report = folder / f"{name}.xml"
     report.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {**SETTINGS, **os.environ, "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     command = [str(python), "-m", "pytest", "-q", "-n", str(workers), f"--junitxml={report}", *(rest or tests())]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False)

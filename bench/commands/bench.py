@@ -21,10 +21,10 @@ from iokernels.bench.timing.compare import Comparison, Saved
 from iokernels.bench.timing.contenders import Contender
 from iokernels.bench.timing.machine import Machine
 from iokernels.bench.timing.measure import Clock, clock_for, measure
+from iokernels.bench.timing.passes import pass_call
 from iokernels.bench.timing.revision import Revision
 from iokernels.runtime.errors import UnsupportedError
 from iokernels.testing.case import DTYPES, Case, Pass, dtype_name, load
-from iokernels.testing.case.passes import pass_call
 from iokernels.testing.case.proof import Verdict
 from iokernels.testing.case.shape import Shape, UsageError
 

@@ -18,7 +18,7 @@ from iokernels.bench.report.rows import Row
 from iokernels.bench.timing.compare import Comparison, interleaved
 from iokernels.testing.case.shape import UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 """The checkout that this file stands in, if it is one."""
 _WORKER = Path(__file__).resolve().with_name("version_worker.py")
 _BATCH = 10e-3

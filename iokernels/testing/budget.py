@@ -5,14 +5,22 @@ formula makes when PyTorch runs it in that precision, plus the noise of rounding
 error and for the root mean square (:func:`check`): the budget follows the inputs and is never a guessed constant. Where
 an error grows along the sequence, as in recurrences and long convolutions, each row is held to a relative error instead
 (:func:`check_relative_rms`).
+
+A failure names the tensor, the index that is most wrong, what is there, what should be, and the command that repeats it
+(:func:`repeated_by`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+
+from iokernels.runtime.scoped import Scoped
 
 FORWARD = 2.0
 """Error allowed to a forward pass, in errors of the eager low-precision formula."""
@@ -26,20 +34,46 @@ the factor log2 e and once for the log-sum-exp that it subtracts, where the eage
 half precision such roundings, being in float32 all the same, vanish in the error of the inputs' products."""
 
 
+_again: Scoped[str] = Scoped("")
+
+
+@contextmanager
+def repeated_by(command: str) -> Iterator[None]:
+    """Every failure inside ends with ``command``, which repeats it."""
+    with _again.set(command):
+        yield
+
+
+def fail(message: str) -> NoReturn:
+    """Raise ``message`` as an AssertionError, with the command that repeats the failure where one is known."""
+    raise AssertionError(message + (f"\n  again: {_again.value}" if _again.value else ""))
+
+
+class Element(NamedTuple):
+    """One element of a result: its index, what is there, and what should be."""
+
+    index: tuple[int, ...]
+    got: float
+    expected: float
+
+    def __str__(self) -> str:
+        return f"at {self.index}: got {self.got:.6g}, expected {self.expected:.6g}"
+
+
 @dataclass(frozen=True)
 class Judgement:
     """A result measured against its budget, in float64.
 
     ``error`` and ``limit`` are the largest absolute error found and allowed, ``rms_error`` and ``rms_limit`` the same
-    for the root mean square over the tensor, which sees a small error that is everywhere. ``worst`` is the index of the
-    element with the largest error, or None where there is no element.
+    for the root mean square over the tensor, which sees a small error that is everywhere. ``worst`` is the element with
+    the largest error, or None where there is no element.
     """
 
     error: float
     limit: float
     rms_error: float
     rms_limit: float
-    worst: tuple[int, ...] | None
+    worst: Element | None
 
     @property
     def ratio(self) -> float:
@@ -94,7 +128,7 @@ def judge(actual: Tensor, reference: Tensor, low_precision: Tensor, *, factor: f
         limit=factor * _largest(low_error) + 2.0 * _largest(noise),
         rms_error=_rms(error),
         rms_limit=factor * _rms(low_error) + 2.0 * _rms(noise),
-        worst=_where_largest(error),
+        worst=_element(actual, reference, _where_largest(error)),
     )
 
 
@@ -129,10 +163,8 @@ def check(
             "zeros would pass. Take larger inputs."
         )
     if not judgement.within:
-        worst = judgement.worst
-        raise AssertionError(
-            f"{what}: error {judgement.error:.3g} (limit {judgement.limit:.3g}) at {worst}: "
-            f"got {actual[worst].item():.6g}, expected {reference[worst].item():.6g}; "
+        fail(
+            f"{what}: error {judgement.error:.3g} (limit {judgement.limit:.3g}) {judgement.worst}; "
             f"RMS error {judgement.rms_error:.3g} (limit {judgement.rms_limit:.3g})"
         )
 
@@ -166,10 +198,23 @@ def check_relative_rms(
         raise ValueError(f"actual has the shape {tuple(actual.shape)} and reference {tuple(reference.shape)}")
     ratios = relative_rms(actual, reference, dim)
     if not bool((ratios <= limit).all()):
-        worst = _where_largest(ratios)
-        raise AssertionError(
-            f"{what}: relative RMS error {_largest(ratios):.3g} exceeds the limit {limit:.3g} in row {worst}"
+        fail(
+            f"{what}: relative RMS error {_largest(ratios):.3g} exceeds the limit {limit:.3g} in row "
+            f"{_where_largest(ratios)}, most {worst_of_rows(actual, reference, dim)}"
         )
+
+
+def worst_of_rows(actual: Tensor, reference: Tensor, dim: int | tuple[int, ...] = -1) -> Element | None:
+    """The element with the largest error in the row along ``dim`` with the largest relative RMS error."""
+    actual, reference = actual.detach().double(), reference.detach().double().to(actual.device)
+    ratios = relative_rms(actual, reference, dim)
+    kept = list(ratios.shape)
+    for over in sorted(each % actual.dim() for each in ((dim,) if isinstance(dim, int) else dim)):
+        kept.insert(over, 1)
+    # Of the other rows nothing counts, and of this one a NaN most.
+    errors = (actual - reference).abs().nan_to_num(nan=float("inf")) + 1.0
+    in_worst = (ratios == _largest(ratios)).reshape(kept)
+    return _element(actual, reference, _where_largest(torch.where(in_worst, errors, 0.0)))
 
 
 def _ratio(error: float, limit: float) -> float:
@@ -188,6 +233,10 @@ def _rms(x: Tensor) -> float:
 
 def _largest(x: Tensor) -> float:
     return x.max().item() if x.numel() else 0.0
+
+
+def _element(actual: Tensor, reference: Tensor, index: tuple[int, ...] | None) -> Element | None:
+    return None if index is None else Element(index, actual[index].item(), reference[index].item())
 
 
 def _where_largest(x: Tensor) -> tuple[int, ...] | None:

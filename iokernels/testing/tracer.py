@@ -59,7 +59,7 @@ class Kernel:
     """One launch: the kernel's name, its grid (three extents), and the bytes of each tensor argument by name.
 
     Bytes that belong to several arguments are put down to the first of them. The elements of a tuple argument are named
-    ``name[0]``, ``name[1]``.
+    ``name[0]``, ``name[1]``, those of a named tuple ``name.field``; a view has the name of its tensor.
     """
 
     name: str
@@ -315,8 +315,10 @@ class _Watch:
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors in a kernel argument, by name: tensors, those inside wrappers, descriptors and tuples."""
     if isinstance(value, tuple):
+        fields: Any = getattr(value, "_fields", None)
         for index, element in enumerate(value):
-            yield from _tensors(f"{name}[{index}]", element)
+            inner = f"{name}[{index}]" if fields is None else f"{name}.{fields[index]}"
+            yield from _tensors(inner.removesuffix(".ptr"), element)
     elif isinstance(value, torch.Tensor):
         yield name, value
     elif hasattr(value, "base"):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from iokernels import autotune
-from iokernels.autotune import RESULTS, Size, Space, Tunable, tables
+from iokernels.autotune import RESULTS, Size, Space, Tunable
 from iokernels.autotune.space import at_most, literals
 
 
@@ -55,10 +54,5 @@ def make_config() -> type[Config]:
 
 
 @pytest.fixture(autouse=True)
-def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
-    """The user's and the package's folder of tables, both empty."""
-    monkeypatch.setattr(tables, "user", lambda: tmp_path / "user")
-    monkeypatch.setattr(tables, "PACKAGE", tmp_path / "package")
-    autotune.forget()
-    yield tables.user(), tables.PACKAGE
-    autotune.forget()
+def _no_tables(roots: tuple[Path, Path]) -> None:
+    """No table but those that the test writes."""

@@ -8,13 +8,10 @@ import torch
 from iokernels.bench.report import plot_io
 from iokernels.ops import CASES
 from iokernels.ops.flash_attention.triton.tuning import KERNELS, Config
-from iokernels.runtime import device as devices
 from iokernels.testing.case import Case, dtype_name, load
 from iokernels.testing.case.accounts import Account, Accounts, Bytes
 from iokernels.testing.case.count import count
 from iokernels.testing.case.shape import Shape
-
-interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 
 COUNTED, COUNTED_CUDA = (
     [
@@ -27,21 +24,18 @@ COUNTED, COUNTED_CUDA = (
 )
 
 
-emulated = pytest.mark.skipif(devices.cxx() is None, reason="the emulator needs g++")
-
-
 def models(accounts: Accounts, shape: Shape, dtype: torch.dtype) -> dict[str, Bytes]:
     found = accounts.model(shape, dtype, accounts.test_configs)
     return {kernel: account.model for kernel, account in found.items()}
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("case", "accounts", "shape", "dtype"), COUNTED)
 def test_as_many_bytes_as_the_model_says(case: Case, accounts: Accounts, shape: Shape, dtype: torch.dtype) -> None:
     assert count(case, shape, dtype, accounts.test_configs) == models(accounts, shape, dtype)
 
 
-@emulated
+@pytest.mark.gxx
 @pytest.mark.parametrize(("case", "accounts", "shape", "dtype"), COUNTED_CUDA)
 def test_cuda_kernels_too(case: Case, accounts: Accounts, shape: Shape, dtype: torch.dtype) -> None:
     assert count(case, shape, dtype, accounts.test_configs, backend="cuda") == models(accounts, shape, dtype)

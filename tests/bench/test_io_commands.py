@@ -15,11 +15,10 @@ from iokernels.runtime import device as devices
 from iokernels.runtime.device import named
 from iokernels.testing.case.accounts import Bytes
 
-interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="bytes are counted in Triton's interpreter")
 SMALL = ["io", "flash_attention", "--shape", "b=1,h=2,n=160,d=16,causal=1", "--dtype", "fp16"]
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_io_counts_what_it_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target, picture = tmp_path / "io.json", tmp_path / "io.png"
     assert main([*SMALL, "--json", str(target), "--plot", str(picture)]) == 0
@@ -41,7 +40,7 @@ def test_io_counts_what_it_models(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "an order, without its constant" in printed
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_io_fails_where_a_count_is_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     real = io_table.count
 
@@ -55,7 +54,7 @@ def test_io_fails_where_a_count_is_off(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "WRONG: flash_attention_bwd_dq_kernel: counted" in " ".join(capsys.readouterr().out.split())
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_io_says_when_it_counts_on_a_smaller_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(io_table, "COUNTED_BYTES", 200_000)
     target = tmp_path / "io.json"
@@ -79,7 +78,7 @@ def test_the_gpu_chooses_the_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert tiles["a100-sxm"] != tiles["h100-sxm"]
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_inspect_has_nothing_to_do_in_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "flash_attention", "--gpu", "h100-sxm"]) == 2
     error = capsys.readouterr().err
@@ -100,7 +99,7 @@ def test_usage_errors(arguments: list[str], message: str, capsys: pytest.Capture
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(devices.cxx() is None, reason="the emulator needs g++")
+@pytest.mark.gxx
 def test_shapes_that_a_backend_refuses_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     shapes = ["b=1,h=1,n=1,nk=300,d=16,budget=48,sink=5,window=24", "b=1,h=1,n=1,nk=300,d=16,quest=1"]
     command = ["io", "select_hip", "--backend", "cuda"]

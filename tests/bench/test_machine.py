@@ -44,7 +44,7 @@ def test_the_cpu_is_described() -> None:
     assert here.as_dict()["device"] == "cpu"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.without_gpu
 def test_a_device_that_is_not_here() -> None:
     assert machine.pick_device(None) == torch.device("cpu")
     with pytest.raises(machine.NoDeviceError, match="no CUDA GPU"):

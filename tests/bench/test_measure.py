@@ -80,7 +80,7 @@ def test_the_cpu_clock_times_the_call() -> None:
     assert clock.peak_bytes(lambda: None) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.with_gpu
 def test_the_gpu_clock() -> None:
     device = torch.device("cuda")
     clock = clock_for(device)

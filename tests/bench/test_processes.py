@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
@@ -22,7 +21,7 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | changes
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.without_gpu
 def test_check_turns_the_interpreter_on_by_itself() -> None:
     choice = ["-k", "one query, one key", "--dtype", "bf16", "--json", "-"]
     command = [sys.executable, "-m", "iokernels", "check", "flash_attention", *choice]

@@ -9,7 +9,7 @@ from iokernels import UnsupportedError
 from iokernels.ops.flash_attention.case import CASE
 from iokernels.runtime.registration.precision import eagerly
 from iokernels.testing.case import Inputs, Outputs
-from iokernels.testing.case.proof import Proof, results
+from iokernels.testing.case.proof import Proof, prove_point, results
 
 CPU = torch.device("cpu")
 POINTS = [point for point in CASE.check_points() if point.quick]
@@ -110,5 +110,4 @@ def test_what_raises_is_told_and_not_raised(proof: Proof) -> None:
 def test_backends_keep_the_budget(point: object, backend: str) -> None:
     shape = point.shape  # pyright: ignore[reportAttributeAccessIssue]
     device = torch.device("cuda") if torch.cuda.is_available() else CPU
-    verdict = Proof(CASE, shape, torch.bfloat16, device).judge(lambda inputs: CASE.run(inputs, backend))
-    assert verdict.status == "ok", verdict
+    prove_point(CASE, backend, shape, torch.bfloat16, device)

@@ -36,8 +36,6 @@ from iokernels.testing.case import load
 H100 = named("h100-sxm")
 CPU = torch.device("cpu")
 SHAPE = "b=1,h=2,n=64,d=16,causal=1"
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="runs the kernels on the CPU")
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +79,7 @@ def plan(item: tune.Item, *configs: Config) -> Plan:
     return Plan(item.kernel, item.shape, item.dtype, funnel, chosen, [None] * len(chosen), [resources] * len(chosen))
 
 
-@needs_no_gpu
+@pytest.mark.without_gpu
 def test_without_a_gpu_it_says_so_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "flash_attention"]) == 3
     printed = capsys.readouterr()
@@ -118,7 +116,7 @@ def test_usage_errors(
     assert message in capsys.readouterr().err
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_interpreted_kernels_are_not_tuned(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "flash_attention", "--dry-run"]) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
@@ -225,7 +223,7 @@ def test_a_gpu_model_travels_to_another_process() -> None:
     assert unpack(pickle.loads(pickle.dumps(pack(H100)))) == H100
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("kernel", ["flash_attention_fwd", "flash_attention_bwd_dkv"])
 def test_the_winner_is_written_and_then_launched(kernel: str, root: Path) -> None:
     (item,) = items("--kernel", kernel)
@@ -242,7 +240,7 @@ def test_the_winner_is_written_and_then_launched(kernel: str, root: Path) -> Non
     assert seen == {kernel: better}
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_a_candidate_with_wrong_results_does_not_win(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (item,) = items("--kernel", "flash_attention_fwd")
     bad, default = Config(32, 32, 4, 1), item.tunable.default(item.problem)
@@ -293,7 +291,7 @@ def test_a_problem_is_tuned_once() -> None:
     assert len(items("--shape", SHAPE.replace("64", "65"))) == 6
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_an_interrupted_run_keeps_what_is_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the second kernel: the first is on disk, and the next run begins with the second."""
     every = items()
@@ -317,7 +315,7 @@ def test_an_interrupted_run_keeps_what_is_done(root: Path, monkeypatch: pytest.M
     ]
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_a_spent_budget_leaves_the_rest_for_the_next_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune.machine, "pick_device", lambda name: CPU)
     monkeypatch.setattr(tune, "_plans", lambda some, *_: [plan(item) for item in some])

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from iokernels.runtime.cuda import emulator
 from iokernels.runtime.cuda.emulator import warp_order, watch
 from iokernels.runtime.cuda.kernel import CudaKernel, cuda_kernel
-from iokernels.runtime.device import cxx
 from iokernels.runtime.errors import KernelFault, KernelLaunchError
 
-pytestmark = pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
+pytestmark = pytest.mark.gxx
 
 SOURCE = Path(__file__).with_name("planted.cu")
 LINES = SOURCE.read_text().splitlines()
@@ -110,16 +108,18 @@ def test_race_with_the_block_that_comes_last(fault: int) -> None:
         assert fault or torch.equal(total, torch.full((64,), 5.0))
 
 
-def test_result_that_depends_on_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_that_depends_on_the_order() -> None:
     """Each order finds the memory as it was, and has to leave it as the first did."""
-    monkeypatch.setattr(emulator, "_seeds", range(20))
     x, counter = torch.empty(5), torch.zeros(1, dtype=torch.int32)
     args = {"x_ptr": x, "counter": counter}
-    with watch() as launches:
+    with warp_order(0, orders=20), watch() as launches:
         cuda_kernel(str(BLOCKS), "tickets", FAULT=0).launch((5,), 32, 0, args)
     assert (counter.item(), x.tolist()) == (5, [1.0] * 5)
     assert launches[0].arguments["x_ptr"].written == 20
-    with pytest.raises(KernelFault, match=r"in x_ptr depends on the order of blocks.* between seeds 0 and \d"):
+    with (
+        warp_order(0, orders=20),
+        pytest.raises(KernelFault, match=r"in x_ptr depends on the order of blocks.* between seeds 0 and \d"),
+    ):
         cuda_kernel(str(BLOCKS), "tickets", FAULT=5).launch((5,), 32, 0, args)
 
 

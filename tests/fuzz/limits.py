@@ -58,13 +58,15 @@ class Verdict:
 
 def judge(
     got: Tensor, expected: Tensor, strays: list[Tensor], work: torch.dtype, *, rms: float | None = None,
-    whole: bool = False, least: float = 0.0, slack: float = 1.0,
+    whole: bool = False, least: float = 0.0, slack: float = 1.0, passed: Tensor | None = None,
 ) -> Verdict:  # fmt: skip
     """Compare ``got`` with ``expected`` float64, which ``strays`` float64 show the condition of.
 
     ``work`` is the dtype of computation. With ``rms``, rows along the last dimension, or the ``whole`` tensor, have
     that relative root mean square as their limit beside the strays. ``least`` is an error that is allowed everywhere,
-    ``slack`` a factor of what the strays allow. NaN and infinities of ``expected`` must be met.
+    ``slack`` a factor of what the strays allow. NaN and infinities of ``expected`` must be met. An element of
+    ``passed`` may also be infinite or NaN, because it or a term of it passes the range of the dtype; if it is a number,
+    it must be the right one.
     """
     got, expected = got.detach().double(), expected.detach()
     if not expected.numel():
@@ -79,7 +81,8 @@ def judge(
     roundings = 2.0 if rms is not None and work.itemsize == 2 else ROUNDINGS[work]
     limit = slack * roundings * torch.maximum(_most(stray, rows), stray.max() / SHARE)
     limit = limit + HALF_ULPS[work] * UNIT[work] * _most(clean.abs(), rows) + SMALLEST[work] + least
-    error = each = torch.where(finite, (got - clean).abs(), 0.0)
+    gone = torch.zeros_like(finite) if passed is None else passed & ~got.isfinite()
+    error = each = torch.where(finite & ~gone, (got - clean).abs(), 0.0)
     if rms is not None:
         limit = limit + rms * _root_mean_square(clean, rows)
         error = _root_mean_square(each, rows)

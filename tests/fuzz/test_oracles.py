@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from iokernels.testing.layouts import LAYOUTS, storage_of, written_elsewhere
 
-from .case import Case, Wrong, evaluate, prove
+from .case import Case, Wrong, bounds, evaluate, prove
 from .jitter import Jitter
+from .limits import judge
 from .oracles import fft_conv, flash_attention, flash_rnn, gated_delta_rule, lean_attention, linear_attention
 from .registry import OPERATORS, make, shares
+
+INF, NAN = float("inf"), float("nan")
 
 
 def given(**args: Any) -> dict[str, Any]:
@@ -143,6 +147,69 @@ def test_every_operator_gets_a_share() -> None:
     assert found.keys() == OPERATORS.keys()
     assert sum(OPERATORS.values()) == 100
     assert dict(shares(12, "fft_conv")) == {"fft_conv": 12}
+
+
+ROUNDED = [
+    ("flash_attention", 20261577, "q", 2.0**-8),  # of an lse of hundreds, whose own gradient leads
+    ("flash_attention", 20261669, "q", 2.0**-8),
+    ("flash_attention", 30000531, "q", 2.0**-10),  # all keys the same, so that dO . out cancels, and a softcap
+    ("flash_attention", 30000559, "q", 2.0**-10),
+    ("fft_conv", 20261306, "initial_state", 2.0**-8),  # one small point of a transform
+    ("flash_rnn", 20261915, "initial_state", 2.0**-12),  # in float64, through slopes of 1e-8 to 1e-11
+    ("linear_attention", 30000750, "v", 2.0**-8),  # a normaliser that is a small sum of large terms
+]
+"""Gradients that rounding moves by more than that of their inputs, and an error that is not rounding's."""
+
+
+@pytest.mark.parametrize(("operator", "number", "name", "error"), ROUNDED)
+def test_what_rounding_does_is_allowed_and_no_more(operator: str, number: int, name: str, error: float) -> None:
+    case, d = make(operator, number)
+    assert prove(case, d.generator, twice=False) <= 1.0
+    case, d = make(operator, number)
+    run = case.run
+
+    def astray(args: dict[str, Any]) -> dict[str, Tensor]:
+        x = args[name]
+        return run({**args, name: x + error * (x - x.detach())})
+
+    case.run = astray
+    with pytest.raises(Wrong, match=f"gradient of {name}"):
+        prove(case, d.generator, twice=False)
+
+
+def test_a_bias_of_minus_1e9_gives_no_licence() -> None:
+    """lse is -1e9 and its last digit 64, but the part that rounding took is kept."""
+    q, k, v = (torch.randn(1, 1, 6, 4) for _ in range(3))
+    plain = given(q=q, k=k, v=v, bias=torch.full((1, 1, 6, 6), -1e9))
+    expected = flash_attention.dense(plain)["out"]
+    moved = flash_attention.dense({**plain, "jitter": Jitter(2.0**-24, 2.0**-24, torch.Generator())})["out"]
+    assert 0.0 < (moved - expected).abs().max() < 1e-5
+
+
+def test_infinity_is_right_where_a_term_overflows_and_only_there() -> None:
+    expected, passed = torch.tensor([1e39, 1e38, 1.0], dtype=torch.float64), torch.tensor([True, True, False])
+    for got, right in (
+        ([INF, 1e38, 1.0], True), ([INF, INF, 1.0], True), ([NAN, NAN, 1.0], True),
+        ([INF, 1e38, INF], False), ([INF, 1e38, NAN], False), ([INF, 1.1e38, 1.0], False), ([1e38, 1e38, 1.0], False),
+    ):  # fmt: skip
+        verdict = judge(torch.tensor(got), expected, [expected], torch.float32, passed=passed)
+        assert (verdict.ratio <= 1.0) is right, got
+
+
+@pytest.mark.parametrize(("scale", "finite"), [(1.0, True), (2.0**63, False)])
+def test_a_plain_call_may_not_overflow(scale: float, finite: bool) -> None:
+    case, d = make("linear_attention", 20262114)
+    case.args["scale"] = scale
+    assert all(bool(x.isfinite().all()) for x in bounds(case, case.args).values()) is finite
+    run = case.run
+
+    def overflown(args: dict[str, Any]) -> dict[str, Tensor]:
+        found = run(args)
+        return {**found, "out": found["out"].masked_fill(found["out"] == found["out"].max(), INF)}
+
+    case.run, case.gradients = overflown, ()
+    with pytest.raises(Wrong) if finite else nullcontext():
+        prove(case, d.generator, twice=False)
 
 
 def _clean_case(operator: str) -> tuple[Case, torch.Generator]:

@@ -37,10 +37,8 @@ def documented() -> dict[str, tuple[str, ...]]:
     return {name: tuple(versions) for name, *versions in (row[:4] for row in cells)}
 
 
-def test_the_documentation_shows_rows_of_the_matrix(rows: dict[str, tuple[str, ...]]) -> None:
-    shown = documented()
-    assert shown
-    assert shown == {name: rows.get(name) for name in shown}
+def test_the_documentation_shows_every_row_of_the_matrix(rows: dict[str, tuple[str, ...]]) -> None:
+    assert documented() == rows
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -19,6 +19,7 @@ from torch import Tensor
 from iokernels.runtime.cuda import emulator
 from iokernels.testing.layouts import LAYOUTS, storage_of, written_elsewhere
 
+from ..tiers import examples
 from .backends import CUDA
 from .layout_paths import PATHS, Path
 
@@ -52,7 +53,7 @@ def test_a_result_does_not_depend_on_the_layout(path: Path, backend: str) -> Non
     }  # fmt: skip
 
     @settings(
-        max_examples=EXAMPLES[backend], deadline=None, derandomize=True, database=None,
+        max_examples=examples(EXAMPLES[backend]), deadline=None, derandomize=True, database=None,
         suppress_health_check=[HealthCheck.too_slow],
         phases=(Phase.explicit, Phase.generate),  # to shrink a failure of an interpreted kernel takes minutes
     )  # fmt: skip

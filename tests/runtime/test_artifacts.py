@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from iokernels.runtime.cuda import artifacts
-from iokernels.runtime.device import cxx
 from iokernels.runtime.errors import KernelError
 
 
@@ -181,7 +180,7 @@ assert out.eq(1).all(), out
 """
 
 
-@pytest.mark.skipif(cxx() is None, reason="the emulator needs g++")
+@pytest.mark.gxx
 def test_a_process_survives_a_damaged_kernel(tmp_path: Path) -> None:
     environment = os.environ | {"IOKERNELS_CACHE": str(tmp_path), "IOKERNELS_EMULATE": "1"}
     command = [sys.executable, "-c", KERNEL_IN_A_PROCESS]

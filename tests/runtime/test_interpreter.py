@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-pytestmark = pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here, not interpreted")
+pytestmark = pytest.mark.interpreted
 
 
 @triton.jit

@@ -14,15 +14,13 @@ import torch
 from iokernels import use_backend
 from iokernels.autotune.select import _overrides, _watched, override
 from iokernels.autotune.select import watch as watch_configs
-from iokernels.runtime import device, dispatch, interpreter
+from iokernels.runtime import device, dispatch
 from iokernels.runtime.cuda import emulator
 from iokernels.runtime.cuda import kernel as launch
 from iokernels.runtime.interpreter import shuffled_blocks
 from iokernels.runtime.scoped import Scoped
 from iokernels.testing.poison import poisoned_memory
 from iokernels.testing.tracer import trace
-
-interpreted = pytest.mark.skipif(not interpreter.active(), reason="Triton compiles its kernels")
 
 
 def test_the_innermost_counts_and_all_of_it_ends() -> None:
@@ -103,7 +101,7 @@ def test_contexts_left_in_another_order_leave_nothing(name: str) -> None:
     assert state() == before
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("make", [lambda: shuffled_blocks(0), trace], ids=["shuffled_blocks", "trace"])
 def test_patches_of_the_interpreter_left_in_another_order_leave_nothing(make: Any) -> None:
     before = _interpreter_parts()

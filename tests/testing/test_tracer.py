@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iokernels.runtime import interpreter
 from iokernels.testing.inputs import poisoned_view
 from iokernels.testing.tracer import OutOfBounds, Traffic, trace
 
@@ -16,7 +15,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-pytestmark = pytest.mark.skipif(not interpreter.active(), reason="kernels are compiled here, not interpreted")
+pytestmark = pytest.mark.interpreted
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,14 +31,9 @@ class Append(NamedTuple):
     interleaved: bool = False
     k_scale: Tensor | None = None  # float32 [Hkv], read
     v_scale: Tensor | None = None
-    k_key_scale: Tensor | None = None  # float32 [B, Hkv, N] or [pages, Hkv, page], written
-    v_key_scale: Tensor | None = None
+    k_key_scale: Annotated[Tensor | None, "Tensor(c!)?"] = None  # float32 [B, Hkv, N] or [pages, Hkv, page], written
+    v_key_scale: Annotated[Tensor | None, "Tensor(d!)?"] = None
 
-
-APPEND_SCHEMA = (
-    "Tensor cache_seqlens, Tensor? block_table, Tensor? new_seqlens, Tensor? positions, Tensor? cos, Tensor? sin, "
-    "bool interleaved, Tensor? k_scale, Tensor? v_scale, Tensor(c!)? k_key_scale, Tensor(d!)? v_key_scale"
-)
 
 TOP = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """The largest number of a quantised dtype that has its negative."""

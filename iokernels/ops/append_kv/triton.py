@@ -15,15 +15,70 @@ GPU: to nearest, ties to even. Lengths, sizes and strides of no dimension but th
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from iokernels.ops.shared.caches import as_bytes
-from iokernels.ops.shared.triton_tiles import at_head, strides
+from iokernels.ops.shared.triton_tiles import View, at_head, view
 from iokernels.runtime.device import guard
 
 from .options import SMALLEST, TOP, Append, room
+
+
+class Pair(NamedTuple):
+    """Of keys and values: new rows [B, Hkv, Nnew, D or Dv]; caches [B, Hkv, N, ...] or [pages, Hkv, page, ...], float8
+    as bytes; or the scales of every key, float32 in the shape of the caches without D, or None."""
+
+    k: View
+    v: View
+
+
+class Places(NamedTuple):
+    """Where new rows go: int32 tensors, of which all but the first may be absent."""
+
+    cache_seqlens_ptr: Any  # [B]
+    new_seqlens_ptr: Any  # [B]
+    positions_ptr: Any  # [B]
+    block_table_ptr: Any  # [B, most pages]
+    stride_page: Any  # of the table, from one page to the next
+
+
+class Angles(NamedTuple):
+    """The rotary table: cos and sin [P, HALF], or None."""
+
+    cos_ptr: Any
+    sin_ptr: Any
+    cos_row: Any
+    cos_column: Any
+    sin_row: Any
+    sin_column: Any
+
+
+class Heads(NamedTuple):
+    """The scales of heads, float32 [Hkv], or None."""
+
+    k_ptr: Any
+    v_ptr: Any
+
+
+class Sizes(NamedTuple):
+    """What the kernel is compiled for."""
+
+    TOP: float  # the largest number of a quantised cache, else 0
+    HALF: int  # pairs that are turned
+    INTERLEAVED: bool
+    HEAD_DIM: int
+    VALUE_DIM: int
+    BLOCK_HALF: int
+    BLOCK_REST: int
+    BLOCK_V: int
+    BLOCK_N: int
+
+
+LEAST = tl.constexpr(SMALLEST)
 
 
 @triton.jit
@@ -71,127 +126,96 @@ def _divided(x, scale):
 
 
 @triton.jit
-def _scales(head_ptr, key_ptr, stride_key, head, place, slot, written, largest, SMALLEST: tl.constexpr,
-            TOP: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _scales(head_ptr, key, head, place, slot, written, largest, TOP: tl.constexpr, BLOCK_N: tl.constexpr):
     """What each row is divided by: its head's scale, or its own, which is stored; 1 without either."""
     scale = tl.full([BLOCK_N], 1.0, tl.float32)
     if head_ptr is not None:
         scale = scale * tl.load(head_ptr + head)
-    elif key_ptr is not None:
-        scale = tl.math.div_rn(tl.maximum(largest, SMALLEST), tl.full([BLOCK_N], TOP, tl.float32))
-        rows = place.to(tl.int64) * stride_key.b + slot.to(tl.int64) * stride_key.n
-        tl.store(key_ptr + tl.cast(head, tl.int64) * stride_key.h + rows, scale, mask=written)
+    elif key.ptr is not None:
+        scale = tl.math.div_rn(tl.maximum(largest, LEAST), tl.full([BLOCK_N], TOP, tl.float32))
+        rows = place.to(tl.int64) * key.b + slot.to(tl.int64) * key.n
+        tl.store(key.ptr + tl.cast(head, tl.int64) * key.h + rows, scale, mask=written)
     return scale
 
 
-@triton.jit(do_not_specialize=["stride_tb", "heads", "blocks", "rows_new", "room", "page", "pages", "rows_cos"])
+@triton.jit(do_not_specialize=["heads", "blocks", "rows_new", "room", "page", "pages", "stride_table", "rows_cos"])
 def append_kv_kernel(
-    k_new_ptr,  # [B, Hkv, Nnew, D]
-    v_new_ptr,  # [B, Hkv, Nnew, Dv]
-    k_cache_ptr,  # [B, Hkv, N, D] or [pages, Hkv, page, D]; float8 as bytes
-    v_cache_ptr,  # likewise, Dv
-    cache_seqlens_ptr,  # int32 [B]
-    block_table_ptr,  # int32 [B, most pages] or None
-    new_seqlens_ptr,  # int32 [B] or None
-    positions_ptr,  # int32 [B] or None
-    cos_ptr,  # [P, HALF] or None
-    sin_ptr,  # likewise
-    k_scale_ptr,  # float32 [Hkv] or None
-    v_scale_ptr,  # likewise
-    k_key_scale_ptr,  # float32 [B, Hkv, N] or [pages, Hkv, page], or None
-    v_key_scale_ptr,  # likewise
-    stride_k_new,
-    stride_v_new,
-    stride_k,
-    stride_v,
-    stride_k_key,
-    stride_v_key,
-    stride_tb,
-    stride_tn,
-    stride_cn,
-    stride_cd,
-    stride_sn,
-    stride_sd,
+    new,
+    caches,
+    key_scales,
+    places,
+    angles,
+    head_scales,
     heads,
     blocks,  # of rows in a sequence
     rows_new,
     room,  # the capacity of a sequence
     page,
     pages,
+    stride_table,  # from one sequence to the next
     rows_cos,
-    SMALLEST: tl.constexpr,
-    TOP: tl.constexpr,  # the largest number of a quantised cache, else 0
-    HALF: tl.constexpr,  # pairs that are turned
-    INTERLEAVED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """BLOCK_N rows of one key head of one sequence."""
     pid = tl.program_id(0)
     sequence = pid // (heads * blocks)
     head = (pid // blocks) % heads
-    rows = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    held = tl.load(cache_seqlens_ptr + sequence)
+    rows = (pid % blocks) * SIZES.BLOCK_N + tl.arange(0, SIZES.BLOCK_N)
+    held = tl.load(places.cache_seqlens_ptr + sequence)
     count = rows_new
-    if new_seqlens_ptr is not None:
-        count = tl.minimum(tl.load(new_seqlens_ptr + sequence), rows_new)
+    if places.new_seqlens_ptr is not None:
+        count = tl.minimum(tl.load(places.new_seqlens_ptr + sequence), rows_new)
     slot = tl.maximum(held, 0) + rows
     written = (rows < count) & (slot >= 0) & (slot < room)
-    place = tl.full([BLOCK_N], 0, tl.int32) + sequence
-    if block_table_ptr is not None:
+    place = tl.full([SIZES.BLOCK_N], 0, tl.int32) + sequence
+    if places.block_table_ptr is not None:
         entry = slot // page
-        table = block_table_ptr + tl.cast(sequence, tl.int64) * stride_tb
-        place = tl.load(table + entry.to(tl.int64) * stride_tn, mask=written, other=-1)
+        table = places.block_table_ptr + tl.cast(sequence, tl.int64) * stride_table
+        place = tl.load(table + entry.to(tl.int64) * places.stride_page, mask=written, other=-1)
         written = written & (place >= 0) & (place < pages)
         slot = slot - entry * page
-    k_new = at_head(k_new_ptr, stride_k_new, sequence, head, 0)
-    v_new = at_head(v_new_ptr, stride_v_new, sequence, head, 0)
-    k_rows = at_head(k_cache_ptr, stride_k, 0, head, 0) + (place.to(tl.int64) * stride_k.b)[:, None]
-    v_rows = at_head(v_cache_ptr, stride_v, 0, head, 0) + (place.to(tl.int64) * stride_v.b)[:, None]
+    k_new = at_head(new.k.ptr, new.k, sequence, head, 0)
+    v_new = at_head(new.v.ptr, new.v, sequence, head, 0)
+    k_rows = at_head(caches.k.ptr, caches.k, 0, head, 0) + (place.to(tl.int64) * caches.k.b)[:, None]
+    v_rows = at_head(caches.v.ptr, caches.v, 0, head, 0) + (place.to(tl.int64) * caches.v.b)[:, None]
 
     # Keys: the two halves of the pairs that are turned, and the rest. A half of width 0 is left out.
-    largest = tl.zeros([BLOCK_N], tl.float32)
-    if HALF > 0:
-        offs_j = tl.arange(0, BLOCK_HALF)
-        offs_a = 2 * offs_j if INTERLEAVED else offs_j
-        offs_b = offs_a + 1 if INTERLEAVED else offs_j + HALF
-        mask_j = written[:, None] & (offs_j[None, :] < HALF)
-        a = tl.load(k_new + _offsets(stride_k_new, rows, offs_a), mask=mask_j, other=0.0).to(tl.float32)
-        b = tl.load(k_new + _offsets(stride_k_new, rows, offs_b), mask=mask_j, other=0.0).to(tl.float32)
+    largest = tl.full([SIZES.BLOCK_N], 0.0, tl.float32)
+    if SIZES.HALF > 0:
+        offs_j = tl.arange(0, SIZES.BLOCK_HALF)
+        offs_a = 2 * offs_j if SIZES.INTERLEAVED else offs_j
+        offs_b = offs_a + 1 if SIZES.INTERLEAVED else offs_j + SIZES.HALF
+        mask_j = written[:, None] & (offs_j[None, :] < SIZES.HALF)
+        a = tl.load(k_new + _offsets(new.k, rows, offs_a), mask=mask_j, other=0.0).to(tl.float32)
+        b = tl.load(k_new + _offsets(new.k, rows, offs_b), mask=mask_j, other=0.0).to(tl.float32)
         first = held
-        if positions_ptr is not None:
-            first = tl.load(positions_ptr + sequence)
+        if places.positions_ptr is not None:
+            first = tl.load(places.positions_ptr + sequence)
         angle = tl.minimum(tl.maximum(first + rows, 0), rows_cos - 1).to(tl.int64)[:, None]
-        c = tl.load(cos_ptr + angle * stride_cn + offs_j[None, :] * stride_cd, mask=mask_j, other=0.0).to(tl.float32)
-        s = tl.load(sin_ptr + angle * stride_sn + offs_j[None, :] * stride_sd, mask=mask_j, other=0.0).to(tl.float32)
+        cos = angles.cos_ptr + angle * angles.cos_row + offs_j[None, :] * angles.cos_column
+        sin = angles.sin_ptr + angle * angles.sin_row + offs_j[None, :] * angles.sin_column
+        c = tl.load(cos, mask=mask_j, other=0.0).to(tl.float32)
+        s = tl.load(sin, mask=mask_j, other=0.0).to(tl.float32)
         turned_a, turned_b = a * c - b * s, b * c + a * s
         largest = tl.maximum(tl.max(tl.abs(turned_a), 1), tl.max(tl.abs(turned_b), 1))
-    if 2 * HALF < HEAD_DIM:
-        offs_d = 2 * HALF + tl.arange(0, BLOCK_REST)
-        mask_d = written[:, None] & (offs_d[None, :] < HEAD_DIM)
-        rest = tl.load(k_new + _offsets(stride_k_new, rows, offs_d), mask=mask_d, other=0.0).to(tl.float32)
+    if 2 * SIZES.HALF < SIZES.HEAD_DIM:
+        offs_d = 2 * SIZES.HALF + tl.arange(0, SIZES.BLOCK_REST)
+        mask_d = written[:, None] & (offs_d[None, :] < SIZES.HEAD_DIM)
+        rest = tl.load(k_new + _offsets(new.k, rows, offs_d), mask=mask_d, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(rest), 1))
-    scale = _scales(
-        k_scale_ptr, k_key_scale_ptr, stride_k_key, head, place, slot, written, largest, SMALLEST, TOP, BLOCK_N
-    )
-    if HALF > 0:
-        _store(k_rows + _offsets(stride_k, slot, offs_a), _divided(turned_a, scale), mask_j, TOP)
-        _store(k_rows + _offsets(stride_k, slot, offs_b), _divided(turned_b, scale), mask_j, TOP)
-    if 2 * HALF < HEAD_DIM:
-        _store(k_rows + _offsets(stride_k, slot, offs_d), _divided(rest, scale), mask_d, TOP)
+    scale = _scales(head_scales.k_ptr, key_scales.k, head, place, slot, written, largest, SIZES.TOP, SIZES.BLOCK_N)
+    if SIZES.HALF > 0:
+        _store(k_rows + _offsets(caches.k, slot, offs_a), _divided(turned_a, scale), mask_j, SIZES.TOP)
+        _store(k_rows + _offsets(caches.k, slot, offs_b), _divided(turned_b, scale), mask_j, SIZES.TOP)
+    if 2 * SIZES.HALF < SIZES.HEAD_DIM:
+        _store(k_rows + _offsets(caches.k, slot, offs_d), _divided(rest, scale), mask_d, SIZES.TOP)
 
-    offs_v = tl.arange(0, BLOCK_V)
-    mask_v = written[:, None] & (offs_v[None, :] < VALUE_DIM)
-    v = tl.load(v_new + _offsets(stride_v_new, rows, offs_v), mask=mask_v, other=0.0).to(tl.float32)
-    scale = _scales(
-        v_scale_ptr, v_key_scale_ptr, stride_v_key, head, place, slot, written, tl.max(tl.abs(v), 1), SMALLEST, TOP,
-        BLOCK_N,
-    )  # fmt: skip
-    _store(v_rows + _offsets(stride_v, slot, offs_v), _divided(v, scale), mask_v, TOP)
+    offs_v = tl.arange(0, SIZES.BLOCK_V)
+    mask_v = written[:, None] & (offs_v[None, :] < SIZES.VALUE_DIM)
+    v = tl.load(v_new + _offsets(new.v, rows, offs_v), mask=mask_v, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(v), 1)
+    scale = _scales(head_scales.v_ptr, key_scales.v, head, place, slot, written, largest, SIZES.TOP, SIZES.BLOCK_N)
+    _store(v_rows + _offsets(caches.v, slot, offs_v), _divided(v, scale), mask_v, SIZES.TOP)
 
 
 def block_rows(rows_new: int) -> int:
@@ -214,22 +238,34 @@ def append(k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Tensor, optio
         None if x is None else x.contiguous()
         for x in (options.cache_seqlens, options.new_seqlens, options.positions, options.k_scale, options.v_scale)
     )
+    sizes = Sizes(
+        TOP=TOP.get(k_cache.dtype, 0.0), HALF=half, INTERLEAVED=options.interleaved, HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim, BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
+        BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_V=triton.next_power_of_2(value_dim),
+        BLOCK_N=block_n,
+    )  # fmt: skip
+    step, stride_page = _matrix(table)
     with guard(k_new.device):
         append_kv_kernel[(batch * heads * blocks,)](
-            k_new, v_new, as_bytes(k_cache), as_bytes(v_cache),
-            seqlens, table, counts, first, cos, sin, k_scale, v_scale, options.k_key_scale,
-            options.v_key_scale, strides(k_new), strides(v_new), strides(k_cache), strides(v_cache),
-            strides(options.k_key_scale), strides(options.v_key_scale),
-            *_two(table), *_two(cos), *_two(sin),
-            heads, blocks, rows, min(most, 2**31 - 1), k_cache.shape[2], k_cache.shape[0],
+            Pair(view(k_new), view(v_new)),
+            Pair(view(as_bytes(k_cache)), view(as_bytes(v_cache))),
+            Pair(view(options.k_key_scale), view(options.v_key_scale)),
+            Places(seqlens, counts, first, table, stride_page),
+            Angles(cos, sin, *_matrix(cos), *_matrix(sin)),
+            Heads(k_scale, v_scale),
+            heads,
+            blocks,
+            rows,
+            min(most, 2**31 - 1),
+            k_cache.shape[2],
+            k_cache.shape[0],
+            step,
             0 if cos is None else cos.shape[0],
-            SMALLEST=SMALLEST, TOP=TOP.get(k_cache.dtype, 0.0), HALF=half, INTERLEAVED=options.interleaved,
-            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
-            BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_V=triton.next_power_of_2(value_dim),
-            BLOCK_N=block_n, num_warps=1 if block_n == 1 else 4,
-        )  # fmt: skip
+            SIZES=sizes,
+            num_warps=1 if block_n == 1 else 4,
+        )
 
 
-def _two(x: Tensor | None) -> tuple[int, int]:
+def _matrix(x: Tensor | None) -> tuple[int, int]:
     """The strides of a matrix."""
     return (0, 0) if x is None else (x.stride(0), x.stride(1))

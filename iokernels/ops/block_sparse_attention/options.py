@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from iokernels.ops.shared.layout import state_dtype
+from iokernels.runtime.registration.schema import Size
 
 
 class Options(NamedTuple):
@@ -34,22 +35,21 @@ class Options(NamedTuple):
     block_table: Tensor | None = None  # int32 [B, most pages]
     cache_seqlens: Tensor | None = None  # int32 [B]
     # Numbers.
-    block_q: int = 64
+    block_q: Size = 64
     block_k: int = 64
-    sink: int = 0
-    window: int = 0
-    kv_len: int = 0
+    sink: Size = 0
+    window: Size = 0
+    kv_len: Size = 0
     scale: float = 1.0
     causal: bool = True
 
 
-OPTIONS_SCHEMA = (
-    "Tensor indices, Tensor counts, Tensor? sink_heads, Tensor? window_heads, Tensor? block_table, "
-    "Tensor? cache_seqlens, SymInt block_q, int block_k, SymInt sink, SymInt window, SymInt kv_len, float scale, "
-    "bool causal"
-)
-TENSOR_OPTIONS = 6
-"""How many of the fields, from the first, are tensors."""
+class Needs(NamedTuple):
+    """Which gradients a backward pass has to compute."""
+
+    q: bool
+    k: bool
+    v: bool
 
 
 class Gradients(NamedTuple):

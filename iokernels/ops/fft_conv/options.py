@@ -43,14 +43,6 @@ def without_empty_state(options: Options) -> Options:
     return options._replace(initial_state=None) if past is not None and past.shape[2] == 0 else options
 
 
-OPTIONS_SCHEMA = (
-    "Tensor? pre_gate, Tensor? post_gate, Tensor? skip, Tensor? initial_state, "
-    "str mode, float keep, bool batch_invariant"
-)
-TENSOR_OPTIONS = 4
-"""How many of the fields, from the first, are tensors."""
-
-
 class Needs(NamedTuple):
     """Which gradients a backward pass has to compute."""
 
@@ -101,11 +93,12 @@ class KernelSpectrum(NamedTuple):
 def empty_gradients(u: Tensor, k: Tensor, options: Options, needs: Needs, zeros: bool = False) -> Gradients:
     """Contiguous gradients of those that ``needs`` names: uninitialised, or zeros where asked for or where u has no
     element and no kernel runs."""
+    sources = (u, k, options.pre_gate, options.post_gate, options.skip, options.initial_state)
     make = torch.zeros_like if zeros or u.numel() == 0 else torch.empty_like
     return Gradients(
         *(
             make(x, memory_format=torch.contiguous_format) if need and x is not None else None
-            for x, need in zip((u, k, *options[:TENSOR_OPTIONS]), needs, strict=True)
+            for x, need in zip(sources, needs, strict=True)
         )
     )
 

@@ -205,10 +205,7 @@ def flash_attention_varlen(
 
 
 class Plan(NamedTuple):
-    """What validation makes of a call: a function of metadata alone, so it is remembered.
-
-    After the first two, fields of :class:`Options` in their order.
-    """
+    """What validation makes of a call: a function of metadata alone, so it is remembered."""
 
     operator: str
     backend: str
@@ -233,8 +230,10 @@ def _run(
         )
     seed = draw_seed(q.device) if plan.dropout_p > 0.0 else None
     options = Options(
-        bias, sinks, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *plan[2:], max_seqlen_q, max_seqlen_k
-    )
+        bias, sinks, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, plan.scale, softcap=plan.softcap,
+        window_left=plan.window_left, window_right=plan.window_right, dropout_p=plan.dropout_p,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
     if plan.backend == "reference":
         return reference.attend(q, k, v, options)
     return attend(q, k, v, plan.backend, options)

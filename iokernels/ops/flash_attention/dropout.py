@@ -82,7 +82,9 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 _saved = register(
-    "flash_attention_seed(Tensor seed, bool differentiated) -> Tensor",
+    "flash_attention_seed",
+    "Tensor seed, bool differentiated",
+    "Tensor",
     impl=lambda seed, differentiated: seed.clone(),
     fake=lambda seed, differentiated: torch.empty_like(seed),
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from iokernels.ops.shared.layout import empty_in_order_of, state_dtype
+from iokernels.runtime.registration.schema import Size
 
 
 class Options(NamedTuple):
@@ -44,22 +45,13 @@ class Options(NamedTuple):
     window_right: int = -1
     softcap: float = 0.0  # 0: none
     dropout_p: float = 0.0
-    max_seqlen_q: int = 0  # used only when packed
-    max_seqlen_k: int = 0
+    max_seqlen_q: Size = 0  # used only when packed
+    max_seqlen_k: Size = 0
 
     @property
     def keeps_tail(self) -> bool:
         """Whether a forward pass also keeps what rounding took from the LSE (:func:`empty_statistics`)."""
         return self.bias is not None or self.alibi_slopes is not None
-
-
-OPTIONS_SCHEMA = (
-    "Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? alibi_slopes, Tensor? dropout_seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, int window_left, int window_right, float softcap, "
-    "float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k"
-)
-TENSOR_OPTIONS = 7
-"""How many of the fields, from the first, are tensors."""
 
 
 def of_sequence(options: Options, sequence: int, seqlen_q: int, seqlen_k: int) -> Options:

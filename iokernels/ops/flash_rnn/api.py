@@ -116,7 +116,14 @@ def flash_rnn(
     )
     if lengths is not None and readable(lengths):
         _check_lengths(lengths, gates.shape[1])
-    options = Options(initial_state, lengths, *plan[1:])
+    options = Options(
+        initial_state,
+        lengths,
+        plan.cell,
+        recurrent_clip=plan.recurrent_clip,
+        recurrent_cut=plan.recurrent_cut,
+        recompute_gates=plan.recompute_gates,
+    )
     if plan.backend == "reference":
         out, state = reference.run(gates, recurrent, bias, options)
     else:
@@ -125,7 +132,7 @@ def flash_rnn(
 
 
 class Plan(NamedTuple):
-    """What validation makes of a call. After the backend, fields of :class:`Options` in their order."""
+    """What validation makes of a call."""
 
     backend: str
     cell: str

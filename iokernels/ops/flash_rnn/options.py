@@ -41,13 +41,6 @@ class Options(NamedTuple):
         return CELLS[self.cell]
 
 
-OPTIONS_SCHEMA = (
-    "Tensor? initial_state, Tensor? lengths, str cell, float recurrent_clip, bool recurrent_cut, bool recompute_gates"
-)
-TENSOR_OPTIONS = 2
-"""How many of the fields, from the first, are tensors."""
-
-
 class Forward(NamedTuple):
     """What a forward pass returns.
 

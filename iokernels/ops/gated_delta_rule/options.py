@@ -34,9 +34,6 @@ class DeltaOptions(NamedTuple):
         return v.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
 
-OPTIONS_SCHEMA = "Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, float scale"
-
-
 class Needs(NamedTuple):
     """Which gradients a backward pass has to return."""
 

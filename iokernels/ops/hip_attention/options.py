@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iokernels.runtime.registration.schema import Size
+
 HEADS = ("kv", "all", "query")
 """Who shares a list: the query heads of one key head, searched together; all heads (each key head is searched by
 itself, and a chunk scores what its best head gives it); nobody."""
@@ -30,12 +32,9 @@ class Region(NamedTuple):
 
     heads: str = "kv"  # one of HEADS
     block_q: int = 64
-    sink: int = 256
-    window: int = 1024
+    sink: Size = 256
+    window: Size = 1024
     causal: bool = True
-
-
-REGION_SCHEMA = "str heads, int block_q, SymInt sink, SymInt window, bool causal"
 
 
 class HipStage(NamedTuple):
@@ -63,11 +62,8 @@ class Stage(NamedTuple):
 
     chunk: int
     stride_q: int
-    slots: Any  # entries of the list it makes
+    slots: Size  # entries of the list it makes
     parent: int = 0  # chunk of the list it starts from; 0: it looks at all keys
-
-
-STAGE_SCHEMA = "int chunk, int stride_q, SymInt slots, int parent"
 
 
 def searched_heads(heads: str, q_heads: int, kv_heads: int) -> int:

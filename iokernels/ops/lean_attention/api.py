@@ -149,7 +149,10 @@ def lean_attention(
          torch.is_grad_enabled()),
         tensors,
     )  # fmt: skip
-    options = Options(cache_seqlens, block_table, sinks, k_scale, v_scale, k_prefix, v_prefix, *plan[1:])
+    options = Options(
+        cache_seqlens, block_table, sinks, k_scale, v_scale, k_prefix, v_prefix, plan.scale, softcap=plan.softcap,
+        window_left=plan.window_left, window_right=plan.window_right, schedule=plan.schedule,
+    )  # fmt: skip
     _check_values(q, k_cache, options)
     if plan.backend == "reference":
         out, lse = reference.attend(q, k_cache, v_cache, options)
@@ -159,10 +162,7 @@ def lean_attention(
 
 
 class Plan(NamedTuple):
-    """What validation makes of a call: a function of metadata alone, so it is remembered.
-
-    After the backend, fields of :class:`Options` in their order.
-    """
+    """What validation makes of a call: a function of metadata alone, so it is remembered."""
 
     backend: str
     scale: float

@@ -5,28 +5,24 @@ This file imports torch alone; the backend's module is imported when it first ru
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from iokernels.runtime.registration import lazily, register
 
-from .options import OPTIONS_SCHEMA, Options, empty_lse, empty_out
+from .options import Options, empty_lse, empty_out
 
 _backend = lazily(__package__, torch=".portable", triton=".triton.launch", cuda=".cuda.launch")
 
 
-def _forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
-    return _backend(backend).forward(q, k_cache, v_cache, Options(*options))
-
-
-def _forward_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, *options: Any) -> tuple[Tensor, Tensor]:
-    return empty_out(q, v_cache), empty_lse(q)
+def _forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, backend: str, options: Options) -> tuple[Tensor, Tensor]:
+    return _backend(backend).forward(q, k_cache, v_cache, options)
 
 
 attend = register(
-    f"lean_attention(Tensor q, Tensor k_cache, Tensor v_cache, str backend, {OPTIONS_SCHEMA}) "
-    "-> (Tensor out, Tensor lse)",
+    "lean_attention",
+    "Tensor q, Tensor k_cache, Tensor v_cache, str backend",
+    "(Tensor out, Tensor lse)",
     impl=_forward,
-    fake=_forward_fake,
+    fake=lambda q, k_cache, v_cache, backend, options: (empty_out(q, v_cache), empty_lse(q)),
+    options=Options,
 )

@@ -44,11 +44,6 @@ class Options(NamedTuple):
     schedule: str = "auto"  # one of SCHEDULES
 
 
-OPTIONS_SCHEMA = (
-    "Tensor cache_seqlens, Tensor? block_table, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, Tensor? k_prefix, "
-    "Tensor? v_prefix, float scale, int window_left, int window_right, float softcap, str schedule"
-)
-
 SCHEDULES = ("auto", "lean", "split", "invariant")
 """How a GPU divides the keys: what tuning chose, equal shares for all thread blocks, equal parts of the longest cache,
 or parts of a length that depends on nothing but the widths and dtypes."""

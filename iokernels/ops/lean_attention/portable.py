@@ -310,7 +310,7 @@ def runs_in_aten(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) 
     return (
         q.device.type == "cpu"
         and options.schedule != "invariant"
-        and all(x is None for x in options[1:7])
+        and not any(isinstance(x, Tensor) for x in options if x is not options.cache_seqlens)
         and options.softcap == 0.0
         and options.window_left == -1
         and (options.window_right == -1 or q.shape[2] == 1)

@@ -21,7 +21,8 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tup
     dtype = q.dtype
     q, k_cache, v_cache, options = lifted((q, k_cache, v_cache, options))
     if q.shape[0] == 0:
-        nothing = _nothing((q, k_cache, v_cache, *options[2:7])).to(q.dtype)
+        numbers = (options.sinks, options.k_scale, options.v_scale, options.k_prefix, options.v_prefix)
+        nothing = _nothing((q, k_cache, v_cache, *numbers)).to(q.dtype)
         return (q.new_empty((*q.shape[:3], v_cache.shape[3])) + nothing).to(dtype), empty_lse(q) + nothing
     outs, lses = [], []
     for sequence, length in enumerate(on_host("lean_attention", "cache_seqlens", options.cache_seqlens)):

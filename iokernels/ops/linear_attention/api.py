@@ -134,11 +134,11 @@ def linear_attention(
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         if log_decay is not None and log_decay.dim() == 2:
             log_decay = log_decay.transpose(0, 1).unsqueeze(0)
-    options = Options(log_decay, initial_state, cu_seqlens, *plan[1:])
+    options = Options(log_decay, initial_state, cu_seqlens, plan.scale, taylor=plan.taylor, normalize=plan.normalize)
     if plan.backend == "reference":
         out, state = reference.attend(q, k, v, options)
     else:
-        out, state = attend(q, k, v, plan.backend, options, return_state)
+        out, state = attend(q, k, v, return_state, plan.backend, options)
     if packed:
         out = out.squeeze(0).transpose(0, 1)
     return (out, state) if return_state else out
@@ -190,7 +190,7 @@ def linear_attention_step(
                 "call it under torch.no_grad(), or linear_attention with initial_state",
             )
     _check_decay("linear_attention_step", log_decay)
-    options = Options(log_decay, None, None, *plan[1:])
+    options = Options(log_decay, scale=plan.scale, taylor=plan.taylor, normalize=plan.normalize)
     if plan.backend == "reference":
         out, new = reference.attend(q, k, v, options._replace(initial_state=state))
         state.copy_(new)
@@ -267,7 +267,7 @@ def linear_attention_state(
 
 
 class Plan(NamedTuple):
-    """What validation makes of a call. After the backend, fields of :class:`Options` in their order."""
+    """What validation makes of a call."""
 
     backend: str
     scale: float

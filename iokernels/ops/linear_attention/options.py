@@ -48,13 +48,6 @@ class Options(NamedTuple):
         return self.log_decay is not None and self.log_decay.dim() == 3
 
 
-OPTIONS_SCHEMA = (
-    "Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, float scale, bool taylor, bool normalize"
-)
-TENSOR_OPTIONS = 3
-"""How many of the fields, from the first, are tensors."""
-
-
 class Needs(NamedTuple):
     """Which gradients a backward pass has to compute."""
 

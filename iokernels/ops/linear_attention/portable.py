@@ -209,12 +209,13 @@ class Chunks:
         return made
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | float]:
-        """phi(x) and its derivative, ``[B, H, C, C]``."""
-        x = self.options.scale * (q @ k.transpose(-1, -2))
+        """phi(x) and its derivative, ``[B, H, C, C]``, where a row sees a token: elsewhere those of 0, as x, which has
+        no weight there, may overflow."""
+        x = (self.options.scale * (q @ k.transpose(-1, -2))).tril_()
         if not self.options.taylor:
             return x, 1.0
         slope = 1.0 + x
-        return slope + x.square() / 2.0, slope
+        return slope + x * (x / 2.0), slope  # in this order the last number that fits is not lost
 
     def features(self, x: Tensor, half: float = 1.0) -> Tensor:
         """f(x), ``[B, H, C, features]``; ``half`` is the factor of its squares."""

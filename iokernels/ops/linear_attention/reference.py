@@ -78,15 +78,18 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     between = (b[..., :, None] - b[..., None, :]).to(dtype)
     between = between.masked_fill(order[:, None] < order[None, :], float("-inf"))
 
-    x = options.scale * einsum(q, k, "b h i d, b h j d -> b h i j")
-    weights = (1.0 + x + x * x / 2.0 if options.taylor else x) * torch.exp(between)
+    # Half of a decay goes to each factor of a square, which then overflows only where the weight itself does. Where
+    # nothing is left of a token, such as one that is yet to come, its product counts as 0: it may have overflowed.
+    half = torch.exp(between / 2.0)
+    x = half * (options.scale * einsum(q, k, "b h i d, b h j d -> b h i j")).masked_fill(half == 0.0, 0.0)
+    weights = half * half + half * x + x * (x / 2.0) if options.taylor else half * x
     numerator = einsum(weights, v, "b h i j, b h j d -> b h i d")
     total = b[..., -1:] if length else b.new_zeros((*b.shape[:2], 1))
     kept = feature_rows(k, options.taylor) * torch.exp((total - b).to(dtype))[..., None]
     state = einsum(kept, v, "b h n f, b h n d -> b h f d")
     if options.initial_state is not None:
         initial = options.initial_state.to(dtype)
-        seen = _query_rows(options.scale * q, options.taylor) * torch.exp(b.to(dtype))[..., None]
+        seen = _query_rows(options.scale * q, torch.exp(b.to(dtype) / 2.0)[..., None], options.taylor)
         numerator = numerator + einsum(seen, initial, "b h n f, b h f d -> b h n d")
         state = state + torch.exp(total.to(dtype))[..., None] * initial
     if options.normalize:
@@ -98,10 +101,10 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     return out.to(out_dtype), state
 
 
-def _query_rows(x: Tensor, taylor: bool) -> Tensor:
-    """The features of scale * q, whose dot product with f(k) is phi."""
-    rows = feature_rows(x, taylor)
+def _query_rows(x: Tensor, half: Tensor, taylor: bool) -> Tensor:
+    """``half^2`` times the features of x = scale * q, whose dot product with f(k) is phi."""
+    x = half * x
     if not taylor:
-        return rows
-    width = x.shape[-1]
-    return torch.cat([rows[..., : 1 + width], rows[..., 1 + width :] / 2.0], -1)
+        return half * x
+    square = einsum(x, x / 2.0, "... a, ... c -> ... a c").flatten(-2)
+    return torch.cat([half * half, half * x, square], -1)

@@ -26,6 +26,14 @@ def empty_in_order_of(x: Tensor, width: Any) -> Tensor:
     return x.new_empty((batch, heads, length, width))
 
 
+def _in_order_of(name: str) -> Callable[[Any], Tensor]:
+    return lambda given: empty_in_order_of(getattr(given, name), getattr(given, name).shape[3])
+
+
+EMPTY_IN_ORDER = {name: _in_order_of(name) for name in "qkv"}
+"""For :func:`.differentiable`: uninitialised gradients of q, k and v in their memory orders."""
+
+
 def in_place(run: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
     """``run(state)``, which changes its argument; also where ``state`` stands for the negative of its memory, which the
     dispatcher cannot pass to an operator that writes it."""

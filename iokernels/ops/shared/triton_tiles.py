@@ -26,6 +26,17 @@ class Strides(NamedTuple):
     d: Any
 
 
+class View(NamedTuple):
+    """A tensor ``[B, H, N, D]`` as a kernel takes it: its pointer (None where there is no tensor) and element strides,
+    0 where a dimension broadcasts."""
+
+    ptr: Any
+    b: Any
+    h: Any
+    n: Any
+    d: Any
+
+
 @triton.jit
 def locate(cu_seqlens_ptr, sequence, seqlen, total, VARLEN: tl.constexpr):
     """First row and length of a sequence.
@@ -46,6 +57,12 @@ def at_head(ptr, strides, batch, head, row):
     """Address of a sequence's first row in one head. Products are 64-bit: a tensor may pass 2^31 elements."""
     batch, head, row = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(row, tl.int64)
     return ptr + batch * strides.b + head * strides.h + row * strides.n
+
+
+@triton.jit
+def view_of(x, batch, head, row):
+    """The view ``x`` from a row of one head of one sequence on."""
+    return View(at_head(x.ptr, x, batch, head, row), x.b, x.h, x.n, x.d)
 
 
 @triton.jit
@@ -100,6 +117,11 @@ def strides(x: Tensor | None) -> Strides:
     """Element strides of ``[B, H, N, D]`` or its first dimensions; a size of 1 gets 0, so that it broadcasts."""
     steps = [] if x is None else [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
     return Strides(*steps, *[0] * (4 - len(steps)))
+
+
+def view(x: Tensor | None) -> View:
+    """``[B, H, N, D]``, or its first dimensions, as a kernel takes it; a size of 1 gets a stride of 0."""
+    return View(x, *strides(x))
 
 
 def padded(width: int) -> int:

@@ -111,7 +111,10 @@ def short_conv(
     if packed:
         check_offsets(PACKED, "cu_seqlens", cu_seqlens, x.shape[0])
         x = x.transpose(0, 1).unsqueeze(0)
-    options = ShortOptions(bias, initial_state, cu_seqlens, *plan[1:])
+    options = ShortOptions(
+        bias, initial_state, cu_seqlens,
+        left=plan.left, right=plan.right, silu=plan.silu, return_state=plan.return_state,
+    )  # fmt: skip
     if plan.backend == "reference":
         out, final_state = reference.convolve(x, weight, options)
     else:
@@ -174,10 +177,7 @@ def short_conv_step(
 
 
 class ShortPlan(NamedTuple):
-    """What validation makes of a call: a function of metadata alone, so it is remembered.
-
-    After the backend, the numbers of :class:`ShortOptions` in their order.
-    """
+    """What validation makes of a call: a function of metadata alone, so it is remembered."""
 
     backend: str
     left: int

@@ -35,13 +35,6 @@ class ShortOptions(NamedTuple):
     return_state: bool = False
 
 
-OPTIONS_SCHEMA = (
-    "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, int left, int right, bool silu, bool return_state"
-)
-TENSOR_OPTIONS = 3
-"""How many of the fields, from the first, are tensors."""
-
-
 class ShortNeeds(NamedTuple):
     """Which gradients a backward pass has to compute."""
 

@@ -67,11 +67,11 @@ class Counted:
 
 
 @contextmanager
-def warp_order(seed: int) -> Iterator[None]:
-    """Let blocks, warps and lanes take turns in the order of ``seed`` inside, and in no other; elsewhere in as many
-    orders as ``IOKERNELS_EMULATE_ORDERS`` says (1) from ``IOKERNELS_EMULATE_SEED`` (0) on. The setting belongs to the
-    process."""
-    with _order.set(range(seed, seed + 1)):
+def warp_order(seed: int = _seed, orders: int = 1) -> Iterator[None]:
+    """Let blocks, warps and lanes take turns in the order of ``seed`` inside, then in those of the seeds after it, of
+    which there are ``orders`` in all; elsewhere in as many orders as ``IOKERNELS_EMULATE_ORDERS`` says (1) from
+    ``IOKERNELS_EMULATE_SEED`` (0) on. The setting belongs to the process."""
+    with _order.set(range(seed, seed + orders)):
         yield
 
 

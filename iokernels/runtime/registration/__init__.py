@@ -4,8 +4,7 @@
 ``torch.export`` can trace (a few microseconds; ``torch.library.custom_op`` costs about five times as much).
 The implementation is registered for every device: it receives the name of the backend among its arguments and
 imports that backend when it is first called. Gradients stay outside, in an ``autograd.Function``, which saves a call a
-dispatch. An exported graph holds no such function: for it an operator with ``gradient`` stands beside, of the name
-without ``_fwd``.
+dispatch (:mod:`.differentiable`).
 """
 
 from __future__ import annotations
@@ -20,29 +19,38 @@ import torch
 
 from iokernels.runtime.errors import UnsupportedError
 
+from .schema import schema_of
+
 _LIBRARY = torch.library.Library("iokernels", "DEF")
 
 
 def register(
-    schema: str,
+    name: str,
+    inputs: str,
+    results: str,
     *,
     impl: Callable[..., Any],
     fake: Callable[..., Any],
+    options: type | None = None,
     gradient: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
-    """Register ``iokernels::<schema>`` and return its overload, bound once for cheap calls.
+    """Register ``iokernels::<name>(<inputs>, <options>) -> <results>`` and return its overload, bound once for cheap
+    calls.
 
-    ``fake`` receives the same arguments as ``impl``, as meta tensors, and returns outputs of the same shapes,
-    dtypes and strides. ``gradient`` is called in place of ``impl`` wherever autograd is on: it calls an
+    The fields of the NamedTuple ``options`` are the last arguments of the operator; ``impl`` and ``fake`` get them as
+    one. ``fake`` receives the same arguments
+    as ``impl``, as meta tensors, and returns outputs of the same shapes, dtypes and strides. ``gradient`` gets the
+    arguments as the operator does, and is called in place of ``impl`` wherever autograd is on: it calls an
     ``autograd.Function`` where an argument wants a gradient.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    arguments = inputs if options is None else f"{inputs}, {schema_of(options)}"
+    _LIBRARY.define(f"{name}({arguments}) -> {results}")
     overload = getattr(torch.ops.iokernels, name).default
     written = _written(overload)
-    impl = _outside_autocast(impl)
+    first = len(overload._schema.arguments) - len(getattr(options, "_fields", ()))
+    impl = _outside_autocast(impl, options, first)
     _LIBRARY.impl(name, _telling_autograd(impl, written) if written else impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"iokernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"iokernels::{name}", _packing(fake, options, first), lib=_LIBRARY)
     torch.library.register_vmap(f"iokernels::{name}", _one_by_one(overload), lib=_LIBRARY)
     if gradient is not None:
         _LIBRARY.impl(name, gradient, "Autograd")
@@ -119,18 +127,29 @@ def _one_by_one(overload: torch._ops.OpOverload) -> Callable[..., Any]:
     return rule
 
 
-def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
-    """``impl`` with autocast off inside: the public function has cast the inputs, and the products within an operator
-    are in the precision that it says."""
+def _packing(call: Callable[..., Any], options: Any, first: int) -> Callable[..., Any]:
+    """``call``, which gets the arguments from the place ``first`` on as one NamedTuple ``options``."""
+    if options is None:
+        return call
+    # The constructor of a NamedTuple would name each field again: 0.3 us. The schema has counted them.
+    new = tuple.__new__
+    return lambda *arguments: call(*arguments[:first], new(options, arguments[first:]))
+
+
+def _outside_autocast(impl: Callable[..., Any], options: Any, first: int) -> Callable[..., Any]:
+    """``impl`` of packed options with autocast off inside: the public function has cast the inputs, and the products
+    within an operator are in the precision that it says."""
+    enabled, new, packed = torch.is_autocast_enabled, tuple.__new__, _packing(impl, options, first)
 
     def run(*arguments: Any) -> Any:
-        on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        if not on:
-            return impl(*arguments)
+        if not enabled("cpu") and not enabled("cuda"):
+            # As ``packed`` does; a call between would cost each operator 0.1 us.
+            return impl(*arguments) if options is None else impl(*arguments[:first], new(options, arguments[first:]))
         with ExitStack() as off:
-            for kind in on:
-                off.enter_context(torch.autocast(kind, enabled=False))
-            return impl(*arguments)
+            for kind in ("cpu", "cuda"):
+                if enabled(kind):
+                    off.enter_context(torch.autocast(kind, enabled=False))
+            return packed(*arguments)
 
     return run
 

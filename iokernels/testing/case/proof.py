@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iokernels.runtime.errors import UnsupportedError
 from iokernels.runtime.registration.precision import eagerly
-from iokernels.testing.budget import FORWARD, GRADIENT, judge, relative_rms
+from iokernels.testing.budget import FORWARD, GRADIENT, Element, fail, judge, relative_rms, worst_of_rows
 from iokernels.testing.case import Case, Inputs, Outputs, Shape
 
 _FLOAT32_TO_FLOAT64 = 1e6
@@ -29,7 +29,7 @@ class Verdict:
     """What was found: ``ok``, ``wrong``, ``refused`` (a valid call that this backend does not take) or ``failed``.
 
     ``ratio`` is the worst error as a fraction of its budget and ``where`` the tensor that has it; ``reason`` is a
-    sentence for the other outcomes.
+    sentence for the other outcomes. Of a wrong result it names the worst element.
     """
 
     status: str
@@ -46,6 +46,11 @@ class Verdict:
         if self.ratio is None:
             return self.status
         return f"{self.status} {self.ratio:.2g}x" + (f" ({self.where})" if self.status == "wrong" else "")
+
+    def require_ok(self, of: str = "") -> None:
+        """Raise an AssertionError that says what was found, and how it is repeated, unless it is ``ok``."""
+        if self.status != "ok":
+            fail(": ".join(filter(None, (of, str(self), self.reason))))
 
 
 def results(inputs: Inputs, run: Run, *, gradients_too: bool = True) -> dict[str, Tensor]:
@@ -111,7 +116,7 @@ class Proof:
             return Verdict("failed", reason=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
     def _compare(self, found: dict[str, Tensor]) -> Verdict:
-        worst, where = 0.0, ""
+        worst, where, element = 0.0, "", None
         for name, actual in found.items():
             truth = self.truth[name]
             dtype = torch.float64 if self.inputs.dtype == torch.float64 else self.low[name].dtype
@@ -119,27 +124,40 @@ class Proof:
                 if is_ != must_be:
                     reason = f"{name} has the {what} {_plain(is_)} and should have {_plain(must_be)}"
                     return Verdict("wrong", float("inf"), name, reason)
-            ratio = self._of_budget(name, actual) if self._limit is None else self._of_limit(name, actual)
+            ratio, at = self._of_budget(name, actual) if self._limit is None else self._of_limit(name, actual)
             if ratio > worst:
-                worst, where = ratio, name
+                worst, where, element = ratio, name, at
         if worst <= 1.0:
             return Verdict("ok", worst, where)
-        return Verdict("wrong", worst, where, f"the error of {where} is {worst:.3g} times what its precision allows")
+        reason = f"the error of {where} is {worst:.3g} times what its precision allows, most {element}"
+        return Verdict("wrong", worst, where, reason)
 
-    def _of_budget(self, name: str, actual: Tensor) -> float:
+    def _of_budget(self, name: str, actual: Tensor) -> tuple[float, Element | None]:
         truth, low = self.truth[name], self.low[name]
         factor = GRADIENT if name.removeprefix("d") in self.inputs.tensors else FORWARD
         judgement = judge(actual, truth, low, factor=factor)
         more = factor * (self._unlucky[name] - _largest_error(low, truth))
         ratio = replace(judgement, limit=judgement.limit + more).ratio
-        return ratio * _FLOAT32_TO_FLOAT64 if self.inputs.dtype == torch.float64 else ratio
+        return ratio * (_FLOAT32_TO_FLOAT64 if self.inputs.dtype == torch.float64 else 1.0), judgement.worst
 
-    def _of_limit(self, name: str, actual: Tensor) -> float:
+    def _of_limit(self, name: str, actual: Tensor) -> tuple[float, Element | None]:
         assert self._limit is not None
         allowed, over = self._limit(name, self.inputs.dtype)
         dims = tuple(range(max(actual.dim() - over, 0), actual.dim())) if over else tuple(range(actual.dim()))
         errors = relative_rms(actual, self.truth[name], dims)
-        return errors.max().item() / allowed if errors.numel() else 0.0
+        if not errors.numel():
+            return 0.0, None
+        return errors.max().item() / allowed, worst_of_rows(actual, self.truth[name], dims)
+
+
+def prove_point(case: Case, backend: str, shape: Shape, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+    """Hold a backend to the reference on one shape.
+
+    Raises:
+        AssertionError: it is wrong, breaks or refuses. The message names the tensor and its worst element.
+    """
+    verdict = Proof(case, shape, dtype, torch.device(device)).judge(lambda inputs: case.run(inputs, backend))
+    verdict.require_ok(f"{case.operator}, {backend}, {_plain(dtype)}, {shape}")
 
 
 def _largest_error(low: Tensor, truth: Tensor) -> float:

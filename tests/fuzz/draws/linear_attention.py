@@ -55,6 +55,7 @@ def draw(d: Draw) -> Case:
         "linear_attention", _step if form == "step" else _whole, oracle.linear, a, d.notes, dtype,
         {"out": dtype, "state": of_state}, wanted(d, a, form, ("q", "k", "v", "log_decay", "initial_state")),
         writes=("state",) if form == "step" else (), cancels=("log_decay",),
+        factors=("q", "k", "v", "initial_state", "state", "scale"),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def convolved(a: dict[str, Any]) -> dict[str, Tensor]:
     if keep is not None and keep < 1:
         w = _with_part_of_the_frequencies(v, k, causal, two_sided, keep)
     elif causal:
-        w = _sum_of_taps(torch.cat([past, v], dim=2), k, n)
+        w = _sum_of_taps(a["jitter"].transformed(torch.cat([past, v], dim=2)), k, n)
     elif two_sided:
         around = v.new_zeros(*v.shape[:2], n - 1)
         w = _sum_of_taps(torch.cat([around, v, around], dim=2), k, n)

@@ -21,7 +21,8 @@ def dense(a: dict[str, Any]) -> dict[str, Tensor]:
     scores = a["jitter"].sums(scores)
     softcap = a.get("softcap") or 0.0
     if softcap > 0.0:
-        scores = softcap * torch.tanh(scores / softcap)
+        capped = scores / softcap
+        scores = softcap * a["jitter"].active(capped, torch.tanh(capped))
     place = torch.arange(rows)[:, None] + (keys - rows)
     key = torch.arange(keys)[None, :]
     if a.get("bias") is not None:
@@ -34,7 +35,8 @@ def dense(a: dict[str, Any]) -> dict[str, Tensor]:
     seen = window_of(place, key, left, 0 if a.get("causal") else right).expand(batch, heads, rows, keys)
     if a.get("mask") is not None:
         seen = seen & a["mask"]
-    out, lse = attend(scores, seen, by_groups(v, heads), a["jitter"], a.get("sinks"), a.get("kept"))
+    tail = a.get("bias") is not None or a.get("alibi_slopes") is not None
+    out, lse = attend(scores, seen, by_groups(v, heads), a["jitter"], a.get("sinks"), a.get("kept"), tail)
     return {"out": out, "lse": lse}
 
 

@@ -8,38 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..jitter import Jitter
+
 STATES = {"lstm": ("h", "c"), "gru": ("h",), "elman": ("h",), "slstm": ("h", "c", "n", "m")}
 GATES = {"lstm": 4, "gru": 3, "elman": 1, "slstm": 4}
 
 
-def _lstm(x: Tensor, s: Tensor, states: list[Tensor]) -> list[Tensor]:
+def _lstm(x: Tensor, s: Tensor, states: list[Tensor], jitter: Jitter) -> list[Tensor]:
     i, f, z, o = (x + s).unbind(1)
-    c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(z)
-    return [torch.sigmoid(o) * torch.tanh(c), c]
+    c = _sigmoid(f, jitter) * states[1] + _sigmoid(i, jitter) * _tanh(z, jitter)
+    return [_sigmoid(o, jitter) * _tanh(c, jitter), c]
 
 
-def _gru(x: Tensor, s: Tensor, states: list[Tensor]) -> list[Tensor]:
-    r, z = torch.sigmoid((x + s)[:, 0]), torch.sigmoid((x + s)[:, 1])
-    n = torch.tanh(x[:, 2] + r * s[:, 2])
+def _gru(x: Tensor, s: Tensor, states: list[Tensor], jitter: Jitter) -> list[Tensor]:
+    r, z = _sigmoid((x + s)[:, 0], jitter), _sigmoid((x + s)[:, 1], jitter)
+    n = _tanh(x[:, 2] + r * s[:, 2], jitter)
     return [z * states[0] + (1 - z) * n]
 
 
-def _elman(x: Tensor, s: Tensor, states: list[Tensor]) -> list[Tensor]:
-    return [torch.tanh(x + s)[:, 0]]
+def _elman(x: Tensor, s: Tensor, states: list[Tensor], jitter: Jitter) -> list[Tensor]:
+    return [_tanh((x + s)[:, 0], jitter)]
 
 
-def _slstm(x: Tensor, s: Tensor, states: list[Tensor]) -> list[Tensor]:
+def _slstm(x: Tensor, s: Tensor, states: list[Tensor], jitter: Jitter) -> list[Tensor]:
     i, f, z, o = (x + s).unbind(1)
     _, c, n, m = states
     kept = torch.nn.functional.logsigmoid(f) + torch.where(n == 0, 0.0, m.detach())  # m is a constant
     kept = torch.where(n == 0, float("-inf"), kept)
     peak = torch.maximum(kept, i).detach()
     put, keep = torch.exp(i - peak), torch.where(n == 0, 0.0, torch.exp(torch.where(n == 0, 0.0, kept - peak)))
-    c, n = keep * c + put * torch.tanh(z), keep * n + put
-    return [torch.sigmoid(o) * c / n, c, n, peak]
+    c, n = keep * c + put * _tanh(z, jitter), keep * n + put
+    return [_sigmoid(o, jitter) * c / n, c, n, peak]
 
 
-_CELLS: dict[str, Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]] = {
+def _tanh(x: Tensor, jitter: Jitter) -> Tensor:
+    return jitter.active(x, torch.tanh(x))
+
+
+def _sigmoid(x: Tensor, jitter: Jitter) -> Tensor:
+    return jitter.active(x, torch.sigmoid(x))
+
+
+_CELLS: dict[str, Callable[[Tensor, Tensor, list[Tensor], Jitter], list[Tensor]]] = {
     "lstm": _lstm, "gru": _gru, "elman": _elman, "slstm": _slstm,
 }  # fmt: skip
 
@@ -58,7 +68,7 @@ def run(a: dict[str, Any]) -> dict[str, Tensor]:
         s = torch.einsum("ghoi,bhi->bgho", recurrent, reading)
         if a.get("bias") is not None:
             s = s + a["bias"]
-        new = _CELLS[cell](gates[:, t], s, states)
+        new = _CELLS[cell](gates[:, t], s, states, a["jitter"])
         runs = (t < lengths)[:, None, None]
         states = [torch.where(runs, x, old) for x, old in zip(new, states, strict=True)]
         outs.append(torch.where(runs, new[0], 0.0))

@@ -23,16 +23,20 @@ def walk(a: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, decay: Tensor | Non
     scale = q.shape[-1] ** -0.5 if a.get("scale") is None else a["scale"]
     group = v.shape[0] // max(q.shape[0], 1)
     q, k = (x.repeat_interleave(group, dim=0) for x in (q, k))
-    outs = []
+    outs, terms = [], state.detach().abs()
     for t in range(v.shape[1]):
         f = features(k[:, t], taylor, False)
         w = torch.cat([v[:, t], torch.ones_like(v[:, t, :1])], dim=-1) if normalize else v[:, t]
         if decay is not None:
             kept = torch.exp(decay[:, t])[:, None, None]
             state = torch.where(kept > 0.0, kept * state, 0.0 * kept)
+            terms = kept.detach() * terms
         state = state + f[:, :, None] * w[:, None, :]
-        found = torch.einsum("hf,hfw->hw", features(q[:, t] * scale, taylor, True), a["jitter"](state))
+        asked = features(q[:, t] * scale, taylor, True)
+        found = torch.einsum("hf,hfw->hw", asked, a["jitter"](state))
         if normalize:
+            terms = terms + (f[:, :, None] * w[:, None, :]).detach().abs()
+            found = found + a["jitter"].summed(asked, terms)
             total = found[:, -1:]
             divisor = torch.where(total == 0.0, 1.0, total)
             found = torch.where(total == 0.0, 0.0, found[:, :-1] / divisor)

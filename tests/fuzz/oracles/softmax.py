@@ -25,12 +25,13 @@ def window_of(rows: Tensor, keys: Tensor, left: int, right: int) -> Tensor:
 
 def attend(
     scores: Tensor, seen: Tensor, v: Tensor, jitter: Jitter, sinks: Tensor | None = None,
-    kept: Tensor | None = None,
+    kept: Tensor | None = None, tail: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out ``[B, H, Nq, Dv]`` and lse ``[B, H, Nq]`` of scores ``[B, H, Nq, Nk]`` where ``seen``.
 
     ``sinks [H]`` takes part in the denominator; ``kept`` are factors of the weights (dropout). A row that sees nothing
-    has out 0 and lse -inf, or the sink.
+    has out 0 and lse -inf, or the sink. ``tail`` says that a backward pass is given the rounded part of lse beside it:
+    then its error is not that of lse, but of the logarithm of the denominator alone.
     """
     batch, heads, rows, keys = scores.shape
     columns = [torch.where(seen, scores, float("-inf"))]
@@ -50,8 +51,9 @@ def attend(
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, float("-inf"), total.log() + shift).squeeze(-1)
     exact = weights[..., :keys] / total
-    weights = jitter.weighed(exact, lse)
+    digits = total.log().squeeze(-1) if tail else lse
+    weights = jitter.weighed(exact, digits)
     if kept is not None:
         weights = weights * kept
     out = torch.einsum("bhij,bhjd->bhid", weights, v)
-    return jitter.cancelled(scores, exact, out), lse
+    return jitter.cancelled(scores, exact, out, digits), lse

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +11,6 @@ from torch._dynamo.testing import CompileCounter
 
 from iokernels import append_kv, lean_attention, rotary_table
 from iokernels.ops.append_kv.options import Append
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def options_of(kind: str, device: str) -> tuple[list[Tensor], Append]:
@@ -139,11 +133,7 @@ assert count() == before + 1, count() - before
 """
 
 
-def test_the_kernel_fits_every_gpu_and_is_compiled_once(tmp_path: Path) -> None:
+def test_the_kernel_fits_every_gpu_and_is_compiled_once(compiled_apart: Callable[..., str]) -> None:
     """No spills; and one more kernel for prompts, whatever batch, capacity and number of new keys."""
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", _COMPILE, "a100-sxm", "h100-sxm", "b200"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    compiled_apart("-c", _COMPILE, "a100-sxm", "h100-sxm", "b200")

@@ -15,14 +15,12 @@ from iokernels.ops.append_kv import portable, reference
 from iokernels.ops.append_kv.case import traffic
 from iokernels.ops.append_kv.op import append
 from iokernels.ops.append_kv.options import Append
-from iokernels.runtime import device as devices
 from iokernels.testing import inputs
 from iokernels.testing.poison import poison_
 
 BACKENDS = ["torch", "scatter", "triton"]
 """``scatter`` is the backend ``torch`` as on a GPU, where the host reads no length."""
 
-interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 
 CLOSE = {
     torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.int8: 1.1e-2,
@@ -277,7 +275,7 @@ def test_empty_calls(backend: str, device: str) -> None:
     assert not cache.any()
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("seed", range(24))
 def test_the_kernel_touches_nothing_else_and_moves_the_bytes_of_its_model(seed: int) -> None:
     from iokernels.ops.append_kv.triton import block_rows

@@ -3,7 +3,6 @@ that are negative, enormous or no numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from iokernels import BlockIndex, UnsupportedError, autotune, block_sparse_attention, select_window
+from iokernels import BlockIndex, UnsupportedError, block_sparse_attention, select_window
 from iokernels.ops.block_sparse_attention.triton.tuning import DKV, DQ, FWD, Config
 
 BACKENDS = ("reference", "torch", "triton")
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with autotune.override(**{kernel: Config(32, 16, 1, 4, 2) for kernel in (FWD, DQ, DKV)}):
-        yield
+pytestmark = pytest.mark.tiles(**dict.fromkeys((FWD, DQ, DKV), Config(32, 16, 1, 4, 2)))
 
 
 negative_view: Any = getattr(torch, "_neg_view")  # noqa: B009, PyTorch has no other name for it

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 from iokernels.runtime.device import named
-
-ROOT = Path(__file__).resolve().parents[3]
 
 # One process for all GPUs, because starting one takes as long as compiling three kernels; not that of the tests, which
 # interprets its kernels.
@@ -55,13 +50,8 @@ print(json.dumps(rows))
 """
 
 
-def test_default_configurations_fit(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", PROGRAM]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    rows = json.loads(run.stdout.splitlines()[-1])
+def test_default_configurations_fit(compiled_apart: Callable[..., str]) -> None:
+    rows = json.loads(compiled_apart("-c", PROGRAM).splitlines()[-1])
     assert {row["kernel"] for row in rows} == {"fwd_kernel", "bwd_dq_kernel", "bwd_dkv_kernel", "combine_kernel"}
     assert {row["gpu"] for row in rows} == {"a100-sxm", "h100-sxm", "b200", "rtx-5090"}
     for row in rows:

@@ -5,7 +5,6 @@ The kernels run with small tiles, so that short sequences cross many of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from iokernels.runtime import interpreter
 from iokernels.runtime.registration.precision import eagerly
 from iokernels.testing import budget, inputs
 from iokernels.testing.case import Point
-from iokernels.testing.case.proof import Proof
+from iokernels.testing.case.proof import Proof, prove_point
 
 BACKENDS = ("torch", "triton")
 SMALL_TILES = {FWD: Config(64, 32, 1, 4, 2), DQ: Config(64, 32, 1, 4, 2), DKV: Config(64, 32, 1, 4, 2)}
@@ -41,18 +40,14 @@ _QUICK = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with autotune.override(**SMALL_TILES):
-        yield
+pytestmark = pytest.mark.tiles(**SMALL_TILES)
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "point"), _ALL + _QUICK, ids=lambda x: x.name if isinstance(x, Point) else str(x)
 )
 def test_every_option(backend: str, dtype: torch.dtype, point: Point, device: str) -> None:
-    verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
-    assert verdict.status == "ok", verdict
+    prove_point(CASE, backend, point.shape, dtype, device)
 
 
 @pytest.mark.parametrize("wrong", ["zeros", "no sink", "a key less in the window", "sink counted twice", "tails read"])

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from iokernels.runtime.device import named
 from iokernels.testing.case import load
-
-ROOT = Path(__file__).resolve().parents[3]
-
 
 KERNELS = {"fft_conv_fwd_kernel", "fft_conv_bwd_kernel"}
 THROUGH = {
@@ -35,14 +29,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("gpu", SHAPES)
-def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, compiled_apart: Callable[..., str]) -> None:
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "iokernels", "inspect", "fft_conv", "--gpu", gpu, *SHAPES[gpu], "--json", "-"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    kernels = json.loads(run.stdout)["rows"]
+    command = ("-m", "iokernels", "inspect", "fft_conv", "--gpu", gpu, *SHAPES[gpu], "--json", "-")
+    kernels = json.loads(compiled_apart(*command))["rows"]
     assert {kernel["kernel"] for kernel in kernels} == KERNELS | THROUGH
     vocabulary = load("fft_conv").vocabulary
     for kernel in kernels:
@@ -53,3 +43,46 @@ def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
         if kernel["kernel"] in THROUGH or ("fwd" in kernel["kernel"] and vocabulary.parse(kernel["shape"]).n < 4096):
             # Transforms of 8192 points keep part of what they need in local memory, as the command says.
             assert kernel["spill_bytes"] <= 192, kernel  # none or a word or two with Triton 3.6, more with 3.7
+
+
+INTEGERS = """
+import json
+import torch
+from triton.runtime.jit import JITFunction
+from iokernels import autotune
+from iokernels.autotune.resources import compiling_for
+from iokernels.ops.fft_conv.case import CASE
+from iokernels.ops.fft_conv.triton.tuning import Config, OuterConfig
+from iokernels.runtime.device import named
+
+rows, run = [], JITFunction.run
+
+def binaries(kernel):
+    # What Triton remembers of a kernel on a device starts with its variants.
+    return sum(len(device[0]) for device in kernel.device_caches.values())
+
+def with_other_integers(self, *args, **options):
+    found, before = run(self, *args, **options), binaries(self)
+    for value in (1, 10, 16, 17):
+        run(self, *(value if type(x) is int else x for x in args), **options)
+    rows.append([self.__name__, sum(type(x) is int for x in args), binaries(self) - before])
+    return found
+
+JITFunction.run = with_other_integers
+on_chip, through = Config(256, 2, 4, 1), Config(256, 2, 4, 1, 16)
+tile = OuterConfig(rows=16, columns=128, depth=16, num_warps=4, num_stages=1)
+for config, words in ((on_chip, "n=700,nk=20"), (through, "n=2k,nk=1k")):
+    found = autotune.override(fft_conv_fwd=config, fft_conv_bwd=config, fft_conv_outer=tile)
+    with compiling_for(named("h100-sxm")), found:
+        CASE.compilation.launch(CASE.vocabulary.parse(f"b=3,h=2,{words},gated=1,state=1"), torch.float16, "both")
+print(json.dumps(rows))
+"""
+
+
+def test_no_integer_is_compiled_in(compiled_apart: Callable[..., str]) -> None:
+    """One binary serves every length, batch, overlap and number of transforms."""
+    rows = json.loads(compiled_apart("-c", INTEGERS))
+    assert {kernel for kernel, _, _ in rows} == KERNELS | THROUGH
+    for kernel, integers, more in rows:
+        assert integers >= 3, kernel
+        assert more == 0, kernel

@@ -18,7 +18,7 @@ from iokernels.ops.fft_conv.options import TWO_SIDED, Options, band_length, kept
 from iokernels.ops.fft_conv.triton.tuning import Config
 from iokernels.testing import budget, inputs
 from iokernels.testing.case import Point
-from iokernels.testing.case.proof import Proof
+from iokernels.testing.case.proof import Proof, prove_point
 
 from ..backends import BACKENDS, CUDA, HALF_AND_SINGLE, runs, usual
 
@@ -47,8 +47,7 @@ def check(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None
     ids=str,
 )
 def test_every_option(backend: str, point: Point, dtype: torch.dtype, device: str) -> None:
-    verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
-    assert verdict.status == "ok", verdict
+    prove_point(CASE, backend, point.shape, dtype, device)
 
 
 @pytest.mark.parametrize("wrong", ["zeros", "shifted", "one sequence for another"])

@@ -22,7 +22,7 @@ from iokernels.ops.fft_conv.triton.filters import planes_of
 from iokernels.ops.fft_conv.triton.tuning import Config, OuterConfig
 from iokernels.runtime.device import named
 from iokernels.testing import budget
-from iokernels.testing.case.proof import Proof
+from iokernels.testing.case.proof import prove_point
 
 TILE = OuterConfig(rows=16, columns=128, depth=16, num_warps=4, num_stages=1)
 
@@ -65,8 +65,7 @@ def check(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype) -> No
 def test_every_option(text: str, dtype: torch.dtype, device: str) -> None:
     shape = CASE.vocabulary.parse(text)
     with through_memory():
-        verdict = Proof(CASE, shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, "triton"))
-    assert verdict.status == "ok", verdict
+        prove_point(CASE, "triton", shape, dtype, device)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from iokernels.ops.fft_conv.case import CASE
 from iokernels.ops.fft_conv.options import CAUSAL, CIRCULAR, TWO_SIDED, Needs, Options
 from iokernels.ops.fft_conv.triton import launch as triton_launch
 from iokernels.ops.fft_conv.triton.tuning import Config, OuterConfig
-from iokernels.runtime import device as devices
 from iokernels.testing.case.count import count
 from iokernels.testing.inputs import poisoned_view
 from iokernels.testing.tracer import trace
 
-pytestmark = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
+from ...tiers import examples
+
+pytestmark = pytest.mark.interpreted
 
 
 @st.composite
@@ -45,7 +46,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.mark.parametrize("part", range(2))  # parts, so that workers can share them
 def test_no_byte_outside_the_tensors(part: int) -> None:
     @seed(part)
-    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
+    @settings(max_examples=examples(8), deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(calls())
     def check(call: dict[str, Any]) -> None:
         shape = (call["batch"], call["heads"], call["n"])

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from iokernels.runtime.device import named
 from iokernels.testing.case import load
-
-ROOT = Path(__file__).resolve().parents[3]
 
 COMPILE = """
 import json, sys
@@ -46,16 +41,12 @@ POINTS_OF = {
 
 
 @pytest.mark.parametrize("gpu", POINTS_OF)
-def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, compiled_apart: Callable[..., str]) -> None:
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE, gpu, json.dumps(POINTS_OF[gpu])]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    compiled = json.loads(compiled_apart("-c", COMPILE, gpu, json.dumps(POINTS_OF[gpu])))
     instruction = {"h100-sxm": "HGMMA", "b200": "UTCHMMA"}.get(gpu, "HMMA")
     seen = set()
-    for index, kernel, shared, spills, blocks, matrix in json.loads(run.stdout):
+    for index, kernel, shared, spills, blocks, matrix in compiled:
         (shape, dtype), name = POINTS[index], kernel.removeprefix("flash_attention_").removesuffix("_kernel")
         seen.add((index, name))
         what = str(shape), dtype, name

@@ -5,7 +5,6 @@ option by option, is held by ``test_flash_attention.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,11 +22,7 @@ from iokernels.testing import inputs
 from ..backends import needs_cuda
 from .test_options import prove
 
-
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with autotune.override(**dict.fromkeys(KERNELS, Config(block=16, warps=2))):
-        yield
+pytestmark = pytest.mark.tiles(**dict.fromkeys(KERNELS, Config(block=16, warps=2)))
 
 
 @needs_cuda

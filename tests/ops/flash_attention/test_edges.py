@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from iokernels import autotune, flash_attention, flash_attention_varlen
+from iokernels import flash_attention, flash_attention_varlen
 from iokernels.ops.flash_attention.cuda import tuning as tuning_cuda
 from iokernels.ops.flash_attention.triton.tuning import KERNELS, Config
 
@@ -17,13 +15,10 @@ from ..backends import BACKENDS, CUDA, usual
 BLOCK = 16
 
 
-@pytest.fixture(autouse=True)
-def _smallest_tiles() -> Iterator[None]:
-    tiles = dict.fromkeys(map(str, KERNELS), Config(BLOCK, BLOCK, 4, 2))
-    with autotune.override(
-        **tiles, **dict.fromkeys(map(str, tuning_cuda.KERNELS), tuning_cuda.Config(block=BLOCK, warps=1))
-    ):
-        yield
+pytestmark = pytest.mark.tiles(
+    **dict.fromkeys(map(str, KERNELS), Config(BLOCK, BLOCK, 4, 2)),
+    **dict.fromkeys(map(str, tuning_cuda.KERNELS), tuning_cuda.Config(block=BLOCK, warps=1)),
+)
 
 
 def seen(n: int, nk: int, left: int, right: int) -> Tensor:

@@ -16,11 +16,12 @@ from iokernels import autotune
 from iokernels.ops.flash_attention.options import Needs, Options
 from iokernels.ops.flash_attention.triton import launch as triton_launch
 from iokernels.ops.flash_attention.triton.tuning import Config
-from iokernels.runtime import device as devices
 from iokernels.testing import inputs
 from iokernels.testing.tracer import trace
 
-pytestmark = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
+from ...tiers import examples
+
+pytestmark = pytest.mark.interpreted
 
 TILES = {
     "flash_attention_fwd": Config(16, 32, 4, 2),
@@ -108,7 +109,7 @@ def run(call: dict[str, Any], device: str = "cpu") -> Any:
 @pytest.mark.parametrize("part", range(4))  # parts, so that workers can share them
 def test_no_byte_outside_the_tensors(part: int) -> None:
     @seed(part)
-    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
+    @settings(max_examples=examples(15), deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(calls())
     def check(call: dict[str, Any]) -> None:
         run(call)

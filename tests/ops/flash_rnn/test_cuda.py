@@ -21,7 +21,6 @@ from ..backends import needs_cuda
 from .calls import draw, prove, results
 
 pytestmark = needs_cuda
-emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="what the emulator sees")
 
 
 def everywhere(*config: int) -> dict[str, Config]:
@@ -54,7 +53,7 @@ def test_every_way_to_place_a_head(name: str) -> None:
         prove(tensors, cell, "cuda", **options)
 
 
-@emulated
+@pytest.mark.without_gpu
 def test_two_blocks_move_what_the_model_says() -> None:
     tensors, heads = draw("lstm", 9, 3, 2, 32, dtype=torch.bfloat16, state=False), 2
     config = Config(2, 8, 1, 8, 2)

@@ -9,7 +9,6 @@ import torch
 
 from iokernels import UnsupportedError, flash_rnn
 from iokernels.ops.flash_rnn.triton.tuning import max_width
-from iokernels.runtime import device as devices
 from iokernels.runtime.device import named
 
 
@@ -84,7 +83,7 @@ def test_refused(change: dict[str, Any], error: type[Exception], message: str) -
         call(**change)
 
 
-@pytest.mark.skipif(not devices.INTERPRET, reason="asks for Triton on the CPU")
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("width", "dtype", "message"),
     [

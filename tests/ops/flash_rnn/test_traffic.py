@@ -15,13 +15,13 @@ from iokernels.ops.flash_rnn.cells import CELLS
 from iokernels.ops.flash_rnn.options import Needs, Options
 from iokernels.ops.flash_rnn.triton import launch as triton_launch
 from iokernels.ops.flash_rnn.triton.tuning import Config
-from iokernels.runtime import device as devices
 from iokernels.testing.case.accounts import Bytes
 from iokernels.testing.tracer import Trace, trace
 
+from ...tiers import examples
 from .calls import draw
 
-pytestmark = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
+pytestmark = pytest.mark.interpreted
 
 TILES = {name: Config(16, 4, 1) for name in ("flash_rnn_fwd", "flash_rnn_bwd", "flash_rnn_values")}
 
@@ -85,7 +85,7 @@ def account(call: dict[str, Any]) -> dict[str, Bytes]:
 @pytest.mark.parametrize("part", range(4))  # parts, so that workers can share them
 def test_as_many_bytes_as_the_model_says_and_none_outside(part: int) -> None:
     @seed(part)
-    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
+    @settings(max_examples=examples(13), deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(calls())
     def check(call: dict[str, Any]) -> None:
         ragged = call["lengths"]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,8 +18,6 @@ from iokernels.ops.flash_rnn.cuda.tuning import SPACE, Problem, placement, wides
 from iokernels.ops.flash_rnn.triton.tuning import KERNELS, TUNABLES, default, max_width
 from iokernels.ops.flash_rnn.triton.tuning import Problem as Launch
 from iokernels.runtime.device import KNOWN, named
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("gpu", KNOWN)
@@ -45,11 +40,9 @@ def test_the_default_is_in_the_space(gpu: str) -> None:
 
 
 @pytest.mark.parametrize(("gpu", "points"), [("h100-sxm", list(range(8))), ("rtx-5090", [1, 4, 6])], ids=str)
-def test_default_configurations_fit(gpu: str, points: list[int], tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, points: list[int], compiled_apart: Callable[..., str]) -> None:
     """Every branch for one GPU; for that with the least shared memory what takes most of it."""
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
     program = (
         "import json, sys\n"
         "from iokernels.autotune.resources import compiling_for\n"
@@ -67,15 +60,7 @@ def test_default_configurations_fit(gpu: str, points: list[int], tmp_path: Path)
         "        print(json.dumps([str(shape), dtype.itemsize, one.kernel, one.shared_bytes, one.spill_bytes,\n"
         "                          sum(one.matrix_instructions().values())]))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program, gpu, json.dumps(points)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    launches, *lines = run.stdout.splitlines()
+    launches, *lines = compiled_apart("-c", program, gpu, json.dumps(points)).splitlines()
     # Neither steps nor sequences nor heads make another kernel: one forward, one backward.
     assert launches == "10 2"
     rows = [json.loads(line) for line in lines]

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from iokernels.runtime.device import named
-
-ROOT = Path(__file__).resolve().parents[3]
-
 
 PASSES = ("gated_delta_rule", "b=4,h=32,n=1k,d=128", {"inverse", "fwd", "bwd_states", "bwd_walk", "bwd_grads"})
 STEP = ("gated_delta_rule_step", "b=4,h=32,n=1,d=128", {"step"})
@@ -23,14 +17,12 @@ STEP = ("gated_delta_rule_step", "b=4,h=32,n=1,d=128", {"step"})
     ("gpu", "case", "shape", "kernels"),
     [("a100-sxm", *PASSES), ("h100-sxm", *PASSES), ("b200", *PASSES), ("h100-sxm", *STEP)],
 )
-def test_default_configurations_fit(gpu: str, case: str, shape: str, kernels: set[str], tmp_path: Path) -> None:
+def test_default_configurations_fit(
+    gpu: str, case: str, shape: str, kernels: set[str], compiled_apart: Callable[..., str]
+) -> None:
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "iokernels", "inspect", case, "--gpu", gpu, "--shape", shape, "--json", "-"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    rows = json.loads(run.stdout)["rows"]
+    command = ("-m", "iokernels", "inspect", case, "--gpu", gpu, "--shape", shape, "--json", "-")
+    rows = json.loads(compiled_apart(*command))["rows"]
     assert {row["kernel"].removesuffix("_kernel").removeprefix("gated_delta_rule_") for row in rows} == kernels
     for row in rows:
         assert row["shared_bytes"] <= named(gpu).smem_block, row

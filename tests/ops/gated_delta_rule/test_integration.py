@@ -16,7 +16,6 @@ from iokernels.ops.gated_delta_rule.op import backward_op, forward_op, step_op
 from iokernels.ops.gated_delta_rule.options import DeltaOptions
 from iokernels.ops.gated_delta_rule.triton import launch as triton_launch
 from iokernels.ops.gated_delta_rule.triton.tuning import Config
-from iokernels.runtime import device as devices
 from iokernels.testing import inputs
 from iokernels.testing.tracer import trace
 
@@ -73,11 +72,10 @@ def test_a_step_is_one_graph_and_changes_its_state() -> None:
     torch.testing.assert_close(state, expected)
 
 
-watched = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 LAYOUTS: tuple[Any, ...] = ("bnhd", "padded", "strided", "expanded")
 
 
-@watched
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("text", "layout"), list(product(("b=2,h=2,n=67,d=20,dv=40,state=1", "b=1,h=4,n=9,d=33,dv=17,decay=0"), LAYOUTS))
 )
@@ -98,7 +96,7 @@ def test_no_byte_outside_the_tensors(text: str, layout: Any) -> None:
         )  # fmt: skip
 
 
-@watched
+@pytest.mark.interpreted
 @pytest.mark.parametrize("bad", [[0, 99, 40], [-5, 20, 10], [0, 40, 0, 40], [30, 10, 2**30], [0, 0, -(2**31)]], ids=str)
 def test_offsets_out_of_range_stay_inside_the_tensors(bad: list[int]) -> None:
     """On a GPU nobody reads the offsets before the kernels do, so whatever they say must do no harm."""

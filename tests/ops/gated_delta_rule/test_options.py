@@ -21,7 +21,7 @@ from iokernels.ops.gated_delta_rule.case import traffic
 from iokernels.ops.gated_delta_rule.triton.tuning import STEP, Config
 from iokernels.testing import inputs
 from iokernels.testing.case import Case, Point
-from iokernels.testing.case.proof import Proof
+from iokernels.testing.case.proof import Proof, prove_point
 
 BACKENDS = ("torch", "triton")
 CASE, STEP_CASE = gated_delta_rule.CASE, gated_delta_rule_step.CASE
@@ -49,15 +49,13 @@ def drawn(text: str, dtype: torch.dtype = torch.float32, device: str = "cpu", se
     ids=str,
 )  # fmt: skip
 def test_every_option(backend: str, point: Point, dtype: torch.dtype, device: str) -> None:
-    verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
-    assert verdict.status == "ok", verdict
+    prove_point(CASE, backend, point.shape, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("point", [p for p in CASE.check_points() if p.quick], ids=lambda point: point.name)
 def test_half_precision_of_torch(point: Point, dtype: torch.dtype, device: str) -> None:
-    verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, "torch"))
-    assert verdict.status == "ok", verdict
+    prove_point(CASE, "torch", point.shape, dtype, device)
 
 
 @pytest.mark.parametrize("point", STEP_CASE.check_points(), ids=lambda point: point.name)
@@ -88,8 +86,7 @@ def test_the_limits_see_a_slightly_wrong_result(backend: str, device: str) -> No
 def test_long_sequences(backend: str, length: int, device: str) -> None:
     shape = CASE.vocabulary.parse(f"b=1,h=1,n={length},d=16,state=1,gate=0.01")
     dtype = torch.bfloat16 if backend == "triton" else torch.float32
-    verdict = Proof(CASE, shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
-    assert verdict.status == "ok", verdict
+    prove_point(CASE, backend, shape, dtype, device)
 
 
 def test_against_a_truth_by_hand(device: str) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,23 +12,12 @@ import pytest
 from iokernels.runtime.device import named
 from iokernels.testing.case import load
 
-ROOT = Path(__file__).resolve().parents[3]
 
-
-def run(folder: Path, *command: str, given: str = "") -> str:
-    """The output of a process of its own, because the tests' process interprets its kernels."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    found = subprocess.run(
-        [sys.executable, *command], env=environment, input=given, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr[-2000:]
-    return found.stdout
-
-
-def inspected(gpu: str, folder: Path, *which: str) -> list[dict[str, Any]]:
+def inspected(compiled_apart: Callable[..., str], gpu: str, *which: str) -> list[dict[str, Any]]:
     """What each kernel takes of ``gpu``, in its default configuration."""
-    rows = json.loads(run(folder, "-m", "iokernels", "inspect", "lean_attention", "--gpu", gpu, *which, "--json", "-"))
+    rows = json.loads(
+        compiled_apart("-m", "iokernels", "inspect", "lean_attention", "--gpu", gpu, *which, "--json", "-")
+    )
     vocabulary = load("lean_attention").vocabulary
     for kernel in rows["rows"]:
         shape = vocabulary.parse(kernel["shape"])
@@ -45,17 +31,17 @@ def inspected(gpu: str, folder: Path, *which: str) -> list[dict[str, Any]]:
     return rows["rows"]
 
 
-def test_every_branch_of_every_kernel(tmp_path: Path) -> None:
-    assert {kernel["kernel"] for kernel in inspected("h100-sxm", tmp_path, "--points")} == {
+def test_every_branch_of_every_kernel(compiled_apart: Callable[..., str]) -> None:
+    assert {kernel["kernel"] for kernel in inspected(compiled_apart, "h100-sxm", "--points")} == {
         "lean_attention_kernel", "lean_attention_split_kernel", "lean_attention_combine_kernel"
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("gpu", ["a100-sxm", "b200", "rtx-5090"])
-def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, compiled_apart: Callable[..., str]) -> None:
     shapes = ("b=4,h=32,hkv=4,nk=4k,d=128", "b=4,h=32,hkv=4,nk=4k,d=128,cache=1,scales=1,page=16")
     words = [word for shape in shapes for word in ("--shape", shape)]
-    assert len(inspected(gpu, tmp_path, *words, "--dtype", "bf16")) == len(shapes)
+    assert len(inspected(compiled_apart, gpu, *words, "--dtype", "bf16")) == len(shapes)
 
 
 VARIANTS = """
@@ -79,12 +65,12 @@ print(json.dumps([len(device[0]) for kernel in kernels for device in kernel.devi
 """
 
 
-def test_one_kernel_for_all_lengths_batches_and_caches(tmp_path: Path) -> None:
+def test_one_kernel_for_all_lengths_batches_and_caches(compiled_apart: Callable[..., str]) -> None:
     """Nothing that changes from step to step of a server is compiled in: there is one variant of each kernel."""
     sizes = ("b=1,nk=16", "b=2,nk=1000", "b=3,nk=4k,shortest=100,spare=5", "b=16,nk=17k", "b=300,nk=1", "b=4,nk=64k")
     options = "h=32,hkv=4,d=128,page=16,left=500"
     shapes = [f"{options},{text},schedule={schedule}" for schedule in (1, 2) for text in sizes]
-    assert json.loads(run(tmp_path, "-c", VARIANTS, given=json.dumps(shapes))) == [1, 1, 1]
+    assert json.loads(compiled_apart("-c", VARIANTS, given=json.dumps(shapes))) == [1, 1, 1]
 
 
 ARRIVAL = """
@@ -105,9 +91,9 @@ print(json.dumps(found))
 """
 
 
-def test_a_block_counts_itself_in_after_all_its_threads_have_written(tmp_path: Path) -> None:
+def test_a_block_counts_itself_in_after_all_its_threads_have_written(compiled_apart: Callable[..., str]) -> None:
     """And releases what they wrote to the one that merges, which acquires it: no interpreter shows that it did not."""
-    (ptx,) = json.loads(run(tmp_path, "-c", ARRIVAL, given="h100-sxm"))
+    (ptx,) = json.loads(compiled_apart("-c", ARRIVAL, given="h100-sxm"))
     memory = re.findall(r"\b(?:st\.global|atom|bar\.sync|ld\.global\.cg)\S*", ptx)
     (counted,) = (place for place, name in enumerate(memory) if name.startswith("atom"))
     assert memory[counted] == "atom.global.gpu.acq_rel.add.u32"

@@ -41,13 +41,11 @@ def plain_memory(call: Call) -> Call:
     return call._replace(tensors={name: x.contiguous() for name, x in finite.items()})
 
 
-interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="these tensors are on the CPU")
-
-
 @pytest.mark.parametrize(
     ("backend", "layout"),
     [("torch", "contiguous"), ("torch", "bnhd"), ("torch", "strided"),
-     pytest.param("triton", "contiguous", marks=interpreted), pytest.param("cuda", "contiguous", marks=CUDA.marks)],
+     pytest.param("triton", "contiguous", marks=pytest.mark.interpreted),
+     pytest.param("cuda", "contiguous", marks=CUDA.marks)],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind: str, backend: str, layout: str) -> None:

@@ -7,18 +7,17 @@ Caches hold NaN wherever nothing may be read. How the work is divided among thre
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from iokernels import autotune, flash_attention, lean_attention
+from iokernels import flash_attention, lean_attention
 from iokernels.ops.lean_attention.case import CASE
 from iokernels.ops.lean_attention.cuda import tuning as tuning_cuda
 from iokernels.ops.lean_attention.triton.tuning import Config
 from iokernels.testing.case import Point
-from iokernels.testing.case.proof import Proof
+from iokernels.testing.case.proof import prove_point
 
 from ..backends import BACKENDS, CUDA, HALF_AND_SINGLE, runs, usual
 from .calls import make, prove
@@ -26,15 +25,12 @@ from .calls import make, prove
 RAGGED = (0, 40, 1, 90, 33)
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    """So that short sequences cross many tiles and blocks; the check command takes those that a GPU would get."""
-    tiles = {"block_n": 32, "blocks": 6, "stream_k": 1}
-    with autotune.override(
-        lean_attention=Config(**tiles, num_warps=4, num_stages=2),
-        lean_attention_cuda=tuning_cuda.Config(**tiles, key_warps=2, stages=2),
-    ):
-        yield
+TILES = {"block_n": 32, "blocks": 6, "stream_k": 1}
+# So that short sequences cross many tiles and blocks; the check command takes those that a GPU would get.
+pytestmark = pytest.mark.tiles(
+    lean_attention=Config(**TILES, num_warps=4, num_stages=2),
+    lean_attention_cuda=tuning_cuda.Config(**TILES, key_warps=2, stages=2),
+)
 
 
 @pytest.mark.parametrize("point", CASE.check_points(), ids=lambda point: point.name)
@@ -48,8 +44,7 @@ def _small_tiles() -> Iterator[None]:
     ids=str,
 )
 def test_every_option(backend: str, point: Point, dtype: torch.dtype, device: str) -> None:
-    verdict = Proof(CASE, point.shape, dtype, torch.device(device)).judge(lambda given: CASE.run(given, backend))
-    assert verdict.status == "ok", verdict
+    prove_point(CASE, backend, point.shape, dtype, device)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])

@@ -17,15 +17,13 @@ from iokernels.ops.lean_attention.case import CASE
 from iokernels.ops.lean_attention.options import Options
 from iokernels.ops.lean_attention.triton import launch as triton_launch
 from iokernels.ops.lean_attention.triton.tuning import Config
-from iokernels.runtime import device as devices
 from iokernels.testing.case.count import count
 from iokernels.testing.case.shape import Shape
 from iokernels.testing.tracer import Trace, trace
 
+from ...tiers import examples
 from ..backends import HALF_AND_SINGLE
 from .calls import Call, make
-
-interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 
 
 @st.composite
@@ -66,13 +64,13 @@ def traced(call: Call, blocks: int = 5) -> tuple[Trace, torch.Tensor]:
     return record, out
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("part", range(3))  # parts, so that workers can share them
 def test_no_byte_outside_the_tensors(part: int) -> None:
     """Nor past a length: the keys read of each head are those that the lengths, or a window, show."""
 
     @seed(part)
-    @settings(max_examples=20, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
+    @settings(max_examples=examples(10), deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(calls())
     def check(given: dict[str, Any]) -> None:
         call = make(**given)
@@ -83,14 +81,14 @@ def test_no_byte_outside_the_tensors(part: int) -> None:
         row_tiles = -(-rows // min(max(16, 1 << (rows - 1).bit_length()), 64))
         most = sum(given["lengths"]) * row_tiles * given["kv_heads"]
         windowed = given.get("window", (-1, -1))[0] >= 0
-        for argument, width in (("k_ptr", given["head_dim"]), ("v_ptr", given["value_dim"])):
+        for argument, width in (("inputs.k", given["head_dim"]), ("inputs.v", given["value_dim"])):
             found = own.arguments[argument].read
             assert found <= most * width * size if windowed else found == most * width * size
 
     check()
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("page", [0, 8])
 @pytest.mark.parametrize("stream_k", [0, 1])
 def test_lengths_out_of_range_stay_inside_the_tensors(stream_k: int, page: int) -> None:
@@ -126,7 +124,7 @@ def test_a_long_sequence_costs_what_its_cache_holds(options: str) -> None:
     assert floor <= model <= 1.02 * floor
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_a_long_sequence_counted() -> None:
     assert CASE.accounts is not None
     shape = CASE.vocabulary.parse("b=1,h=4,hkv=1,nk=64k,d=64")

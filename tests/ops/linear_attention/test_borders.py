@@ -161,7 +161,7 @@ def test_positive_decays_count_as_zero(operator: str, backend: str) -> None:
         own.requires_grad_()
         q, k, v, initial = (arguments[name] for name in ("q", "k", "v", "initial_state"))
         if operator == LINEAR:
-            out, state = op.attend(q, k, v, backend, Options(own, initial, None, 0.5))
+            out, state = op.attend(q, k, v, True, backend, Options(own, initial, None, 0.5))
         else:
             options = DeltaOptions(own, initial, None, 0.5)
             out, state = delta_op.gated_delta_rule(q, k, v, arguments["beta"], backend, options)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from iokernels.runtime.device import named
-
-ROOT = Path(__file__).resolve().parents[3]
 
 COMPILE = """
 import json, sys
@@ -31,17 +26,37 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize(("gpu", "points"), [("a100-sxm", [0, 1]), ("h100-sxm", [0, 1, 2, 4, 6])])
-def test_default_configurations_fit(gpu: str, points: list[int], tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, points: list[int], compiled_apart: Callable[..., str]) -> None:
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE, gpu, json.dumps(points)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    kernels = json.loads(run.stdout)
+    kernels = json.loads(compiled_apart("-c", COMPILE, gpu, json.dumps(points)))
     assert len({kernel for _, kernel, *_ in kernels}) == (10 if gpu == "h100-sxm" else 5)
     for index, kernel, _, spills, shared in kernels:
         assert shared <= named(gpu).smem_block, (index, kernel)
         # What models are trained with stays in registers, whatever the release of Triton: all but a few bytes at most.
         if index in (0, 1):
             assert spills <= 32, (index, kernel, spills)
+
+
+VARIANTS = """
+import json, sys, torch
+from iokernels.autotune.resources import compiling_for
+from iokernels.ops.linear_attention.case.compile import forward, launch_step
+from iokernels.ops.linear_attention.case.shapes import VOCABULARY
+from iokernels.ops.linear_attention.triton.forward import linear_attention_fwd_kernel
+from iokernels.ops.linear_attention.triton.step import linear_attention_step_kernel
+from iokernels.runtime.device import named
+for text in json.loads(sys.argv[1]):
+    shape = VOCABULARY.parse(f"bnhd=1,d=16,decay=0,learn=0,{text}")
+    with compiling_for(named("h100-sxm")):
+        forward(shape, torch.bfloat16)
+        launch_step(shape, torch.bfloat16)
+kernels = (linear_attention_fwd_kernel, linear_attention_step_kernel)
+# What Triton remembers of a kernel on a device starts with its variants.
+print(json.dumps([len(device[0]) for kernel in kernels for device in kernel.device_caches.values()]))
+"""
+
+
+def test_one_kernel_for_all_lengths_batches_and_heads(compiled_apart: Callable[..., str]) -> None:
+    """1, 10, 16 and 17 of whatever varies between calls are one variant, though Triton specialises integers by them."""
+    shapes = ["b=2,h=2,n=1", "b=10,h=10,hk=1,n=10", "b=16,h=16,hk=16,n=16", "b=17,h=17,n=17"]
+    assert json.loads(compiled_apart("-c", VARIANTS, json.dumps(shapes))) == [1, 1]

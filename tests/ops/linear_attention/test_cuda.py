@@ -14,7 +14,7 @@ from iokernels.ops.linear_attention.cuda.tuning import KERNELS, MAX_WIDTH, TUNAB
 from iokernels.runtime.device import KNOWN
 from iokernels.testing import inputs
 from iokernels.testing.case import load
-from iokernels.testing.case.proof import Proof
+from iokernels.testing.case.proof import prove_point
 
 from ..backends import needs_cuda
 from .calls import draw, packed, prove
@@ -35,9 +35,7 @@ def config(chunk: int = 16, num_warps: int = 2) -> Any:
 @pytest.mark.parametrize("point", CUDA_POINTS, ids=lambda point: point.name)
 def test_every_point_of_the_operator(point: Any, device: str) -> None:
     """With its default configuration; float16 has the narrower limit."""
-    proof = Proof(CASE, point.shape, torch.float16, torch.device(device))
-    verdict = proof.judge(lambda given: CASE.run(given, "cuda"), gradients_too=True)
-    assert verdict.status == "ok", verdict
+    prove_point(CASE, "cuda", point.shape, torch.float16, device)
 
 
 @needs_cuda

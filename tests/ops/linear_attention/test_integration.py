@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from iokernels import autotune, linear_attention, linear_attention_step
+from iokernels import linear_attention, linear_attention_step
 from iokernels.ops.linear_attention.op import backward_op, forward_op, step_op
 from iokernels.ops.linear_attention.options import Options
 
@@ -17,17 +16,12 @@ from ..backends import BACKENDS, usual
 from .calls import draw, results, tiles
 
 pytestmark = [
+    pytest.mark.tiles(**tiles()),
     # Dynamo makes an instance of every autograd.Function that it traces, and PyTorch warns of instances.
     pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
     # What the machine has is looked up once and remembered, which is as right when traced.
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with autotune.override(**tiles()):
-        yield
 
 
 @pytest.mark.parametrize("packed", [False, True])

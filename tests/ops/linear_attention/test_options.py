@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise, product
 from typing import Any
 
@@ -26,10 +25,7 @@ WITH_AND_WITHOUT_TAYLOR = (*product(PYTHON, (False, True)), pytest.param("cuda",
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with autotune.override(**tiles()):
-        yield
+pytestmark = pytest.mark.tiles(**tiles())
 
 
 @pytest.mark.parametrize("taylor", [False, True], ids=["linear", "taylor"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +15,7 @@ from .calls import LIMITS, draw, tiles
 BACKENDS = ("reference", "torch", "triton")
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with autotune.override(**tiles()):
-        yield
+pytestmark = pytest.mark.tiles(**tiles())
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])

@@ -10,13 +10,12 @@ import torch
 from iokernels import autotune, linear_attention, linear_attention_state, linear_attention_step
 from iokernels.ops.linear_attention.case import traffic as io
 from iokernels.ops.linear_attention.triton.tuning import Config
-from iokernels.runtime import device as devices
 from iokernels.testing.case.accounts import Bytes
 from iokernels.testing.tracer import Trace, trace
 
 from .calls import draw, tiles
 
-pytestmark = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
+pytestmark = pytest.mark.interpreted
 
 
 def counted(traced: Trace) -> dict[str, Bytes]:

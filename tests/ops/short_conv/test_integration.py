@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -22,17 +18,16 @@ import iokernels
 from iokernels import autotune, short_conv, short_conv_step
 from iokernels.ops.short_conv.case import CASE
 from iokernels.ops.short_conv.op import backward_op, forward_op, step_op
-from iokernels.ops.short_conv.options import TENSOR_OPTIONS, ShortOptions
+from iokernels.ops.short_conv.options import ShortOptions
 from iokernels.ops.short_conv.triton.tuning import KERNELS, TUNABLES, ShortProblem, default
-from iokernels.runtime import device as devices
 from iokernels.runtime.device import named
 from iokernels.testing.inputs import poisoned_view
 from iokernels.testing.tracer import trace
 
-ROOT = Path(__file__).resolve().parents[3]
+from ...tiers import examples
+
 # Dynamo makes an instance of every autograd.Function that it traces, and PyTorch warns of instances.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-interpreted = pytest.mark.skipif(not devices.INTERPRET, reason="the tracer watches Triton's interpreter")
 assert CASE.accounts is not None
 SMALL_TILES = CASE.accounts.test_configs
 
@@ -72,7 +67,7 @@ def test_opcheck(name: str, inside: bool) -> None:
     schema = [argument.name for argument in forward_op._schema.arguments][3:]
     assert schema == list(ShortOptions._fields)
     types = [str(argument.type) for argument in forward_op._schema.arguments][3:]
-    assert ["Tensor" in kind for kind in types].index(False) == TENSOR_OPTIONS
+    assert ["Tensor" in kind for kind in types].index(False) == 3
 
 
 def test_opcheck_of_the_step() -> None:
@@ -205,10 +200,10 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@interpreted
+@pytest.mark.interpreted
 def test_no_byte_outside_the_tensors_and_no_atomics() -> None:
     @seed(0)
-    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
+    @settings(max_examples=examples(15), deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,))
     @given(calls())
     def check(call: dict[str, Any]) -> None:
         width, channels, lengths = call["width"], call["channels"], call["lengths"]
@@ -233,7 +228,7 @@ def test_no_byte_outside_the_tensors_and_no_atomics() -> None:
     check()
 
 
-@interpreted
+@pytest.mark.interpreted
 @pytest.mark.parametrize("width", [4, 9])
 def test_offsets_out_of_range_stay_inside_the_tensors(width: int) -> None:
     """On a GPU nobody reads the offsets before the kernels do, so whatever they say must do no harm."""
@@ -264,14 +259,10 @@ def test_defaults_lie_in_the_space(gpu: str) -> None:
 
 
 @pytest.mark.parametrize("gpu", ["rtx-5090"])  # the least shared memory
-def test_default_configurations_fit(gpu: str, tmp_path: Path) -> None:
+def test_default_configurations_fit(gpu: str, compiled_apart: Callable[..., str]) -> None:
     # A process of its own, because the tests' process interprets its kernels.
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "iokernels", "inspect", "short_conv", "--gpu", gpu, "--points", "--json", "-"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    kernels = json.loads(run.stdout)["rows"]
+    command = ("-m", "iokernels", "inspect", "short_conv", "--gpu", gpu, "--points", "--json", "-")
+    kernels = json.loads(compiled_apart(*command))["rows"]
     names = {"fwd", "bwd", "state", "wide_fwd", "wide_bwd", "wide_dweight"}
     assert {kernel["kernel"].removesuffix("_kernel").removeprefix("short_conv_") for kernel in kernels} == names
     for kernel in kernels:

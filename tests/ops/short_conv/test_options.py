@@ -6,7 +6,6 @@ The kernels run with small tiles, so that short sequences cross many of them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iokernels import autotune, short_conv, short_conv_step
+from iokernels import short_conv, short_conv_step
 from iokernels.ops.short_conv.case import CASE
 from iokernels.testing.budget import check_relative_rms
 from iokernels.testing.case import Point
@@ -27,10 +26,7 @@ assert CASE.accounts is not None
 SMALL_TILES = CASE.accounts.test_configs
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with autotune.override(**SMALL_TILES):
-        yield
+pytestmark = pytest.mark.tiles(**SMALL_TILES)
 
 
 PROOFS = [
@@ -46,7 +42,7 @@ def test_backends_are_within_their_limits(point: Point, dtype: torch.dtype, devi
     proof = Proof(CASE, point.shape, dtype, torch.device(device))
     for backend in BACKENDS:
         verdict = proof.judge(lambda inputs, backend=backend: CASE.run(inputs, backend))
-        assert verdict.status == "ok", f"{backend}: {verdict}"
+        verdict.require_ok(f"{backend}, {dtype}, {point.shape}")
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from iokernels import autotune
 from iokernels.ops.fft_conv.options import Options, band_length, kept_bins, reach
+from iokernels.ops.shared.triton_tiles import view
 from iokernels.runtime.device import DeviceSpec
 
 from . import tuning
 from .filters import planes_of, roots_of_unity, with_skip
-from .transform import Features
+from .transform import Features, Filter, Inputs, Sizes
 from .tuning import TUNABLES
 
 
@@ -92,8 +92,8 @@ class Launch:
         """Thread blocks: every head, in as many parts as its units take, with those of so many blocks before time 0."""
         return (self.heads * -(-self.pairs * (cover.chunks + before) // config.units),)
 
-    def sizes(self, config: tuning.Config, cover: tuning.Blocks, before: int = 0) -> tuple[int, ...]:
-        """In the order of every kernel's arguments."""
+    def varying(self, config: tuning.Config, cover: tuning.Blocks, before: int = 0) -> tuple[int, ...]:
+        """What changes from call to call, in the order of the arguments of kernels on chip."""
         return self.batch, self.heads, self.n, cover.overlap, cover.step, cover.chunks + before, config.units
 
     def spectrum(self, k: Tensor, transformed: list[Tensor], cover: tuning.Blocks | tuning.Through) -> list[Tensor]:
@@ -102,10 +102,10 @@ class Launch:
             transformed = planes_of(k, self.n, cover, self.compute, self.options)
         return transformed if self.options.skip is None else with_skip(transformed, self.options.skip)
 
-    def roots(self, cover: tuning.Blocks | tuning.Through) -> tuple[Tensor, Tensor]:
-        """F1 and F2."""
+    def filter(self, spectrum: list[Tensor], cover: tuning.Blocks | tuning.Through) -> Filter:
+        """The planes and their scale, with the roots of unity of F1 and F2."""
         device, dtype = self.u.device, self.compute
-        return roots_of_unity(device, dtype, cover.n1), roots_of_unity(device, dtype, cover.n2)
+        return Filter(*spectrum, roots_of_unity(device, dtype, cover.n1), roots_of_unity(device, dtype, cover.n2))
 
     def columns(self, cover: tuning.Blocks | tuning.Through) -> int:
         """How many columns of frequencies the kernels keep. Those that are 0 in the filter are dropped in halves."""
@@ -130,24 +130,33 @@ class Launch:
         """The precision of float32 products; of float16 ones there is no choice."""
         return self.precision if self.compute == torch.float32 else "tf32"
 
-    def constexprs(self, cover: tuning.Blocks, *tensors: Tensor) -> dict[str, Any]:
-        """What the kernels on chip are compiled for."""
+    def inputs(self) -> Inputs:
+        """What the kernels on chip make v of."""
+        options = self.options
+        return Inputs(view(self.u), view(options.pre_gate), view(options.post_gate), self.state)
+
+    def features(self, cover: tuning.Blocks) -> Features:
+        """What the kernels on chip do."""
+        options = self.options
+        return Features(
+            pre=options.pre_gate is not None,
+            post=options.post_gate is not None,
+            state=self.state is not None,
+            periodic=cover.periodic,
+            pair=not options.batch_invariant and self.batch > 1,
+        )
+
+    def sizes(self, cover: tuning.Blocks, *tensors: Tensor) -> Sizes:
+        """What kernels on chip that take ``tensors`` and the gates are compiled for."""
         options, length = self.options, cover.n1 * cover.n2
         rows = cover.n1 // 2 if cover.half else cover.n1
-        return {
-            "FEATURES": Features(
-                pre=options.pre_gate is not None,
-                post=options.post_gate is not None,
-                state=self.state is not None,
-                periodic=cover.periodic,
-                pair=not options.batch_invariant and self.batch > 1,
-            ),
-            "N1": cover.n1,
-            "N2": cover.n2,
-            "ROWS": rows,
-            "COLS": self.columns(cover),
-            "MIDDLE": self.middle(length),
-            "WIDE": self.wide(length, *tensors, options.pre_gate, options.post_gate),
-            "HOIST": tuning.hoists(self.problem("fft_conv_fwd"), cover.n1, rows, cover.n2),
-            "PRECISION": self.products,
-        }
+        return Sizes(
+            cover.n1,
+            cover.n2,
+            rows,
+            self.columns(cover),
+            self.middle(length),
+            self.wide(length, *tensors, options.pre_gate, options.post_gate),
+            self.products,
+            tuning.hoists(self.problem("fft_conv_fwd"), cover.n1, rows, cover.n2),
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from iokernels.ops.fft_conv.options import Gradients, Needs, Options, empty_gradients
-from iokernels.ops.shared.triton_tiles import strides
+from iokernels.ops.shared.triton_tiles import view
 from iokernels.runtime.device import guard, spec_of
 
 from . import through, tuning
@@ -14,6 +14,7 @@ from .backward import fft_conv_bwd_kernel
 from .call import Launch
 from .filters import planes_of, taps_gradient
 from .forward import fft_conv_fwd_kernel
+from .transform import Results
 
 
 def transform(k: Tensor, n: int, dtype: torch.dtype, options: Options) -> list[Tensor]:
@@ -36,10 +37,9 @@ def forward(u: Tensor, k: Tensor, transformed: list[Tensor], options: Options) -
             through.forward(launch, config, cover, k, transformed, y)
             return y
         fft_conv_fwd_kernel[launch.grid(config, cover)](
-            u, options.pre_gate, options.post_gate, launch.state, *launch.spectrum(k, transformed, cover),
-            *launch.roots(cover), y,
-            strides(u), strides(options.pre_gate), strides(options.post_gate), strides(y), *launch.sizes(config, cover),
-            **launch.constexprs(cover, u, y), num_warps=config.num_warps, num_stages=config.num_stages,
+            launch.inputs(), view(y), launch.filter(launch.spectrum(k, transformed, cover), cover),
+            *launch.varying(config, cover), FEATURES=launch.features(cover), SIZES=launch.sizes(cover, u, y),
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y
 
@@ -81,21 +81,21 @@ def _on_chip_backward(
     grads: Gradients,
 ) -> None:
     u, options, heads = launch.u, launch.options, launch.heads
-    constexprs = launch.constexprs(cover, dy, u, u)
+    features, sizes = launch.features(cover), launch.sizes(cover, dy, u)
+    inputs, results = launch.inputs(), Results(
+        view(grads.u), view(grads.pre_gate), view(grads.post_gate), grads.initial_state
+    )  # fmt: skip
     sums = None
-    spectrum, rest = launch.spectrum(k, transformed, cover), not launch.single(cover)
+    filter, rest = launch.filter(launch.spectrum(k, transformed, cover), cover), not launch.single(cover)
     for part in tuning.passes(wanted, cover.n1 * cover.n2, u.element_size()):
         before = int(part.state)
         grid = launch.grid(config, cover, before)
         if part.k:
-            shape = (grid[0] // heads, heads, 2, cover.n1, constexprs["COLS"])
+            shape = (grid[0] // heads, heads, 2, cover.n1, sizes.COLS)
             sums = torch.empty(shape, dtype=torch.float32, device=u.device)
         fft_conv_bwd_kernel[grid](
-            dy, u, options.pre_gate, options.post_gate, launch.state, *spectrum, *launch.roots(cover),
-            grads.u, grads.pre_gate, grads.post_gate, grads.initial_state, sums,
-            strides(dy), strides(u), strides(options.pre_gate), strides(options.post_gate),
-            strides(grads.u), strides(grads.pre_gate), strides(grads.post_gate), *launch.sizes(config, cover, before),
-            WANTED=part, REST=part.state or (rest and part.v), **constexprs,
+            view(dy), inputs, results, sums, filter, *launch.varying(config, cover, before),
+            FEATURES=features, WANTED=part, REST=part.state or (rest and part.v), SIZES=sizes,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     if sums is not None:

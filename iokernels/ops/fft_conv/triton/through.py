@@ -1,4 +1,4 @@
-"""Launches transforms through memory: :mod:`.triton_outer`, :mod:`.triton_inner`, :mod:`.triton_outer` again.
+"""Launches transforms through memory: :mod:`.outer`, :mod:`.inner`, :mod:`.outer` again.
 
 Heads are taken a few at a time, so that what lies in memory between the steps stays below a bound.
 """
@@ -6,25 +6,29 @@ Heads are taken a few at a time, so that what lies in memory between the steps s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from iokernels.ops.fft_conv.options import Gradients
-from iokernels.ops.shared.triton_tiles import strides
+from iokernels.ops.shared.triton_tiles import view
 
 from . import tuning
 from .call import Launch
 from .filters import real_transform, taps_gradient
-from .inner import fft_conv_bwd_inner_kernel, fft_conv_fwd_inner_kernel
+from .inner import Rows, RowSizes, fft_conv_bwd_inner_kernel, fft_conv_fwd_inner_kernel
 from .outer import (
+    Scaled,
+    Signal,
     Source,
+    TileSizes,
     fft_conv_outer_bwd_in_kernel,
     fft_conv_outer_bwd_out_kernel,
     fft_conv_outer_fwd_in_kernel,
     fft_conv_outer_fwd_out_kernel,
 )
+from .transform import Results
 
 WORKSPACE = 2**30
 """How many bytes of rows a pass keeps, unless those of a single head are more."""
@@ -32,12 +36,7 @@ WORKSPACE = 2**30
 _POST = tuning.Wanted(False, False, False, True, False)
 
 
-class Rows(NamedTuple):
-    """A of one signal, and later what became of it, with the scales of both."""
-
-    values: Tensor  # [chunks B H, N0, M]
-    scales: Tensor  # float32 [chunks B H, N0 / ROWS, M / COLUMNS]
-    out_scales: Tensor  # float32 [chunks B H, N0 / 2 + 1]
+_NOTHING = Rows(None, None, None)
 
 
 class Steps:
@@ -68,30 +67,27 @@ class Steps:
         """The real transform of the columns."""
         return real_transform(self.launch.u.device, self.launch.compute, self.outer, back)
 
-    def wide(self, *tensors: Tensor | None) -> bool:
-        """Whether offsets from a block's first position need 64 bits."""
-        return self.launch.wide(self.points, *tensors)
+    def tile_sizes(self, *tensors: Tensor | None) -> TileSizes:
+        """What the kernels of the first and the last step that take ``tensors`` are compiled for."""
+        tile, launch = self.tile, self.launch
+        wide = launch.wide(self.points, *tensors)
+        return TileSizes(self.outer, self.length, tile.rows, tile.columns, tile.depth, launch.products, wide)
 
-    @property
-    def outer_constants(self) -> dict[str, Any]:
-        """What the kernels of the first and the last step are compiled for."""
-        tile = self.tile
-        return {
-            "OUTER": self.outer, "LENGTH": self.length, "ROWS": tile.rows, "COLUMNS": tile.columns,
-            "DEPTH": tile.depth, "PRECISION": self.launch.products,
-            "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-        }  # fmt: skip
-
-    @property
-    def inner_constants(self) -> dict[str, Any]:
+    def row_sizes(self) -> RowSizes:
         """What the kernels of the rows are compiled for."""
-        cover, tile, config = self.cover, self.tile, self.config
-        return {
-            "OUTER": self.outer, "N1": cover.n1, "N2": cover.n2, "COLS": self.columns, "ROWS": tile.rows,
-            "COLUMNS": tile.columns, "MIDDLE": self.launch.middle(self.length), "PRECISION": self.launch.products,
-            "HOIST": tuning.hoists(self.launch.problem("fft_conv_fwd"), cover.n1, cover.n1, cover.n2),
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
-        }  # fmt: skip
+        cover, tile, launch = self.cover, self.tile, self.launch
+        return RowSizes(
+            self.outer,
+            cover.n1,
+            cover.n2,
+            cover.n1,
+            self.columns,
+            launch.middle(self.length),
+            launch.products,
+            tuning.hoists(launch.problem("fft_conv_fwd"), cover.n1, cover.n1, cover.n2),
+            tile.rows,
+            tile.columns,
+        )
 
     def first(
         self, kernel: Any, x: Tensor, gate: Tensor | None, state: Tensor | None, chunks: int, overlap: int, stop: int,
@@ -101,30 +97,32 @@ class Steps:
         launch, tile, rows = self.launch, self.tile, self.rows(chunks)
         tiles = self.outer // tile.rows * (self.length // tile.columns)
         source = Source(gate=gate is not None, state=state is not None, periodic=self.cover.periodic)
-        kernel[(rows.values.shape[0] * tiles,)](
-            x, gate, state, self.matrix(False), rows.values, rows.scales, strides(x), strides(gate),
+        kernel[(rows.values_ptr.shape[0] * tiles,)](
+            Signal(view(x), view(gate), state), Scaled(rows.values_ptr, rows.scales_ptr, self.matrix(False)),
             launch.batch, launch.heads, launch.n, overlap, self.cover.step, stop, limit,
-            SOURCE=source, WIDE=self.wide(x, gate), **self.outer_constants,
+            SOURCE=source, SIZES=self.tile_sizes(x, gate), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         return rows
 
     def forward(self, spectrum: list[Tensor], y: Tensor) -> None:
         """y."""
-        launch, cover, tile, options = self.launch, self.cover, self.tile, self.launch.options
+        launch, cover, tile, options, config = self.launch, self.cover, self.tile, self.launch.options, self.config
         rows = self.first(
             fft_conv_outer_fwd_in_kernel, launch.u, options.pre_gate, launch.state, cover.chunks, cover.overlap,
             self.points, launch.n,
         )  # fmt: skip
         total = cover.chunks * launch.batch
-        fft_conv_fwd_inner_kernel[(launch.heads * cover.rows * -(-total // self.config.units),)](
-            *rows, *spectrum, *launch.roots(cover), total, launch.heads, self.config.units, **self.inner_constants
-        )
+        fft_conv_fwd_inner_kernel[(launch.heads * cover.rows * -(-total // config.units),)](
+            rows, launch.filter(spectrum, cover), total, launch.heads, config.units, SIZES=self.row_sizes(),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
         post = options.post_gate
         first, blocks = self.results(cover.overlap, cover.overlap + launch.n)
-        fft_conv_outer_fwd_out_kernel[(rows.values.shape[0] * blocks * (self.length // tile.columns),)](
-            rows.values, rows.out_scales, self.matrix(True), post, y, strides(post), strides(y),
+        fft_conv_outer_fwd_out_kernel[(rows.values_ptr.shape[0] * blocks * (self.length // tile.columns),)](
+            Scaled(rows.values_ptr, rows.out_scales_ptr, self.matrix(True)), view(post), view(y),
             launch.batch, launch.heads, launch.n, cover.overlap, cover.step, first, blocks,
-            POST=post is not None, WIDE=self.wide(post, y), **self.outer_constants,
+            POST=post is not None, SIZES=self.tile_sizes(post, y),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
     def results(self, low: int, high: int) -> tuple[int, int]:
@@ -163,16 +161,16 @@ class Steps:
         self, v: Rows | None, g: Rows | None, spectrum: list[Tensor], wanted: tuning.Wanted, chunks: int
     ) -> Tensor | None:
         """The rows of w in the place of those of v, and of dv in that of g; returns the sums of dK."""
-        launch, cover = self.launch, self.cover
+        launch, cover, config = self.launch, self.cover, self.config
         total = chunks * launch.batch
-        parts = -(-total // self.config.units)
+        parts = -(-total // config.units)
         sums = None
         if wanted.k:
             shape = (parts, launch.heads, cover.rows, 2, cover.n1, self.columns)
             sums = torch.empty(shape, dtype=torch.float32, device=launch.u.device)
         fft_conv_bwd_inner_kernel[(launch.heads * cover.rows * parts,)](
-            *(v or (None,) * 3), *(g or (None,) * 3), *spectrum, *launch.roots(cover), sums,
-            total, launch.heads, self.config.units, WANTED=wanted, **self.inner_constants,
+            v or _NOTHING, g or _NOTHING, sums, launch.filter(spectrum, cover), total, launch.heads, config.units,
+            WANTED=wanted, SIZES=self.row_sizes(), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return sums
 
@@ -183,12 +181,13 @@ class Steps:
         launch, tile, options = self.launch, self.tile, self.launch.options
         first, blocks = self.results(overlap if wanted.post else 0, min(stop, launch.n + overlap))
         tensors = launch.u, options.pre_gate, dy, grads.u, grads.pre_gate, grads.post_gate
-        fft_conv_outer_bwd_out_kernel[(rows.values.shape[0] * blocks * (self.length // tile.columns),)](
-            rows.values, rows.out_scales, self.matrix(True), *tensors, grads.initial_state,
-            *(strides(x) for x in tensors), launch.batch, launch.heads, launch.n, overlap, self.cover.step, stop,
-            first, blocks,
+        fft_conv_outer_bwd_out_kernel[(rows.values_ptr.shape[0] * blocks * (self.length // tile.columns),)](
+            Scaled(rows.values_ptr, rows.out_scales_ptr, self.matrix(True)),
+            view(launch.u), view(options.pre_gate), view(dy),
+            Results(view(grads.u), view(grads.pre_gate), view(grads.post_gate), grads.initial_state),
+            launch.batch, launch.heads, launch.n, overlap, self.cover.step, stop, first, blocks,
             SOURCE=Source(options.pre_gate is not None, launch.state is not None, self.cover.periodic), WANTED=wanted,
-            WIDE=self.wide(*tensors), **self.outer_constants,
+            SIZES=self.tile_sizes(*tensors), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
 

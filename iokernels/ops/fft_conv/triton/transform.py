@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from iokernels.ops.shared.triton_tiles import View, at_head
+
 
 class Features(NamedTuple):
     """What a kernel is compiled for."""
@@ -33,6 +35,89 @@ class Features(NamedTuple):
     state: Any  # the past is in a tensor of its own
     periodic: Any  # the past is the end of the sequence
     pair: Any  # two sequences to a transform
+
+
+class Sizes(NamedTuple):
+    """What a kernel on chip is compiled for, beside features."""
+
+    N1: Any
+    N2: Any
+    ROWS: Any  # the last rows of a block, of which the others are zeros
+    COLS: Any  # columns of frequencies that are kept
+    MIDDLE: Any  # the power of two nearest 1 / sqrt(M), from above
+    WIDE: Any  # offsets in a block need 64 bits
+    PRECISION: Any  # of products
+    HOIST: Any  # what does not change moves out of the loop: see the forward kernel
+
+
+VARYING = (
+    "batch", "heads", "seqlen", "overlap", "step", "chunks", "stop", "limit", "first", "blocks", "total", "count",
+)  # fmt: skip
+"""Integers that change from call to call: no kernel is compiled anew for a value of theirs."""
+
+
+class Filter(NamedTuple):
+    """A filter and the roots of unity, contiguous."""
+
+    spectrum_ptr: Any  # [H, 2, N1, N2], real and imaginary; through memory [H, N0 / 2 + 1, 2, N1, N2]
+    scale_ptr: Any  # float32 [H], what the spectrum was divided by
+    f1_ptr: Any  # [2, N1]
+    f2_ptr: Any  # [2, N2]
+
+
+class Inputs(NamedTuple):
+    """What makes v, and the gate on the output."""
+
+    u: View  # [B, H, N]
+    pre: View
+    post: View
+    state_ptr: Any  # float32 [B, H, overlap] or None
+
+
+class Results(NamedTuple):
+    """Gradients, of which those that nobody wants are None."""
+
+    u: View  # [B, H, N]
+    pre: View
+    post: View
+    state_ptr: Any  # float32 [B, H, overlap]
+
+
+class Numbers(NamedTuple):
+    """The integers of a call, and the head of a thread block."""
+
+    head: Any
+    batch: Any
+    heads: Any
+    seqlen: Any
+    overlap: Any
+    step: Any
+
+
+class Spectrum(NamedTuple):
+    """The frequencies [N1, COLS] of a head, both parts, and the scale of a result."""
+
+    re: Any
+    im: Any
+    scale: Any
+
+
+class Sums(NamedTuple):
+    """dK so far [N1, COLS], float32."""
+
+    re: Any
+    im: Any
+
+
+class Matrices(NamedTuple):
+    """F1 [N1, ROWS], T [N1, N2] and F2 [N2, COLS], both parts of each."""
+
+    f1r: Any
+    f1i: Any
+    tr: Any
+    ti: Any
+    f2r: Any
+    f2i: Any
 
 
 class Place(NamedTuple):
@@ -55,21 +140,23 @@ def complex_dot(ar, ai, br, bi, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def transformed(zr, zi, f1r, f1i, tr, ti, f2r, f2i, PRECISION: tl.constexpr):
+def transformed(zr, zi, dft, SIZES: tl.constexpr):
     """Z [N1, COLS] float32 of z [ROWS, N2]."""
-    ar, ai = complex_dot(f1r, f1i, zr, zi, PRECISION)
+    f1r, f1i, tr, ti, f2r, f2i = dft
+    ar, ai = complex_dot(f1r, f1i, zr, zi, SIZES.PRECISION)  # [N1, N2]
     br = (ar * tr - ai * ti).to(zr.dtype)
     bi = (ar * ti + ai * tr).to(zr.dtype)
-    return complex_dot(br, bi, f2r, f2i, PRECISION)
+    return complex_dot(br, bi, f2r, f2i, SIZES.PRECISION)  # [N1, COLS]
 
 
 @triton.jit
-def inverted(pr, pi, f1r, f1i, tr, ti, f2r, f2i, PRECISION: tl.constexpr):
+def inverted(pr, pi, dft, SIZES: tl.constexpr):
     """M z [ROWS, N2] float32 of Z [N1, COLS]. F1 and F2 are symmetric, so the same tiles serve."""
-    ar, ai = complex_dot(pr, pi, tl.trans(f2r), tl.trans(-f2i), PRECISION)
+    f1r, f1i, tr, ti, f2r, f2i = dft
+    ar, ai = complex_dot(pr, pi, tl.trans(f2r), tl.trans(-f2i), SIZES.PRECISION)  # [N1, N2]
     br = (ar * tr + ai * ti).to(pr.dtype)
     bi = (ai * tr - ar * ti).to(pr.dtype)
-    return complex_dot(tl.trans(f1r), tl.trans(-f1i), br, bi, PRECISION)
+    return complex_dot(tl.trans(f1r), tl.trans(-f1i), br, bi, SIZES.PRECISION)  # [ROWS, N2]
 
 
 @triton.jit
@@ -96,30 +183,45 @@ def root_of_unity(power, ORDER: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def matrices(f1_ptr, f2_ptr, N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """F1 [N1, ROWS] (of the last rows of a block), F2 [N2, COLS] (of the kept frequencies), both parts of each.
+def matrices(f1_ptr, f2_ptr, tr, ti, SIZES: tl.constexpr):
+    """F1 [N1, ROWS] (of the last rows of a block), F2 [N2, COLS] (of the kept frequencies), with the given T.
 
     They are loaded, because what is computed the compiler would keep in registers; of the N roots of unity that a
     matrix of N by N is made of, because those are few bytes.
     """
-    rows, cols = N1 - ROWS + tl.arange(0, ROWS), kept_columns(N2, COLS)
+    N1: tl.constexpr = SIZES.N1
+    N2: tl.constexpr = SIZES.N2
+    rows, cols = N1 - SIZES.ROWS + tl.arange(0, SIZES.ROWS), kept_columns(N2, SIZES.COLS)
     f1 = f1_ptr + tl.arange(0, N1)[:, None] * rows[None, :] % N1
     f2 = f2_ptr + tl.arange(0, N2)[:, None] * cols[None, :] % N2
-    return tl.load(f1), tl.load(f1 + N1), tl.load(f2), tl.load(f2 + N2)
+    return Matrices(tl.load(f1), tl.load(f1 + N1), tr, ti, tl.load(f2), tl.load(f2 + N2))
 
 
 @triton.jit
-def twiddles(N1: tl.constexpr, N2: tl.constexpr, DTYPE: tl.constexpr):
+def twiddles(SIZES: tl.constexpr, DTYPE: tl.constexpr):
     """T [N1, N2]."""
+    N1: tl.constexpr = SIZES.N1
+    N2: tl.constexpr = SIZES.N2
     return root_of_unity(tl.arange(0, N1)[:, None] * tl.arange(0, N2)[None, :], N1 * N2, DTYPE)
 
 
 @triton.jit
-def load_spectrum(spectrum_ptr, head, N1: tl.constexpr, N2: tl.constexpr, COLS: tl.constexpr):
-    """The filter's planes [N1, COLS]."""
-    at = spectrum_ptr + tl.cast(head, tl.int64) * (2 * N1 * N2)
-    at = at + tl.arange(0, N1)[:, None] * N2 + kept_columns(N2, COLS)[None, :]
+def load_spectrum(spectrum_ptr, index, SIZES: tl.constexpr):
+    """The planes [N1, COLS] at ``index``, of a head or of a row of one."""
+    N1: tl.constexpr = SIZES.N1
+    N2: tl.constexpr = SIZES.N2
+    at = spectrum_ptr + tl.cast(index, tl.int64) * (2 * N1 * N2)
+    at = at + tl.arange(0, N1)[:, None] * N2 + kept_columns(N2, SIZES.COLS)[None, :]
     return tl.load(at), tl.load(at + N1 * N2)
+
+
+@triton.jit
+def load_scale(scale_ptr, head, SIZES: tl.constexpr):
+    """What a head's results are multiplied by: of 1 / M the part that MIDDLE leaves, and the filter's scale."""
+    N1: tl.constexpr = SIZES.N1
+    N2: tl.constexpr = SIZES.N2
+    MIDDLE: tl.constexpr = SIZES.MIDDLE
+    return tl.load(scale_ptr + head) * (1.0 / (MIDDLE * N1 * N2))
 
 
 @triton.jit
@@ -130,57 +232,76 @@ def kept_columns(N2: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def positions(N1: tl.constexpr, N2: tl.constexpr, ROWS: tl.constexpr):
+def positions(SIZES: tl.constexpr):
     """The positions in a block of the tile [ROWS, N2] that is loaded and stored."""
+    N1: tl.constexpr = SIZES.N1
+    N2: tl.constexpr = SIZES.N2
+    ROWS: tl.constexpr = SIZES.ROWS
     return (N1 - ROWS + tl.arange(0, ROWS))[:, None] * N2 + tl.arange(0, N2)[None, :]
 
 
 @triton.jit
-def load_times(ptr, strides, batch, head, place, times, mask, WIDE: tl.constexpr):
+def load_times(x, batch, head, place, times, mask, WIDE: tl.constexpr):
     """x[batch, head, times] as float32, 0 where masked."""
-    row = ptr + tl.cast(batch, tl.int64) * strides.b + tl.cast(head, tl.int64) * strides.h
-    row = row + tl.cast(place.start, tl.int64) * strides.n
+    row = at_head(x.ptr, x, batch, head, place.start)
     offset = times - place.start
     if WIDE:
         offset = offset.to(tl.int64)
-    return tl.load(row + offset * strides.n, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(row + offset * x.n, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_times(ptr, strides, batch, head, place, times, values, mask, WIDE: tl.constexpr):
+def store_times(x, batch, head, place, times, values, mask, WIDE: tl.constexpr):
     """Store x[batch, head, times]."""
-    row = ptr + tl.cast(batch, tl.int64) * strides.b + tl.cast(head, tl.int64) * strides.h
-    row = row + tl.cast(place.start, tl.int64) * strides.n
+    row = at_head(x.ptr, x, batch, head, place.start)
     offset = times - place.start
     if WIDE:
         offset = offset.to(tl.int64)
-    tl.store(row + offset * strides.n, values.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(row + offset * x.n, values.to(x.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def stop_of(member, batch, seqlen):
-    """Where sequence ``member`` ends; before all times if there is none, for the partner of the last one."""
-    return tl.where(member < batch, seqlen, -(2**30))
+def stop_of(sequence, batch, seqlen):
+    """Where a sequence ends; before all times if there is none, when the last one has no second beside it."""
+    return tl.where(sequence < batch, seqlen, -(2**30))
+
+
+@triton.jit
+def pair_of(transform, numbers, FEATURES: tl.constexpr):
+    """The first sequence and the chunk of a transform."""
+    a_transform: tl.constexpr = 2 if FEATURES.pair else 1
+    pairs = (numbers.batch + a_transform - 1) // a_transform
+    return transform % pairs * a_transform, transform // pairs
+
+
+@triton.jit
+def transforms_of(batch, heads, chunks, count, FEATURES: tl.constexpr):
+    """The head of this thread block, the first of its transforms, and where they end."""
+    head = tl.program_id(0) % heads
+    first = tl.program_id(0) // heads * count
+    a_transform: tl.constexpr = 2 if FEATURES.pair else 1
+    pairs = (batch + a_transform - 1) // a_transform
+    return head, first, tl.minimum(first + count, pairs * chunks)
 
 
 @triton.jit
 def load_inputs(
-    u_ptr, pre_ptr, state_ptr, stride_u, stride_pre, batch, head, heads, stop, place, offs,
-    FEATURES: tl.constexpr, WIDE: tl.constexpr,
+    u, pre, state_ptr, batch, numbers, stop, place, offs, FEATURES: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """v of a block before the time ``stop``, float32, with its past."""
+    head = numbers.head
     times = place.start + offs
     mask = times < stop
     if FEATURES.periodic:
         times = tl.where(times < 0, times + place.seqlen, times)
     else:
         mask = mask & (times >= 0)
-    v = load_times(u_ptr, stride_u, batch, head, place, times, mask, WIDE)
+    v = load_times(u, batch, head, place, times, mask, WIDE)
     if FEATURES.pre:
-        v *= load_times(pre_ptr, stride_pre, batch, head, place, times, mask, WIDE)
+        v *= load_times(pre, batch, head, place, times, mask, WIDE)
     if FEATURES.state:
         # [B, H, overlap] contiguous; the block that starts before time 0 sees it.
-        past = state_ptr + (tl.cast(batch, tl.int64) * heads + head) * place.overlap
+        past = state_ptr + (tl.cast(batch, tl.int64) * numbers.heads + head) * place.overlap
         mask = (times < 0) & (times < stop) & (times + place.overlap >= 0)
         v += tl.load(past + (times + place.overlap), mask=mask, other=0.0)
     return v

@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 from iokernels.ops.flash_attention.options import (
-    TENSOR_OPTIONS,
     Gradients,
     Needs,
     Options,
@@ -138,7 +137,7 @@ def runs_in_aten(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     return (
         q.device.type == "cpu"
-        and all(x is None for x in options[:TENSOR_OPTIONS])
+        and not any(isinstance(x, Tensor) for x in options)
         and options.softcap == 0.0
         and options.window_left == -1
         and (options.window_right == -1 or (options.window_right == 0 and seqlen_q in (1, seqlen_k)))

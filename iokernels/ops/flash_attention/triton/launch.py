@@ -13,16 +13,16 @@ from iokernels import autotune
 from iokernels.ops.flash_attention.dropout import threshold
 from iokernels.ops.flash_attention.options import Gradients, Needs, Options, empty_out, empty_statistics, lse_and_tail
 from iokernels.ops.shared.layout import empty_in_order_of
-from iokernels.ops.shared.triton_tiles import is_wide, padded, strides
+from iokernels.ops.shared.triton_tiles import is_wide, padded, view
 from iokernels.ops.shared.windows import clamp
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
-from .backward_bias import flash_attention_bwd_dbias_kernel
+from .backward_bias import One, flash_attention_bwd_dbias_kernel
 from .backward_kv import flash_attention_bwd_dkv_kernel
-from .backward_q import flash_attention_bwd_delta_kernel, flash_attention_bwd_dq_kernel
-from .forward import flash_attention_fwd_kernel
-from .scores import Features
+from .backward_q import Given, flash_attention_bwd_delta_kernel, flash_attention_bwd_dq_kernel
+from .forward import Results, flash_attention_fwd_kernel
+from .scores import Extras, Features, Inputs, Scales, Sizes
 from .tuning import TUNABLES
 
 
@@ -42,10 +42,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, 
     if blocks > 0:
         with guard(q.device):
             flash_attention_fwd_kernel[(blocks,)](
-                q, k, v, out, lse, tail, *launch.offsets, launch.sinks, *launch.tensors,
-                strides(q), strides(k), strides(v), strides(out), strides(lse),
-                *launch.sizes, *launch.numbers, launch.dropout_scale,
-                **launch.constants, **launch.tile(config, q, k, v, out), **launch.resources(config),
+                launch.inputs, Results(view(out), view(lse), tail), launch.extras, *launch.varying, launch.scales,
+                FEATURES=launch.features, SIZES=launch.sizes(config, q, k, v, out), **launch.resources(config),
             )  # fmt: skip
     return out, statistics
 
@@ -75,34 +73,30 @@ def backward(
 
     with guard(q.device):
         _launch_delta(launch, out, dout, dlse, delta)
-        shared = (
-            *launch.offsets, *launch.tensors, strides(q), strides(k), strides(v), strides(dout), strides(lse)
-        )  # fmt: skip
+        given = Given(view(dout), view(lse), tail, delta)
         if dq is not None and not nothing:
             config = launch.config("flash_attention_bwd_dq", q)
             grid = (launch.sequences * launch.heads * triton.cdiv(launch.seqlen_q, config.block_m),)
             flash_attention_bwd_dq_kernel[grid](
-                q, k, v, dout, lse, tail, delta, dq, *shared, strides(dq),
-                *launch.sizes, options.scale, *launch.numbers, launch.dropout_scale,
-                **launch.constants, **launch.tile(config, q, k, v, dout, dq), **launch.resources(config),
+                launch.inputs, given, view(dq), launch.extras, *launch.varying, launch.scales,
+                FEATURES=launch.features, SIZES=launch.sizes(config, q, k, v, dout, dq), **launch.resources(config),
             )  # fmt: skip
         if dk is not None and dv is not None and not nothing:
             config = launch.config("flash_attention_bwd_dkv", q)
             grid = (launch.sequences * k.shape[1] * triton.cdiv(launch.seqlen_k, config.block_n),)
             flash_attention_bwd_dkv_kernel[grid](
-                q, k, v, dout, lse, tail, delta, dk, dv, *shared, strides(dk), strides(dv),
-                *launch.sizes, options.scale, *launch.numbers, launch.dropout_scale,
-                **launch.constants, **launch.tile(config, q, k, v, dout, dk, dv), **launch.resources(config),
+                launch.inputs, given, view(dk), view(dv), launch.extras, *launch.varying, launch.scales,
+                FEATURES=launch.features, SIZES=launch.sizes(config, q, k, v, dout, dk, dv), **launch.resources(config),
             )  # fmt: skip
         if dbias is not None and not nothing:
             config = launch.config("flash_attention_bwd_dbias", q)
-            one = [size == 1 for size in dbias.shape]
-            tiles = [1 if one[2] else triton.cdiv(launch.seqlen_q, config.block_m),
-                     1 if one[3] else triton.cdiv(launch.seqlen_k, config.block_n)]  # fmt: skip
-            flash_attention_bwd_dbias_kernel[(dbias.shape[0] * dbias.shape[1] * math.prod(tiles),)](
-                q, k, v, dout, lse, tail, delta, dbias, *shared, strides(dbias), launch.sequences,
-                *launch.sizes, *launch.numbers, launch.dropout_scale, *one,
-                **launch.constants, **launch.tile(config, q, k, v, dout), **launch.resources(config),
+            one = One(*(size == 1 for size in dbias.shape))
+            row_tiles = 1 if one.ROW else triton.cdiv(launch.seqlen_q, config.block_m)
+            key_tiles = 1 if one.KEY else triton.cdiv(launch.seqlen_k, config.block_n)
+            flash_attention_bwd_dbias_kernel[(dbias.shape[0] * dbias.shape[1] * row_tiles * key_tiles,)](
+                launch.inputs, given, view(dbias), launch.extras, *launch.varying, launch.sequences, launch.scales,
+                ONE=one, FEATURES=launch.features, SIZES=launch.sizes(config, q, k, v, dout),
+                **launch.resources(config),
             )  # fmt: skip
     return Gradients(
         q=dq,
@@ -120,9 +114,8 @@ def _launch_delta(launch: Launch, out: Tensor, dout: Tensor, dlse: Tensor | None
     block_v = padded(value_dim)
     block_m = max(16, 4096 // block_v)
     flash_attention_bwd_delta_kernel[(batch * heads * triton.cdiv(rows, block_m),)](
-        out, dout, dlse, delta, strides(out), strides(dout), strides(dlse), strides(delta), heads, rows,
-        HAS_DLSE=dlse is not None, VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_M=block_m,
-        WIDE=is_wide(block_m, out, dout), num_warps=4,
+        view(out), view(dout), view(dlse), view(delta), heads, rows,
+        VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_M=block_m, WIDE=is_wide(block_m, out, dout), num_warps=4,
     )  # fmt: skip
 
 
@@ -160,30 +153,26 @@ class Launch:
             fold_scale=options.scale > 1e-30 and not softcap and not changes,
         )
         # Vectors of a few elements, which the kernels index without strides.
-        self.offsets = tuple(
-            None if x is None else x.contiguous() for x in (options.cu_seqlens_q, options.cu_seqlens_k)
+        cu_seqlens_q, cu_seqlens_k, sinks = (
+            None if x is None else x.contiguous() for x in (options.cu_seqlens_q, options.cu_seqlens_k, options.sinks)
         )
-        self.sinks = None if options.sinks is None else options.sinks.contiguous()
-        self.tensors = score_tensors(options)
+        self.inputs = Inputs(view(q), view(k), view(v), cu_seqlens_q, cu_seqlens_k)
+        mask = None if options.mask is None else options.mask.view(torch.uint8)
+        self.extras = Extras(view(options.bias), view(mask), view(options.alibi_slopes), sinks, options.dropout_seed)
         unit = 1.0 if changes else math.log2(math.e)
-        # In the order of every kernel's arguments.
-        self.sizes = (self.heads, self.heads // k.shape[1], self.seqlen_q, self.seqlen_k, rows, keys)
-        self.numbers = (
-            options.scale / options.softcap if softcap else options.scale * unit,
-            options.softcap * unit,
-            clamp(options.window_left),
-            clamp(options.window_right),
-            threshold(options.dropout_p),
+        self.scales = Scales(
+            scale=options.scale,
+            qk_scale=options.scale / options.softcap if softcap else options.scale * unit,
+            softcap=options.softcap * unit,
+            dropout_scale=1.0 / (1.0 - options.dropout_p),
         )
-        self.dropout_scale = 1.0 / (1.0 - options.dropout_p)
-        self.constants = {
-            "FEATURES": self.features,
-            "HEAD_DIM": self.head_dim,
-            "VALUE_DIM": self.value_dim,
-            "BLOCK_D": padded(self.head_dim),
-            "BLOCK_V": padded(self.value_dim),
-            "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
-        }
+        # What ``VARYING`` names, in its order.
+        self.varying = (
+            self.heads, self.heads // k.shape[1], self.seqlen_q, self.seqlen_k, rows, keys,
+            clamp(options.window_left), clamp(options.window_right), threshold(options.dropout_p),
+        )  # fmt: skip
+        self.block_d, self.block_v = padded(self.head_dim), padded(self.value_dim)
+        self.precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
 
     def config(self, kernel: str, q: Tensor) -> tuning.Config:
         """The launch parameters of ``kernel``."""
@@ -195,10 +184,10 @@ class Launch:
         features = self.features
         return tuning.Problem(
             kernel,
-            self.constants["BLOCK_D"],
-            self.constants["BLOCK_V"],
+            self.block_d,
+            self.block_v,
             q.element_size(),
-            q.dtype != torch.float32 or self.constants["PRECISION"] != "ieee",
+            q.dtype != torch.float32 or self.precision != "ieee",
             features.bias or features.mask or features.alibi or features.softcap or features.dropout,
             device.sm,
             device.smem_block,
@@ -209,20 +198,14 @@ class Launch:
             autotune.bucket(self.seqlen_k),
         )
 
-    def tile(self, config: tuning.Config, *tensors: Tensor) -> dict[str, Any]:
-        """Tile shape, and whether offsets inside a tile of one of ``tensors`` need 64 bits."""
-        rows = max(config.block_m, config.block_n)
-        return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "WIDE": is_wide(rows, *tensors)}
+    def sizes(self, config: tuning.Config, *tensors: Tensor) -> Sizes:
+        """What a kernel that reads and writes tiles of ``tensors`` is compiled for."""
+        wide = is_wide(max(config.block_m, config.block_n), *tensors)
+        return Sizes(
+            self.head_dim, self.value_dim, self.block_d, self.block_v, config.block_m, config.block_n, wide,
+            self.precision,
+        )  # fmt: skip
 
     def resources(self, config: tuning.Config) -> dict[str, Any]:
         """Options of the compiler, not arguments of a kernel."""
         return {"num_warps": config.num_warps, "num_stages": config.num_stages}
-
-
-def score_tensors(options: Options) -> tuple[Any, ...]:
-    """The tensors that change scores, then their strides, 0 where they broadcast."""
-    mask = None if options.mask is None else options.mask.view(torch.uint8)
-    return (
-        options.bias, mask, options.alibi_slopes, options.dropout_seed,
-        strides(options.bias), strides(mask), strides(options.alibi_slopes),
-    )  # fmt: skip

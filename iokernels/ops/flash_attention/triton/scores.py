@@ -16,7 +16,57 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from iokernels.ops.shared.triton_tiles import LOG2E, at_head, tanh
+from iokernels.ops.shared.triton_tiles import LOG2E, View, at_head, locate, tanh
+
+
+class Inputs(NamedTuple):
+    """What every kernel reads."""
+
+    q: View  # [B, Hq, Nq, D]
+    k: View  # [B, Hkv, Nk, D]
+    v: View  # [B, Hkv, Nk, Dv]
+    cu_seqlens_q_ptr: Any  # int32 [S + 1] or None
+    cu_seqlens_k_ptr: Any  # int32 [S + 1] or None
+
+
+class Extras(NamedTuple):
+    """What changes scores and weights; each may be absent."""
+
+    bias: View  # [B|1, Hq|1, Nq|1, Nk|1]
+    mask: View  # bytes, like bias
+    alibi: View  # float32 [B|1, Hq]
+    sinks_ptr: Any  # [Hq]
+    seed_ptr: Any  # int64 [1]
+
+
+class Scales(NamedTuple):
+    """Factors. ``qk_scale`` is scale in the unit of the scores (log2 e, or 1 where they are natural), or
+    scale / softcap where there is a softcap, and ``softcap`` is in that unit."""
+
+    scale: Any
+    qk_scale: Any
+    softcap: Any
+    dropout_scale: Any  # 1 / (1 - p)
+
+
+class Sizes(NamedTuple):
+    """Tile shapes, as a kernel is compiled for them."""
+
+    HEAD_DIM: int
+    VALUE_DIM: int
+    BLOCK_D: int  # HEAD_DIM, rounded up to a power of two
+    BLOCK_V: int
+    BLOCK_M: int
+    BLOCK_N: int
+    WIDE: bool  # offsets inside a tile need 64 bits
+    PRECISION: str
+
+
+VARYING = (
+    "heads", "group", "seqlen_q", "seqlen_k", "total_q", "total_k", "window_left", "window_right", "dropout_threshold",
+)  # fmt: skip
+"""Integers that vary between calls: one compiled kernel serves all of them. ``group`` is query heads to a key head,
+``total_q`` and ``total_k`` are rows of the tensors."""
 
 
 class Features(NamedTuple):
@@ -36,25 +86,25 @@ class Features(NamedTuple):
 
 
 class ScoreNumbers(NamedTuple):
-    """Numbers that shape scores. ``qk_scale`` is scale in the unit of the scores (log2 e, or 1 where they are natural),
-    or scale / softcap where there is a softcap, and ``softcap`` is in that unit."""
+    """Numbers that shape the scores and weights of one sequence."""
 
     seqlen_q: Any
     seqlen_k: Any
-    qk_scale: Any
-    softcap: Any
     window_left: Any
     window_right: Any
     dropout_threshold: Any
+    qk_scale: Any
+    softcap: Any
+    dropout_scale: Any
 
 
 class HeadScores(NamedTuple):
     """The same for one head of one sequence: what a tile needs beside its indices."""
 
     bias_ptr: Any
-    stride_bias: Any
+    bias: View  # its strides
     mask_ptr: Any
-    stride_mask: Any
+    mask: View
     alibi_slope: Any
     seed: Any
     sequence_head: Any  # b * Hq + h
@@ -76,22 +126,31 @@ def row_block(seqlen_q, heads, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def head_scores(
-    bias_ptr, stride_bias, mask_ptr, stride_mask, alibi_ptr, stride_alibi, seed_ptr, batch, head, heads,
-    FEATURES: tl.constexpr,
-):  # fmt: skip
+def place_q(inputs, sequence, seqlen_q, total_q, FEATURES: tl.constexpr):
+    """First row and length of a sequence of queries."""
+    return locate(inputs.cu_seqlens_q_ptr, sequence, seqlen_q, total_q, FEATURES.varlen)
+
+
+@triton.jit
+def place_k(inputs, sequence, seqlen_k, total_k, FEATURES: tl.constexpr):
+    """First row and length of a sequence of keys."""
+    return locate(inputs.cu_seqlens_k_ptr, sequence, seqlen_k, total_k, FEATURES.varlen)
+
+
+@triton.jit
+def head_scores(extras, batch, head, heads, FEATURES: tl.constexpr):
     """Move the pointers to one head of one sequence, and read its ALiBi slope and the dropout seed."""
     # Zeros stand for what is absent: a function cannot return None among other values.
-    bias_head, mask_head, alibi_slope, seed = 0, 0, 0.0, 0
+    bias_ptr, mask_ptr, alibi_slope, seed = 0, 0, 0.0, 0
     if FEATURES.bias:
-        bias_head = at_head(bias_ptr, stride_bias, batch, head, 0)
+        bias_ptr = at_head(extras.bias.ptr, extras.bias, batch, head, 0)
     if FEATURES.mask:
-        mask_head = at_head(mask_ptr, stride_mask, batch, head, 0)
+        mask_ptr = at_head(extras.mask.ptr, extras.mask, batch, head, 0)
     if FEATURES.alibi:
-        alibi_slope = tl.load(at_head(alibi_ptr, stride_alibi, batch, head, 0))
+        alibi_slope = tl.load(at_head(extras.alibi.ptr, extras.alibi, batch, head, 0))
     if FEATURES.dropout:
-        seed = tl.load(seed_ptr)
-    return HeadScores(bias_head, stride_bias, mask_head, stride_mask, alibi_slope, seed, batch * heads + head)
+        seed = tl.load(extras.seed_ptr)
+    return HeadScores(bias_ptr, extras.bias, mask_ptr, extras.mask, alibi_slope, seed, batch * heads + head)
 
 
 @triton.jit
@@ -112,13 +171,13 @@ def tile_scores(qk, rows, keys, numbers, head, FEATURES: tl.constexpr, MASKED: t
         scores = qk * numbers.qk_scale
     inside = (rows < numbers.seqlen_q) & (keys < numbers.seqlen_k)
     if FEATURES.bias:
-        offsets = rows.to(tl.int64) * head.stride_bias.n + keys.to(tl.int64) * head.stride_bias.d
+        offsets = rows.to(tl.int64) * head.bias.n + keys.to(tl.int64) * head.bias.d
         scores += narrowed(tl.load(head.bias_ptr + offsets, mask=inside, other=0.0))
     if FEATURES.alibi:
         distance = tl.abs(rows + (numbers.seqlen_k - numbers.seqlen_q) - keys)
         scores -= head.alibi_slope * distance.to(tl.float32)
     if FEATURES.mask:
-        offsets = rows.to(tl.int64) * head.stride_mask.n + keys.to(tl.int64) * head.stride_mask.d
+        offsets = rows.to(tl.int64) * head.mask.n + keys.to(tl.int64) * head.mask.d
         scores = tl.where(tl.load(head.mask_ptr + offsets, mask=inside, other=0) != 0, scores, float("-inf"))
     if MASKED:
         scores = tl.where(visible(rows, keys, numbers, FEATURES), scores, float("-inf"))

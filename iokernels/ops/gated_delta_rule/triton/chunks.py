@@ -1,13 +1,14 @@
-"""What the kernels of the gated delta rule share: where a chunk lies, and its decays (:mod:`.triton_sums`)."""
+"""What the kernels of the gated delta rule share: where a chunk lies, and its decays."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from iokernels.ops.shared.triton_sums import clamped, log2_between, no_sums, sums_of
+from iokernels.ops.shared.triton_tiles import View
 
 
 class Features(NamedTuple):
@@ -16,6 +17,45 @@ class Features(NamedTuple):
     varlen: bool
     decay: bool
     state: bool  # an initial state; in the backward pass, a gradient of the final one
+
+
+class Inputs(NamedTuple):
+    """What the kernels read; a kernel that does not look at one of them gets none."""
+
+    q: View  # [B, Hk, N, K]
+    k: View  # [B, Hk, N, K]
+    v: View  # [B, H, N, V]
+    beta: View  # [B, H, N]
+    decay: View  # [B, H, N] or None
+    inverse: View  # float32 [B, H, N, C]
+
+
+class Places(NamedTuple):
+    """Where packed sequences and their chunks lie; all None where every sequence has the same length."""
+
+    cu_seqlens_ptr: Any  # int32 [S + 1]
+    chunk_starts_ptr: Any  # int32 [S]: how many chunks stand before a sequence
+    table_ptr: Any  # int32 [P, 2]: first row and number of rows of each chunk
+
+
+class Sizes(NamedTuple):
+    """Tile shapes and precisions, as a kernel is compiled for them."""
+
+    KEY_DIM: int
+    VALUE_DIM: int
+    BLOCK_K: int
+    BLOCK_V: int
+    BLOCK_C: int  # rows of a chunk
+    PADDED_K: int
+    PADDED_V: int
+    WIDE: bool  # offsets inside a tile need 64 bits
+    PRECISION: str
+    SOLVE_PRECISION: str  # of products with an inverse
+    INVERSE_PRECISION: str  # of those that make it
+
+
+VARYING = ("heads", "group", "seqlen", "total", "scale")
+"""Numbers that vary between calls: one compiled kernel serves all of them. ``group`` is heads of v to a head of k."""
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The triangular systems of the gated delta rule in Triton: (I + A)^-1 for every chunk, all at once.
 
 A = tril(beta (K K^T) exp(b_i - b_j), -1), so that (I + A) n = beta (v - what the state held) gives what the rows of a
-chunk write (see :mod:`.portable_delta_chunks` and arXiv:2406.06484, section 3). It depends on neither v nor the state:
-a thread block takes one chunk of one head, and the walk over the state finds the inverses ready.
+chunk write (see the portable backend's ``chunks`` and arXiv:2406.06484, section 3). It depends on neither v nor the
+state: a thread block takes one chunk of one head, and the walk over the state finds the inverses ready.
 
 The 16 x 16 blocks on the diagonal are inverted together by elimination, one column a step. Then neighbours join,
 
@@ -23,7 +23,7 @@ import triton.language as tl
 
 from iokernels.ops.shared.triton_tiles import at_head, load_tile, store_tile, tile_offsets
 
-from .chunks import between, chunk_at, load_rows, load_sums
+from .chunks import VARYING, between, chunk_at, load_rows, load_sums
 
 
 @triton.jit
@@ -75,42 +75,40 @@ def _join(inverse, lower, rows, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     return inverse - tl.dot(inverse, product, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seqlen"])
+@triton.jit(do_not_specialize=VARYING)
 def gated_delta_rule_inverse_kernel(
-    k_ptr,  # [B, Hk, N, K]
-    beta_ptr,  # [B, H, N]
-    decay_ptr,  # [B, H, N] or None
-    inverse_ptr,  # float32 [B, H, N, C]: below its diagonal, row i of an inverse in the place of row i of the chunk
-    table_ptr,  # int32 [P, 2] or None
-    stride_k,
-    stride_beta,
-    stride_decay,
-    stride_inverse,
+    inputs,
+    inverse,  # float32 [B, H, N, C]: below its diagonal, row i of an inverse in the place of row i of the chunk
+    places,
     heads,
-    group,  # heads of v to a head of k
+    group,
     seqlen,
     FEATURES: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INVERSE_PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """The inverse of one chunk of one head."""
     index, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    batch, first_row, rows = chunk_at(table_ptr, index, seqlen, FEATURES.varlen, BLOCK_C)
+    batch, first_row, rows = chunk_at(places.table_ptr, index, seqlen, FEATURES.varlen, SIZES.BLOCK_C)
     if rows > 0:
-        local, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
-        k_block = at_head(k_ptr, stride_k, batch, head // group, first_row)
-        k = load_tile(k_block, tile_offsets(stride_k, local, offs_k, WIDE), local, offs_k, rows, KEY_DIM, BLOCK_K, True)
-        beta = load_rows(beta_ptr, stride_beta, batch, head, first_row, rows, BLOCK_C)
-        sums = load_sums(decay_ptr, stride_decay, batch, head, first_row, rows, FEATURES.decay, BLOCK_C)
-        products = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        lower = beta[:, None] * products * between(sums, False, BLOCK_C)
+        local, offs_k = tl.arange(0, SIZES.BLOCK_C), tl.arange(0, SIZES.BLOCK_K)
+        k_block = at_head(inputs.k.ptr, inputs.k, batch, head // group, first_row)
+        k = load_tile(
+            k_block,
+            tile_offsets(inputs.k, local, offs_k, SIZES.WIDE),
+            local,
+            offs_k,
+            rows,
+            SIZES.KEY_DIM,
+            SIZES.BLOCK_K,
+            True,
+        )
+        beta = load_rows(inputs.beta.ptr, inputs.beta, batch, head, first_row, rows, SIZES.BLOCK_C)
+        sums = load_sums(inputs.decay.ptr, inputs.decay, batch, head, first_row, rows, FEATURES.decay, SIZES.BLOCK_C)
+        products = tl.dot(k, tl.trans(k), input_precision=SIZES.PRECISION)
+        lower = beta[:, None] * products * between(sums, False, SIZES.BLOCK_C)
         lower = tl.where(local[:, None] > local[None, :], lower, 0.0)
-        inverse = unit_triangular_inverse(lower, BLOCK_C, INVERSE_PRECISION)
-        inverse = tl.where(local[:, None] > local[None, :], inverse, 0.0)
-        at = at_head(inverse_ptr, stride_inverse, batch, head, first_row)
-        offsets = tile_offsets(stride_inverse, local, local, False)
-        store_tile(at, offsets, inverse, local, local, rows, BLOCK_C)
+        found = unit_triangular_inverse(lower, SIZES.BLOCK_C, SIZES.INVERSE_PRECISION)
+        found = tl.where(local[:, None] > local[None, :], found, 0.0)
+        at = at_head(inverse.ptr, inverse, batch, head, first_row)
+        offsets = tile_offsets(inverse, local, local, False)
+        store_tile(at, offsets, found, local, local, rows, SIZES.BLOCK_C)

@@ -18,17 +18,20 @@ from iokernels.ops.gated_delta_rule.options import (
     log_decay_gradient,
 )
 from iokernels.ops.shared.layout import empty_in_order_of
-from iokernels.ops.shared.triton_tiles import is_wide, padded, strides
+from iokernels.ops.shared.triton_tiles import View, is_wide, padded, view
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
 from . import tuning
 from .backward import gated_delta_rule_bwd_walk_kernel
-from .chunks import Features
+from .chunks import Features, Inputs, Places, Sizes
 from .forward import gated_delta_rule_bwd_states_kernel, gated_delta_rule_fwd_kernel
-from .grads import gated_delta_rule_bwd_grads_kernel
+from .grads import Given, gated_delta_rule_bwd_grads_kernel
 from .inverse import gated_delta_rule_inverse_kernel
 from .step import gated_delta_rule_step_kernel
 from .tuning import TUNABLES
+
+NONE = View(None, 0, 0, 0, 0)
+"""What a kernel gets in the place of an input that it does not read."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,19 +45,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, options: DeltaOptions
         config = launch.config(tuning.INVERSE, q)
         if launch.chunks * launch.heads > 0:
             gated_delta_rule_inverse_kernel[(launch.chunks * launch.heads,)](
-                k, beta, decay, inverses, launch.table,
-                strides(k), strides(beta), strides(decay), strides(inverses), *launch.sizes[:3],
-                FEATURES=launch.features(decay, None), KEY_DIM=launch.key_dim, BLOCK_K=config.block_k,
-                BLOCK_C=launch.chunk, WIDE=is_wide(launch.chunk, k), PRECISION=launch.precision,
-                INVERSE_PRECISION=launch.inverse_precision, **_resources(config),
+                Inputs(NONE, view(k), NONE, view(beta), view(decay), NONE), view(inverses), launch.places,
+                *launch.varying[:3], FEATURES=launch.features(decay, None), SIZES=launch.sizes(config, k),
+                **_resources(config),
             )  # fmt: skip
         config = launch.config(tuning.WALKS[0], q)
         if (blocks := launch.walks(config)) > 0:
             gated_delta_rule_fwd_kernel[(blocks,)](
-                q, k, v, beta, decay, inverses, initial, out, final, launch.offsets,
-                strides(q), strides(k), strides(v), strides(beta), strides(decay), strides(inverses),
-                strides(initial), strides(out), strides(final), *launch.sizes, options.scale,
-                FEATURES=launch.features(decay, initial), **launch.tile(config, q, k, v, out), **_resources(config),
+                Inputs(view(q), view(k), view(v), view(beta), view(decay), view(inverses)), view(initial), view(out),
+                view(final), launch.places, *launch.varying, options.scale,
+                FEATURES=launch.features(decay, initial), SIZES=launch.sizes(config, q, k, v, out),
+                **_resources(config),
             )  # fmt: skip
     return out, final, inverses
 
@@ -84,35 +85,30 @@ def backward(
         for gradient in (dq, dk, dv, dbeta, ddecay):
             if gradient is not None:
                 gradient.zero_()
+    inputs = Inputs(view(q), view(k), view(v), view(beta), view(decay), view(inverses))
     with guard(q.device):
         config = launch.config(tuning.WALKS[1], q)
         if (blocks := launch.walks(config)) > 0:
             gated_delta_rule_bwd_states_kernel[(blocks,)](
-                k, v, beta, decay, inverses, initial, states, written, launch.offsets, launch.starts,
-                strides(k), strides(v), strides(beta), strides(decay), strides(inverses), strides(initial),
-                strides(states), strides(written), *launch.sizes,
-                FEATURES=launch.features(decay, initial), **launch.tile(config, k, v, written), **_resources(config),
+                inputs._replace(q=NONE), view(initial), view(states), view(written), launch.places, *launch.varying,
+                FEATURES=launch.features(decay, initial), SIZES=launch.sizes(config, k, v, written),
+                **_resources(config),
             )  # fmt: skip
         config = launch.config(tuning.WALKS[2], q)
         if (blocks := launch.walks(config)) > 0:
             gated_delta_rule_bwd_walk_kernel[(blocks,)](
-                q, k, dout, beta, decay, inverses, dfinal, dv, right, dstates, dinitial, launch.offsets, launch.starts,
-                strides(q), strides(k), strides(dout), strides(beta), strides(decay), strides(inverses),
-                strides(dfinal), strides(dv), strides(right), strides(dstates), strides(dinitial),
-                *launch.sizes, options.scale,
-                FEATURES=launch.features(decay, dfinal), **launch.tile(config, q, k, dout, dv, right),
+                inputs._replace(v=view(dout)), view(dfinal), view(dv), view(right), view(dstates), view(dinitial),
+                launch.places, *launch.varying, options.scale,
+                FEATURES=launch.features(decay, dfinal), SIZES=launch.sizes(config, q, k, dout, dv, right),
                 **_resources(config),
             )  # fmt: skip
         config = grads_config
         if launch.chunks * launch.heads > 0:
-            tile = launch.tile(config, q, k, v, dout, written, right, dq, dk)
-            del tile["SOLVE_PRECISION"]  # no system is solved here
+            given = Given(view(dout), view(written), view(right), view(states), view(dstates))
             gated_delta_rule_bwd_grads_kernel[(launch.chunks * launch.heads * parts,)](
-                q, k, v, dout, beta, decay, written, right, states, dstates, dq, dk, dbeta, ddecay, launch.table,
-                strides(q), strides(k), strides(v), strides(dout), strides(beta), strides(decay), strides(written),
-                strides(right), strides(states), strides(dstates), strides(dq), strides(dk),
-                *launch.sizes[:3], v.shape[2], beta.numel(), options.scale,
-                FEATURES=launch.features(decay, None), PADDED_K=padded(launch.key_dim), **tile, **_resources(config),
+                inputs._replace(inverse=NONE), given, view(dq), view(dk), dbeta, ddecay, launch.places,
+                *launch.varying, beta.numel(), options.scale, FEATURES=launch.features(decay, None),
+                SIZES=launch.sizes(config, q, k, v, dout, written, right, dq, dk), **_resources(config),
             )  # fmt: skip
     if shared:
         dq, dk = (_over_group(gradient, x) for gradient, x in ((dq, q), (dk, k)))
@@ -131,10 +127,9 @@ def step(
     if (blocks := launch.walks(config)) > 0:
         with guard(q.device):
             gated_delta_rule_step_kernel[(blocks,)](
-                q, k, v, beta, log_decay, state, out, strides(q), strides(k), strides(v), strides(beta),
-                strides(log_decay), strides(state), strides(out), *launch.sizes[:3], scale,
-                DECAY=log_decay is not None, KEY_DIM=launch.key_dim, VALUE_DIM=launch.value_dim,
-                BLOCK_K=config.block_k, BLOCK_V=config.block_v, **_resources(config),
+                Inputs(view(q), view(k), view(v), view(beta), view(log_decay), NONE), view(state), view(out),
+                *launch.varying[:3], scale, FEATURES=launch.features(log_decay, None), SIZES=launch.sizes(config),
+                **_resources(config),
             )  # fmt: skip
     return out
 
@@ -167,14 +162,14 @@ class Launch:
         self.chunk = chunk_rows(q.dtype, self.key_dim)
         self.varlen = options.cu_seqlens is not None
         self.sequences = options.sequences(v)
-        self.offsets = self.starts = self.table = None
+        self.places = Places(None, None, None)
         self.chunks = batch * triton.cdiv(rows, self.chunk)
         if options.cu_seqlens is not None:
             # As many as there can be, whatever the offsets are: the host does not read them.
             self.chunks = rows // self.chunk + self.sequences if self.sequences else 0
-            self.offsets, self.starts, self.table = chunk_table(options.cu_seqlens, rows, self.chunk, self.chunks)
-        # In the order of every kernel's arguments: heads, heads to a key head, the longest length, packed rows.
-        self.sizes = (self.heads, self.heads // k.shape[1] if k.shape[1] else 1, rows, rows)
+            self.places = Places(*chunk_table(options.cu_seqlens, rows, self.chunk, self.chunks))
+        # What ``VARYING`` names, in its order, but for the scale.
+        self.varying = (self.heads, self.heads // k.shape[1] if k.shape[1] else 1, rows, rows)
         self.half = q.dtype != torch.float32
         self.precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
         self.inverse_precision = "tf32x3" if self.half or self.precision == "tf32" else "ieee"
@@ -205,22 +200,24 @@ class Launch:
             device.smem_block,
             device.sms,
             autotune.bucket(self.sequences * self.heads),
-            autotune.bucket(self.sizes[2]),
+            autotune.bucket(self.varying[2]),
         )
 
-    def tile(self, config: tuning.Config, *tensors: Tensor) -> dict[str, Any]:
-        """Tile shape, and whether offsets inside a tile of one of ``tensors`` need 64 bits."""
-        return {
-            "KEY_DIM": self.key_dim,
-            "VALUE_DIM": self.value_dim,
-            "BLOCK_K": config.block_k,
-            "BLOCK_V": config.block_v,
-            "BLOCK_C": self.chunk,
-            "PADDED_V": padded(self.value_dim),
-            "WIDE": is_wide(self.chunk, *tensors),
-            "PRECISION": self.precision,
-            "SOLVE_PRECISION": "tf32" if self.half else self.precision,
-        }
+    def sizes(self, config: tuning.Config, *tensors: Tensor) -> Sizes:
+        """What a kernel that reads and writes tiles of ``tensors`` is compiled for."""
+        return Sizes(
+            KEY_DIM=self.key_dim,
+            VALUE_DIM=self.value_dim,
+            BLOCK_K=config.block_k,
+            BLOCK_V=config.block_v,
+            BLOCK_C=self.chunk,
+            PADDED_K=padded(self.key_dim),
+            PADDED_V=padded(self.value_dim),
+            WIDE=is_wide(self.chunk, *tensors),
+            PRECISION=self.precision,
+            SOLVE_PRECISION="tf32" if self.half else self.precision,
+            INVERSE_PRECISION=self.inverse_precision,
+        )
 
 
 def chunk_table(cu_seqlens: Tensor, total: int, chunk: int, most: int) -> tuple[Tensor, Tensor, Tensor]:

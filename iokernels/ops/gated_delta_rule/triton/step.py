@@ -16,56 +16,43 @@ import triton.language as tl
 from iokernels.ops.shared.triton_sums import clamped
 from iokernels.ops.shared.triton_tiles import LOG2E, at_head
 
+from .chunks import VARYING
 from .forward import block_of_columns, load_state, store_state
 
 
 @triton.jit
-def _load_row(ptr, stride, batch, head, row, columns, WIDTH: tl.constexpr):
-    at = at_head(ptr, stride, batch, head, row) + columns.to(tl.int64) * stride.d
+def _load_row(x, batch, head, row, columns, WIDTH: tl.constexpr):
+    at = at_head(x.ptr, x, batch, head, row) + columns.to(tl.int64) * x.d
     return tl.load(at, mask=columns < WIDTH, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "seqlen", "scale"])
+@triton.jit(do_not_specialize=VARYING)
 def gated_delta_rule_step_kernel(
-    q_ptr,  # [B, Hk, N, K]
-    k_ptr,  # [B, Hk, N, K]
-    v_ptr,  # [B, H, N, V]
-    beta_ptr,  # [B, H, N]
-    decay_ptr,  # [B, H, N] or None
-    state_ptr,  # float32 [B, H, K, V], read and written
-    out_ptr,  # [B, H, N, V]
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_beta,
-    stride_decay,
-    stride_state,
-    stride_out,
+    inputs,
+    state,  # float32 [B, H, K, V], read and written
+    out,  # [B, H, N, V]
     heads,
     group,
     seqlen,
     scale,
-    DECAY: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    FEATURES: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """out of BLOCK_V columns of one head, and their part of the state after the last token."""
-    batch, head, columns = block_of_columns(heads, VALUE_DIM, BLOCK_V)
-    offs_k = tl.arange(0, BLOCK_K)
-    state = load_state(state_ptr, stride_state, batch, head, columns, True, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
+    batch, head, columns = block_of_columns(heads, SIZES.VALUE_DIM, SIZES.BLOCK_V)
+    offs_k = tl.arange(0, SIZES.BLOCK_K)
+    held = load_state(state, batch, head, columns, True, SIZES)
     for row in tl.range(0, seqlen):
-        q = _load_row(q_ptr, stride_q, batch, head // group, row, offs_k, KEY_DIM)
-        k = _load_row(k_ptr, stride_k, batch, head // group, row, offs_k, KEY_DIM)
-        v = _load_row(v_ptr, stride_v, batch, head, row, columns, VALUE_DIM)
-        beta = tl.load(at_head(beta_ptr, stride_beta, batch, head, row)).to(tl.float32)
-        if DECAY:
-            decay = clamped(tl.load(at_head(decay_ptr, stride_decay, batch, head, row)))
-            state *= tl.exp2(decay * LOG2E)
-        written = beta * (v - tl.sum(k[:, None] * state, 0))
-        state += k[:, None] * written[None, :]
-        out = scale * tl.sum(q[:, None] * state, 0)
-        at = at_head(out_ptr, stride_out, batch, head, row) + columns.to(tl.int64) * stride_out.d
-        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
-    store_state(state_ptr, stride_state, batch, head, state, columns, KEY_DIM, VALUE_DIM, BLOCK_K)
+        q = _load_row(inputs.q, batch, head // group, row, offs_k, SIZES.KEY_DIM)
+        k = _load_row(inputs.k, batch, head // group, row, offs_k, SIZES.KEY_DIM)
+        v = _load_row(inputs.v, batch, head, row, columns, SIZES.VALUE_DIM)
+        beta = tl.load(at_head(inputs.beta.ptr, inputs.beta, batch, head, row)).to(tl.float32)
+        if FEATURES.decay:
+            decay = clamped(tl.load(at_head(inputs.decay.ptr, inputs.decay, batch, head, row)))
+            held *= tl.exp2(decay * LOG2E)
+        written = beta * (v - tl.sum(k[:, None] * held, 0))
+        held += k[:, None] * written[None, :]
+        read = scale * tl.sum(q[:, None] * held, 0)
+        at = at_head(out.ptr, out, batch, head, row) + columns.to(tl.int64) * out.d
+        tl.store(at, read.to(out.ptr.dtype.element_ty), mask=columns < SIZES.VALUE_DIM)
+    store_state(state, batch, head, held, columns, SIZES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from iokernels.ops.block_sparse_attention.arguments import one_of, pair_of_tensors
@@ -197,7 +198,8 @@ def _check_room(out: Any, k: Tensor) -> None:
         if any(step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(f"page_bounds: out.{name} is expanded, of strides {x.stride()}; it is written, so every "
                              "element needs memory of its own")  # fmt: skip
-        if x.is_neg():
+        # A compiler cannot ask for the bit; the operator itself refuses when the compiled code runs.
+        if not torch.compiler.is_compiling() and x.is_neg():
             raise ValueError(f"page_bounds: out.{name} is the negative of other memory; it is written, so give that")
     if kmin is kmax:
         raise ValueError("page_bounds: out.kmin is out.kmax; both are written, so each needs memory of its own")

@@ -10,7 +10,7 @@ from iokernels import autotune
 from iokernels.ops.lean_attention.options import Options, capacity, empty_lse, empty_out, per_key
 from iokernels.ops.shared.arrivals import ARRIVALS, arrivals_of
 from iokernels.ops.shared.caches import as_bytes
-from iokernels.ops.shared.triton_tiles import is_wide, padded, strides
+from iokernels.ops.shared.triton_tiles import View, is_wide, padded, view
 from iokernels.ops.shared.windows import clamp
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
@@ -18,7 +18,7 @@ from . import tuning
 from .lean import lean_attention_kernel
 from .split import lean_attention_combine_kernel, lean_attention_split_kernel
 from .tuning import TUNABLES
-from .walk import BY_HEAD, BY_KEY, E4M3, INT8, NO_CODE, UNSCALED, Features
+from .walk import BY_HEAD, BY_KEY, E4M3, INT8, NO_CODE, UNSCALED, Features, Inputs, Results, Scales, Sizes
 
 MOST_ROWS = 64
 """Rows of a row tile: more heads and positions of a key head make several, each of which reads the keys."""
@@ -42,7 +42,7 @@ def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> tu
         if launch.equal_shares:
             _launch_lean(launch, own)
         else:
-            _launch_split(launch, own, launch.items, launch.tiles, prefix=0, all_sequences=False)
+            _launch_split(launch, own, launch.items, launch.tiles, prefix=0)
     return out, lse
 
 
@@ -51,31 +51,30 @@ def _launch_lean(launch: Launch, own: Arguments) -> None:
     arrivals = arrivals_of(launch.q.device, launch.items)
     try:
         lean_attention_kernel[(blocks,)](
-            *own.tensors, launch.workspace(2 * blocks), arrivals, *own.strides, *launch.numbers,
-            FEATURES=own.features, LEAST=LEAST_TILES, MOST_PARTS=MOST_PARTS, **own.constants, **launch.resources,
+            own.inputs, own.results(launch.workspace(2 * blocks)), arrivals, *launch.varying, own.stride_table,
+            launch.scales, FEATURES=own.features, SIZES=own.sizes, **launch.resources,
         )  # fmt: skip
     except BaseException:
         ARRIVALS.clear()  # a kernel that was broken off leaves counts behind
         raise
 
 
-def _launch_split(launch: Launch, own: Arguments, items: int, tiles: int, *, prefix: int, all_sequences: bool) -> None:
+def _launch_split(launch: Launch, own: Arguments, items: int, tiles: int, *, prefix: int) -> None:
     part_tiles = tuning.part_tiles(launch.problem, launch.config, items, tiles)
     most_parts = max(-(-tiles // part_tiles), 1)
     several = most_parts > 1
     # Not None for one part: the kernel is compiled with both ways in it, and this one is never written to.
     partials = launch.workspace(items * most_parts) if several else own.lse
-    sizes = (prefix, part_tiles, most_parts)
+    results, cut = own.results(partials), (prefix, part_tiles, most_parts)
     lean_attention_split_kernel[(items * most_parts,)](
-        *own.tensors, partials, *own.strides, *launch.numbers, *sizes,
-        FEATURES=own.features, ALL_SEQUENCES=all_sequences, **own.constants, **launch.resources,
+        own.inputs, results, *launch.varying, own.stride_table, *cut, launch.scales,
+        FEATURES=own.features, SIZES=own.sizes, **launch.resources,
     )  # fmt: skip
     if several:
-        *counts, _, _, _, left, right = launch.numbers
-        constants = {name: own.constants[name] for name in ("VALUE_DIM", "BLOCK_V", "BLOCK_M", "BLOCK_N")}
+        *counts, _, left, right = launch.varying
         lean_attention_combine_kernel[(items,)](
-            *own.combined, partials, *own.combined_strides, *counts, left, right, *sizes,
-            FEATURES=own.features, ALL_SEQUENCES=all_sequences, **constants, num_warps=4,
+            launch.seqlens, launch.sinks, results, *counts, left, right, *cut,
+            FEATURES=own.features, SIZES=own.sizes, num_warps=4,
         )  # fmt: skip
 
 
@@ -89,46 +88,45 @@ def _prefix(launch: Launch, q: Tensor, options: Options) -> tuple[Tensor, Tensor
     readers = Launch(q, launch.k_cache, launch.v_cache, options, all_sequences=True)
     own = Arguments(readers, q, keys, values, out, lse, None, None, None)
     items, tiles = readers.items, triton.cdiv(keys.shape[2], readers.config.block_n)
-    _launch_split(readers, own, items, tiles, prefix=keys.shape[2], all_sequences=True)
+    _launch_split(readers, own, items, tiles, prefix=keys.shape[2])
     return out, lse
 
 
 class Arguments:
-    """The arguments of one pass over keys, in the order of the kernels' signatures."""
+    """The arguments of one pass over keys."""
 
     def __init__(
         self, launch: Launch, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor, table: Tensor | None,
         prefix_out: Tensor | None, prefix_lse: Tensor | None,
     ) -> None:  # fmt: skip
-        options = launch.options
         paged = table is not None
         self.features = launch.features._replace(
             page=keys.shape[2] if paged else 0,
             after_prefix=prefix_out is not None,
         )
         self.lse = lse
-        self.combined = (out, lse, launch.seqlens, launch.sinks, prefix_out, prefix_lse)
-        scales = (launch.k_scale, launch.v_scale)
-        self.tensors = (
-            q, as_bytes(keys), as_bytes(values), out, lse, launch.seqlens, table, launch.sinks, *scales,
-            prefix_out, prefix_lse,
+        self.inputs = Inputs(
+            view(q), view(as_bytes(keys)), view(as_bytes(values)), _factors(launch.k_scale), _factors(launch.v_scale),
+            launch.seqlens, table, launch.sinks,
         )  # fmt: skip
-        self.combined_strides = (strides(out), strides(lse), strides(prefix_out))
-        by_key = [x if per_key(x) else None for x in (options.k_scale, options.v_scale)]
-        self.strides = (
-            strides(q), strides(keys), strides(values), strides(out), strides(lse), *map(strides, by_key),
-            strides(prefix_out), table.stride(0) if table is not None else 0,
-        )  # fmt: skip
-        self.constants = {
-            "HEAD_DIM": q.shape[3],
-            "VALUE_DIM": values.shape[3],
-            "BLOCK_D": padded(q.shape[3]),
-            "BLOCK_V": padded(values.shape[3]),
-            "BLOCK_M": launch.block_m,
-            "BLOCK_N": launch.config.block_n,
-            "WIDE": is_wide(launch.config.block_n, keys, values),
-            "PRECISION": launch.precision,
-        }
+        self._written = view(out), view(lse), view(prefix_out), prefix_lse
+        self.stride_table = table.stride(0) if table is not None else 0
+        self.sizes = Sizes(
+            HEAD_DIM=q.shape[3],
+            VALUE_DIM=values.shape[3],
+            BLOCK_D=padded(q.shape[3]),
+            BLOCK_V=padded(values.shape[3]),
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.config.block_n,
+            WIDE=is_wide(launch.config.block_n, keys, values),
+            PRECISION=launch.precision,
+            LEAST=LEAST_TILES,
+            MOST_PARTS=MOST_PARTS,
+        )
+
+    def results(self, partials: Tensor) -> Results:
+        """What a kernel writes that has ``partials`` for a workspace."""
+        return Results(*self._written, partials)
 
 
 class Launch:
@@ -169,12 +167,13 @@ class Launch:
             k_scale=_scaling(options.k_scale),
             v_scale=_scaling(options.v_scale),
             after_prefix=False,
+            all_sequences=all_sequences,
         )
         softcap = options.softcap
-        # In the order of the kernels' arguments.
-        self.numbers = (
+        self.scales = Scales(float(options.scale / softcap if softcap > 0.0 else options.scale), float(softcap))
+        # What ``VARYING`` names, in its order, but for the stride of the page table.
+        self.varying = (
             batch, rows, heads // kv_heads, kv_heads, self.row_tiles, self.capacity, k_cache.shape[0],
-            float(options.scale / softcap if softcap > 0.0 else options.scale), float(softcap),
             clamp(options.window_left), clamp(options.window_right),
         )  # fmt: skip
         device = spec_of(q.device)
@@ -212,6 +211,11 @@ class Launch:
         """Room for so many partial results."""
         shape = (slots, self.block_m, self.v_cache.shape[3] + 2)
         return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+
+
+def _factors(scale: Tensor | None) -> View:
+    """The factors of every key, or of heads, which are indexed without strides."""
+    return view(scale) if per_key(scale) else View(scale, 0, 0, 0, 0)
 
 
 _CODES = {torch.int8: INT8, torch.float8_e4m3fn: E4M3}

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from iokernels.ops.shared.triton_partials import NATURAL, merge_slots, store_partial
 
-from .walk import Numbers, finish, first_key, first_tile, keys_of, length_of, load_queries, row_of, tiles_of, walk
+from .walk import VARYING, Numbers, finish, first_key, first_tile, length_of, load_queries, row_of, tiles_of, walk
 
 SEQUENCES = tl.constexpr(256)
 """Lengths that a block adds up at once."""
@@ -39,19 +39,17 @@ def _tiles_of_many(seqlens_ptr, first, numbers, FEATURES: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
-def _line(
-    seqlens_ptr, numbers, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST_PARTS: tl.constexpr
-):
+def _line(seqlens_ptr, numbers, FEATURES: tl.constexpr, SIZES: tl.constexpr):
     """How long the line is, and how many blocks share it: each gets LEAST tiles at least, and no item is cut into more
     than about MOST_PARTS."""
     total = 0
     longest = 0
     for first in range(0, numbers.batch, SEQUENCES):
-        tiles = _tiles_of_many(seqlens_ptr, first, numbers, FEATURES, BLOCK_N)
+        tiles = _tiles_of_many(seqlens_ptr, first, numbers, FEATURES, SIZES.BLOCK_N)
         total += tl.sum(tiles)
         longest = tl.maximum(longest, tl.max(tiles))
     total = total * numbers.kv_heads * numbers.row_tiles
-    share = tl.maximum((longest + MOST_PARTS - 1) // MOST_PARTS, LEAST)
+    share = tl.maximum((longest + SIZES.MOST_PARTS - 1) // SIZES.MOST_PARTS, SIZES.LEAST)
     return total, tl.maximum(tl.minimum(tl.num_programs(0), total // share), 1)
 
 
@@ -85,34 +83,11 @@ def _sequence_at(tile, seqlens_ptr, numbers, FEATURES: tl.constexpr, BLOCK_N: tl
     return sequence, before
 
 
-@triton.jit(
-    do_not_specialize=["batch", "rows", "group", "kv_heads", "row_tiles", "capacity", "pages", "window_left",
-                       "window_right", "qk_scale", "softcap", "stride_table"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=VARYING)
 def lean_attention_kernel(
-    q_ptr,  # [B, Hq, Nq, D]
-    k_ptr,  # [B, Hkv, N, D] or [pages, Hkv, page, D]
-    v_ptr,  # [B, Hkv, N, Dv] or [pages, Hkv, page, Dv]
-    out_ptr,  # [B, Hq, Nq, Dv]
-    lse_ptr,  # float32 [B, Hq, Nq]
-    seqlens_ptr,  # int32 [B]
-    table_ptr,  # int32 [B, most pages] or None
-    sinks_ptr,  # [Hq] or None
-    k_scale_ptr,  # float32, or None
-    v_scale_ptr,  # float32, or None
-    prefix_out_ptr,  # float32 [B, Hq, Nq, Dv] or None
-    prefix_lse_ptr,  # float32 [B, Hq, Nq] or None
-    partial_ptr,  # float32 [2 * blocks, BLOCK_M, 2 + Dv]
+    inputs,
+    results,  # with a workspace of two slots a block
     arrivals_ptr,  # int32 [items], all 0 before and after
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_out,
-    stride_lse,
-    stride_k_scale,
-    stride_v_scale,
-    stride_prefix,
-    stride_table,
     batch,
     rows,
     group,
@@ -120,63 +95,52 @@ def lean_attention_kernel(
     row_tiles,
     capacity,
     pages,
-    qk_scale,
-    softcap,
     window_left,
     window_right,
+    stride_table,
+    scales,
     FEATURES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Block ``program_id(0)`` takes its share of the line of tiles."""
     numbers = Numbers(
-        batch, rows, group, kv_heads, row_tiles, capacity, pages, qk_scale, softcap, window_left, window_right
-    )
+        batch, rows, group, kv_heads, row_tiles, capacity, pages, window_left, window_right,
+        scales.qk_scale, scales.softcap,
+    )  # fmt: skip
+    seqlens_ptr = inputs.seqlens_ptr
     lanes = kv_heads * row_tiles
     block = tl.program_id(0)
-    total, parts = _line(seqlens_ptr, numbers, FEATURES, BLOCK_N, LEAST, MOST_PARTS)
+    total, parts = _line(seqlens_ptr, numbers, FEATURES, SIZES)
     if block < parts:
         start = _share_start(block, total, parts)
         stop = _share_start(block + 1, total, parts)
-        sequence, before = _sequence_at(start, seqlens_ptr, numbers, FEATURES, BLOCK_N)
+        sequence, before = _sequence_at(start, seqlens_ptr, numbers, FEATURES, SIZES.BLOCK_N)
         tile = start
         while tile < stop:
             length = length_of(seqlens_ptr, sequence, numbers)
-            tiles = tiles_of(length, numbers, FEATURES, BLOCK_N)
+            tiles = tiles_of(length, numbers, FEATURES, SIZES.BLOCK_N)
             lane = (tile - before) // tiles
             item_start = before + lane * tiles
             item_stop = item_start + tiles
             segment_stop = tl.minimum(item_stop, stop)
             kv_head = lane // row_tiles
 
-            sequences, heads, offs_row, used = row_of(sequence, kv_head, lane % row_tiles, numbers, BLOCK_M, False)
-            q = load_queries(q_ptr, stride_q, sequences, heads, offs_row, used, HEAD_DIM, BLOCK_D, BLOCK_M)
-            k_head, v_head, k_factor, v_factor, table = keys_of(
-                k_ptr, stride_k, v_ptr, stride_v, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale,
-                table_ptr, stride_table, sequence, kv_head, FEATURES,
-            )  # fmt: skip
-            shift = first_tile(length, numbers, FEATURES, BLOCK_N) - item_start
+            own = row_of(sequence, kv_head, lane % row_tiles, numbers, FEATURES, SIZES.BLOCK_M)
+            q = load_queries(inputs.q, own, SIZES)
+            shift = first_tile(length, numbers, FEATURES, SIZES.BLOCK_N) - item_start
+            first_read, low = (tile + shift) * SIZES.BLOCK_N, first_key(length, numbers, FEATURES)
+            stop_read = tl.minimum((segment_stop + shift) * SIZES.BLOCK_N, length)
             m_i, l_i, acc = walk(
-                q, length - rows + offs_row, (tile + shift) * BLOCK_N, first_key(length, numbers, FEATURES),
-                tl.minimum((segment_stop + shift) * BLOCK_N, length),
-                k_head, v_head, k_factor, v_factor, table, stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
-                FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
+                q, length - rows + own.positions, first_read, low, stop_read, inputs, stride_table, sequence, kv_head,
+                numbers, FEATURES, SIZES,
             )  # fmt: skip
 
             complete = segment_stop - tile == tiles
             if not complete:
+                slot = 2 * block + (tile > start).to(tl.int32)
                 store_partial(
-                    partial_ptr, 2 * block + (tile > start).to(tl.int32), m_i, l_i, acc, used,
-                    VALUE_DIM, BLOCK_V, BLOCK_M,
-                )  # fmt: skip
+                    results.partial_ptr, slot, m_i, l_i, acc, own.used, SIZES.VALUE_DIM, SIZES.BLOCK_V, SIZES.BLOCK_M
+                )
                 # All threads have written before one of them says so; what it then reads, all may read.
                 tl.debug_barrier()
                 counter = arrivals_ptr + sequence * lanes + lane
@@ -189,15 +153,11 @@ def lean_attention_kernel(
                     # The item begins inside the first block's share, in its last segment, or together with it.
                     inside = (_share_start(first, total, parts) < item_start).to(tl.int32)
                     m_i, l_i, acc = merge_slots(
-                        partial_ptr, 2 * first + inside, 2 * first + 2, 2, count, used, VALUE_DIM, BLOCK_V, BLOCK_M,
-                        NATURAL,
+                        results.partial_ptr, 2 * first + inside, 2 * first + 2, 2, count, own.used,
+                        SIZES.VALUE_DIM, SIZES.BLOCK_V, SIZES.BLOCK_M, NATURAL,
                     )  # fmt: skip
             if complete:
-                finish(
-                    m_i, l_i, acc, sequences, heads, offs_row, used, out_ptr, lse_ptr, sinks_ptr,
-                    prefix_out_ptr, prefix_lse_ptr, stride_out, stride_lse, stride_prefix,
-                    FEATURES, VALUE_DIM, BLOCK_V, BLOCK_M, False,
-                )  # fmt: skip
+                finish(m_i, l_i, acc, own, inputs.sinks_ptr, results, FEATURES, SIZES)
             if segment_stop == before + tiles * lanes:
                 before = segment_stop
                 sequence += 1

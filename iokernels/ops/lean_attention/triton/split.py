@@ -7,7 +7,7 @@ short ones have nothing to do. In return a row's bits depend on its own keys and
 of batch invariance. An item of one part is finished by its block, and the second kernel passes it over.
 
 The keys of a prefix that all sequences share go through the first kernel as one item for every BLOCK_M rows of the
-whole batch (ALL_SEQUENCES), so that they are read once for all of them.
+whole batch (``all_sequences``), so that they are read once for all of them.
 
 FLOPs and bytes are those of ``lean``, with a partial for each part of an item that has several.
 """
@@ -19,27 +19,29 @@ import triton.language as tl
 
 from iokernels.ops.shared.triton_partials import NATURAL, merge_slots, store_partial
 
-from .walk import Numbers, finish, first_key, first_tile, keys_of, length_of, load_queries, row_of, tiles_of, walk
+from .walk import VARYING, Numbers, finish, first_key, first_tile, length_of, load_queries, row_of, tiles_of, walk
+
+PARTS = ("prefix", "part_tiles", "most_parts")
+"""What these kernels have beside :data:`.walk.VARYING`."""
 
 
 @triton.jit
-def _item(item, numbers, ALL_SEQUENCES: tl.constexpr):
+def _item(item, numbers, FEATURES: tl.constexpr):
     """The (sequence, key head, row tile) of an item. Those of a prefix belong to no one sequence."""
     lanes = numbers.kv_heads * numbers.row_tiles
     lane = item % lanes
     sequence = item // lanes
-    if ALL_SEQUENCES:
+    if FEATURES.all_sequences:
         sequence = sequence * 0
     return sequence, lane // numbers.row_tiles, lane % numbers.row_tiles
 
 
 @triton.jit
 def _extent(
-    seqlens_ptr, sequence, numbers, prefix, part_tiles, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALL_SEQUENCES: tl.constexpr,
+    seqlens_ptr, sequence, numbers, prefix, part_tiles, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """Length, first tile and number of tiles of an item, and the number of its parts."""
-    if ALL_SEQUENCES:
+    if FEATURES.all_sequences:
         # Each row has a window of its own; the kernel masks, and walks over all.
         length, start = prefix, 0
         tiles = tl.maximum((prefix + BLOCK_N - 1) // BLOCK_N, 1)
@@ -50,33 +52,10 @@ def _extent(
     return length, start, tiles, (tiles + part_tiles - 1) // part_tiles
 
 
-@triton.jit(
-    do_not_specialize=["batch", "rows", "group", "kv_heads", "row_tiles", "capacity", "pages", "window_left",
-                       "window_right", "qk_scale", "softcap", "stride_table", "prefix", "part_tiles", "most_parts"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=(*VARYING, *PARTS))
 def lean_attention_split_kernel(
-    q_ptr,  # [B, Hq, Nq, D]
-    k_ptr,  # [B, Hkv, N, D] or [pages, Hkv, page, D]; of a prefix [1, Hkv, P, D]
-    v_ptr,  # the same with Dv
-    out_ptr,  # [B, Hq, Nq, Dv]; of a prefix float32
-    lse_ptr,  # float32 [B, Hq, Nq]
-    seqlens_ptr,  # int32 [B]
-    table_ptr,  # int32 [B, most pages] or None
-    sinks_ptr,  # [Hq] or None
-    k_scale_ptr,  # float32, or None
-    v_scale_ptr,  # float32, or None
-    prefix_out_ptr,  # float32 [B, Hq, Nq, Dv] or None
-    prefix_lse_ptr,  # float32 [B, Hq, Nq] or None
-    partial_ptr,  # float32 [items * most_parts, BLOCK_M, 2 + Dv]; any where there is one part
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_out,
-    stride_lse,
-    stride_k_scale,
-    stride_v_scale,
-    stride_prefix,
-    stride_table,
+    inputs,
+    results,  # with a workspace of a slot for each part
     batch,
     rows,
     group,
@@ -84,82 +63,59 @@ def lean_attention_split_kernel(
     row_tiles,
     capacity,
     pages,
-    qk_scale,
-    softcap,
     window_left,
     window_right,
+    stride_table,
     prefix,  # keys before those of every sequence
     part_tiles,
     most_parts,
+    scales,
     FEATURES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ALL_SEQUENCES: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Block ``program_id(0)`` is part ``id % most_parts`` of item ``id // most_parts``."""
     numbers = Numbers(
-        batch, rows, group, kv_heads, row_tiles, capacity, pages, qk_scale, softcap, window_left, window_right
-    )
+        batch, rows, group, kv_heads, row_tiles, capacity, pages, window_left, window_right,
+        scales.qk_scale, scales.softcap,
+    )  # fmt: skip
     item, part = tl.program_id(0) // most_parts, tl.program_id(0) % most_parts
-    sequence, kv_head, row_tile = _item(item, numbers, ALL_SEQUENCES)
+    sequence, kv_head, row_tile = _item(item, numbers, FEATURES)
     length, start, tiles, parts = _extent(
-        seqlens_ptr, sequence, numbers, prefix, part_tiles, FEATURES, BLOCK_N, ALL_SEQUENCES
+        inputs.seqlens_ptr, sequence, numbers, prefix, part_tiles, FEATURES, SIZES.BLOCK_N
     )
     if part < parts:
-        sequences, heads, offs_row, used = row_of(sequence, kv_head, row_tile, numbers, BLOCK_M, ALL_SEQUENCES)
-        position = length - rows + offs_row
+        own = row_of(sequence, kv_head, row_tile, numbers, FEATURES, SIZES.BLOCK_M)
+        position = length - rows + own.positions
         low = first_key(length, numbers, FEATURES)
-        if ALL_SEQUENCES:
+        if FEATURES.all_sequences:
             # A position is counted from the prefix's first key, and each row's sequence has its own length.
-            is_row = tl.arange(0, BLOCK_M) < used
-            own = tl.load(seqlens_ptr + sequences, mask=is_row, other=0)
-            position = prefix + tl.minimum(tl.maximum(own, 0), capacity) - rows + offs_row
+            is_row = tl.arange(0, SIZES.BLOCK_M) < own.used
+            lengths = tl.load(inputs.seqlens_ptr + own.sequences, mask=is_row, other=0)
+            position = prefix + tl.minimum(tl.maximum(lengths, 0), capacity) - rows + own.positions
             # Of the prefix too only what some row sees is read: all but what is behind the window of the first one.
             if FEATURES.left:
                 low = tl.min(tl.where(is_row, position, 2**30)) - window_left
-        q = load_queries(q_ptr, stride_q, sequences, heads, offs_row, used, HEAD_DIM, BLOCK_D, BLOCK_M)
-        k_head, v_head, k_factor, v_factor, table = keys_of(
-            k_ptr, stride_k, v_ptr, stride_v, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale,
-            table_ptr, stride_table, sequence, kv_head, FEATURES,
-        )  # fmt: skip
+        q = load_queries(inputs.q, own, SIZES)
         first = start + part * part_tiles
         last = tl.minimum(first + part_tiles, start + tiles)
         m_i, l_i, acc = walk(
-            q, position, first * BLOCK_N, low, tl.minimum(last * BLOCK_N, length),
-            k_head, v_head, k_factor, v_factor, table, stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
-            FEATURES, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, BLOCK_N, WIDE, PRECISION,
+            q, position, first * SIZES.BLOCK_N, low, tl.minimum(last * SIZES.BLOCK_N, length),
+            inputs, stride_table, sequence, kv_head, numbers, FEATURES, SIZES,
         )  # fmt: skip
         if parts == 1:
-            finish(
-                m_i, l_i, acc, sequences, heads, offs_row, used, out_ptr, lse_ptr, sinks_ptr,
-                prefix_out_ptr, prefix_lse_ptr, stride_out, stride_lse, stride_prefix,
-                FEATURES, VALUE_DIM, BLOCK_V, BLOCK_M, ALL_SEQUENCES,
-            )  # fmt: skip
+            finish(m_i, l_i, acc, own, inputs.sinks_ptr, results, FEATURES, SIZES)
         else:
-            store_partial(partial_ptr, tl.program_id(0), m_i, l_i, acc, used, VALUE_DIM, BLOCK_V, BLOCK_M)
+            slot = tl.program_id(0)
+            store_partial(
+                results.partial_ptr, slot, m_i, l_i, acc, own.used, SIZES.VALUE_DIM, SIZES.BLOCK_V, SIZES.BLOCK_M
+            )
 
 
-@triton.jit(
-    do_not_specialize=["batch", "rows", "group", "kv_heads", "row_tiles", "capacity", "window_left", "window_right",
-                       "prefix", "part_tiles", "most_parts"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=(*VARYING, *PARTS))
 def lean_attention_combine_kernel(
-    out_ptr,  # [B, Hq, Nq, Dv]; of a prefix float32
-    lse_ptr,  # float32 [B, Hq, Nq]
     seqlens_ptr,  # int32 [B]
     sinks_ptr,  # [Hq] or None
-    prefix_out_ptr,  # float32 [B, Hq, Nq, Dv] or None
-    prefix_lse_ptr,  # float32 [B, Hq, Nq] or None
-    partial_ptr,  # float32 [items * most_parts, BLOCK_M, 2 + Dv]
-    stride_out,
-    stride_lse,
-    stride_prefix,
+    results,
     batch,
     rows,
     group,
@@ -172,23 +128,18 @@ def lean_attention_combine_kernel(
     part_tiles,
     most_parts,
     FEATURES: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ALL_SEQUENCES: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """Block ``program_id(0)`` merges the parts of an item, where there are several."""
-    numbers = Numbers(batch, rows, group, kv_heads, row_tiles, capacity, 0, 0.0, 0.0, window_left, window_right)
+    numbers = Numbers(batch, rows, group, kv_heads, row_tiles, capacity, 0, window_left, window_right, 0.0, 0.0)
     item = tl.program_id(0)
-    sequence, kv_head, row_tile = _item(item, numbers, ALL_SEQUENCES)
-    _, _, _, parts = _extent(seqlens_ptr, sequence, numbers, prefix, part_tiles, FEATURES, BLOCK_N, ALL_SEQUENCES)
+    sequence, kv_head, row_tile = _item(item, numbers, FEATURES)
+    _, _, _, parts = _extent(seqlens_ptr, sequence, numbers, prefix, part_tiles, FEATURES, SIZES.BLOCK_N)
     if parts > 1:
-        sequences, heads, offs_row, used = row_of(sequence, kv_head, row_tile, numbers, BLOCK_M, ALL_SEQUENCES)
+        own = row_of(sequence, kv_head, row_tile, numbers, FEATURES, SIZES.BLOCK_M)
         slot = tl.cast(item, tl.int64) * most_parts
-        m_i, l_i, acc = merge_slots(partial_ptr, slot, slot + 1, 1, parts, used, VALUE_DIM, BLOCK_V, BLOCK_M, NATURAL)
-        finish(
-            m_i, l_i, acc, sequences, heads, offs_row, used, out_ptr, lse_ptr, sinks_ptr,
-            prefix_out_ptr, prefix_lse_ptr, stride_out, stride_lse, stride_prefix,
-            FEATURES, VALUE_DIM, BLOCK_V, BLOCK_M, ALL_SEQUENCES,
+        m_i, l_i, acc = merge_slots(
+            results.partial_ptr, slot, slot + 1, 1, parts, own.used,
+            SIZES.VALUE_DIM, SIZES.BLOCK_V, SIZES.BLOCK_M, NATURAL,
         )  # fmt: skip
+        finish(m_i, l_i, acc, own, sinks_ptr, results, FEATURES, SIZES)

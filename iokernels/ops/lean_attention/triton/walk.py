@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from iokernels.ops.shared.triton_partials import NATURAL, merged
-from iokernels.ops.shared.triton_tiles import LN2, LOG2E, load_tile, tanh, tile_offsets
+from iokernels.ops.shared.triton_tiles import LN2, LOG2E, View, load_tile, tanh, tile_offsets
 
 NO_CODE = tl.constexpr(0)
 INT8 = tl.constexpr(1)
@@ -41,10 +41,63 @@ class Features(NamedTuple):
     k_scale: int  # UNSCALED, BY_HEAD or BY_KEY
     v_scale: int
     after_prefix: bool  # the result of a common prefix is merged in at the end
+    all_sequences: bool  # an item's rows are those of a key head of the whole batch: the readers of a prefix
+
+
+class Inputs(NamedTuple):
+    """What the kernels read; of a common prefix, k and v are [1, Hkv, P, D or Dv]."""
+
+    q: View  # [B, Hq, Nq, D]
+    k: View  # [B, Hkv, N, D] or [pages, Hkv, page, D]
+    v: View  # likewise, Dv
+    k_scale: View  # float32, a factor of each head or of each key, or None
+    v_scale: View
+    seqlens_ptr: Any  # int32 [B]
+    table_ptr: Any  # int32 [B, most pages] or None
+    sinks_ptr: Any  # [Hq] or None
+
+
+class Results(NamedTuple):
+    """What they write, and the result of a common prefix that is merged in."""
+
+    out: View  # [B, Hq, Nq, Dv]; of a prefix float32
+    lse: View  # float32 [B, Hq, Nq]
+    prefix_out: View  # float32 [B, Hq, Nq, Dv] or None
+    prefix_lse_ptr: Any  # float32, in the order of lse, or None
+    partial_ptr: Any  # float32 [slots, BLOCK_M, 2 + Dv]; any where no item is cut
+
+
+class Scales(NamedTuple):
+    """``qk_scale`` is the scale, over the softcap where there is one."""
+
+    qk_scale: Any
+    softcap: Any
+
+
+class Sizes(NamedTuple):
+    """Tile shapes, as a kernel is compiled for them."""
+
+    HEAD_DIM: int
+    VALUE_DIM: int
+    BLOCK_D: int
+    BLOCK_V: int
+    BLOCK_M: int
+    BLOCK_N: int
+    WIDE: bool  # offsets inside a tile need 64 bits
+    PRECISION: str
+    LEAST: int  # tiles of the smallest share
+    MOST_PARTS: int  # into which an item is cut, about
+
+
+VARYING = (
+    "batch", "rows", "group", "kv_heads", "row_tiles", "capacity", "pages", "window_left", "window_right",
+    "stride_table",
+)  # fmt: skip
+"""Integers that vary between calls: one compiled kernel serves all of them."""
 
 
 class Numbers(NamedTuple):
-    """Numbers that every block needs. ``qk_scale`` is the scale, over the softcap where there is one."""
+    """Numbers that every block needs."""
 
     batch: Any
     rows: Any  # Nq
@@ -53,10 +106,19 @@ class Numbers(NamedTuple):
     row_tiles: Any  # of an item's sequence and key head
     capacity: Any  # keys that a sequence can have
     pages: Any  # of the caches, where there are pages
-    qk_scale: Any
-    softcap: Any
     window_left: Any
     window_right: Any
+    qk_scale: Any
+    softcap: Any
+
+
+class Rows(NamedTuple):
+    """What each of an item's BLOCK_M rows is, and how many of them there are."""
+
+    sequences: Any
+    heads: Any
+    positions: Any  # of Nq
+    used: Any
 
 
 @triton.jit
@@ -89,29 +151,27 @@ def tiles_of(length, numbers, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def keys_of(
-    k_ptr, stride_k, v_ptr, stride_v, k_scale_ptr, stride_k_scale, v_scale_ptr, stride_v_scale, table_ptr, stride_table,
-    sequence, head, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """Move the pointers to one key head of one sequence: of all pages, where there are pages."""
+def keys_of(inputs, stride_table, sequence, head, FEATURES: tl.constexpr):
+    """The pointers of k, v, their factors and the page table, moved to one key head of one sequence: of all pages,
+    where there are pages."""
     # Zeros stand for what is absent: a function cannot return None among other values.
     sequence, head = tl.cast(sequence, tl.int64), tl.cast(head, tl.int64)
     at = sequence
     pages = 0
     if FEATURES.page > 0:
         at = sequence * 0
-        pages = table_ptr + sequence * stride_table
+        pages = inputs.table_ptr + sequence * stride_table
     k_scale, v_scale = 0, 0
     if FEATURES.k_scale == BY_HEAD:
-        k_scale = k_scale_ptr + head
+        k_scale = inputs.k_scale.ptr + head
     if FEATURES.k_scale == BY_KEY:
-        k_scale = k_scale_ptr + at * stride_k_scale.b + head * stride_k_scale.h
+        k_scale = inputs.k_scale.ptr + at * inputs.k_scale.b + head * inputs.k_scale.h
     if FEATURES.v_scale == BY_HEAD:
-        v_scale = v_scale_ptr + head
+        v_scale = inputs.v_scale.ptr + head
     if FEATURES.v_scale == BY_KEY:
-        v_scale = v_scale_ptr + at * stride_v_scale.b + head * stride_v_scale.h
-    k_head = k_ptr + at * stride_k.b + head * stride_k.h
-    v_head = v_ptr + at * stride_v.b + head * stride_v.h
+        v_scale = inputs.v_scale.ptr + at * inputs.v_scale.b + head * inputs.v_scale.h
+    k_head = inputs.k.ptr + at * inputs.k.b + head * inputs.k.h
+    v_head = inputs.v.ptr + at * inputs.v.b + head * inputs.v.h
     return k_head, v_head, k_scale, v_scale, pages
 
 
@@ -139,63 +199,67 @@ def load_keys(
 ):  # fmt: skip
     """Rows of a cache: from ``first`` on, or of the pages ``page``. Nothing before ``low`` or from ``stop`` on is
     read, and zeros stand there: a weight of 0 does not undo a NaN."""
-    there = keys
+    rows_read = keys
     if FEATURES.left:
-        there = tl.where(keys < low, stop, keys)
+        rows_read = tl.where(keys < low, stop, keys)
     if FEATURES.page > 0:
         rows = page.to(tl.int64) * stride.b + (keys % FEATURES.page).to(tl.int64) * stride.n
         offsets = rows[:, None] + columns.to(tl.int64)[None, :] * stride.d
-        return load_tile(ptr, offsets, there, columns, stop, WIDTH, BLOCK, True)
+        return load_tile(ptr, offsets, rows_read, columns, stop, WIDTH, BLOCK, True)
     else:
         start = ptr + tl.cast(first, tl.int64) * stride.n
         offsets = tile_offsets(stride, keys - first, columns, WIDE)
-        return load_tile(start, offsets, there, columns, stop, WIDTH, BLOCK, True)
+        return load_tile(start, offsets, rows_read, columns, stop, WIDTH, BLOCK, True)
 
 
 @triton.jit
 def load_factors(ptr, stride, page, keys, low, stop, FEATURES: tl.constexpr):
     """The scale of each key."""
-    there = keys < stop
+    mask_n = keys < stop
     if FEATURES.left:
-        there = there & (keys >= low)
+        mask_n = mask_n & (keys >= low)
     if FEATURES.page > 0:
         offsets = page.to(tl.int64) * stride.b + (keys % FEATURES.page).to(tl.int64) * stride.n
     else:
         offsets = keys.to(tl.int64) * stride.n
-    return tl.load(ptr + offsets, mask=there, other=0.0)
+    return tl.load(ptr + offsets, mask=mask_n, other=0.0)
 
 
 @triton.jit
 def walk(
-    q, position, start, low, stop, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr,
-    stride_k, stride_v, stride_k_scale, stride_v_scale, numbers,
-    FEATURES: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    q, position, start, low, stop, inputs, stride_table, sequence, kv_head, numbers,
+    FEATURES: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
-    """(m, l, acc) of the rows ``q [BLOCK_M, BLOCK_D]``, which stand at ``position``, over the keys ``[start, stop)``.
+    """(m, l, acc) of the rows ``q [BLOCK_M, BLOCK_D]``, which stand at ``position``, over the keys ``[start, stop)`` of
+    one key head of one sequence.
 
-    ``start`` is a multiple of BLOCK_N; no row sees a key before ``low``, and none is read there. Pointers are those of
-    one key head (:func:`keys_of`).
+    ``start`` is a multiple of BLOCK_N; no row sees a key before ``low``, and none is read there.
     """
-    offs_n, offs_d, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr = keys_of(inputs, stride_table, sequence, kv_head, FEATURES)
+    # Inside a loop, strides of 1 stay known only in a tuple that is no part of another.
+    stride_k, stride_v, stride_k_scale, stride_v_scale = inputs.k, inputs.v, inputs.k_scale, inputs.v_scale
+    offs_n, offs_d, offs_v = tl.arange(0, SIZES.BLOCK_N), tl.arange(0, SIZES.BLOCK_D), tl.arange(0, SIZES.BLOCK_V)
+    m_i = tl.full([SIZES.BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
+    acc = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_V], 0.0, tl.float32)
     qk_scale = numbers.qk_scale
     if FEATURES.k_scale == BY_HEAD:
         qk_scale = qk_scale * tl.load(k_scale_ptr)
-    for first in tl.range(start, stop, BLOCK_N):
+    for first in tl.range(start, stop, SIZES.BLOCK_N):
         keys = first + offs_n
         page = keys
         if FEATURES.page > 0:
-            there = keys < stop
+            mask_n = keys < stop
             if FEATURES.left:
-                there = there & (keys >= low)
+                mask_n = mask_n & (keys >= low)
             # No number in the table leads out of the cache.
-            page = tl.load(pages_ptr + keys // FEATURES.page, mask=there, other=0)
+            page = tl.load(pages_ptr + keys // FEATURES.page, mask=mask_n, other=0)
             page = tl.minimum(tl.maximum(page, 0), numbers.pages - 1)
-        k = load_keys(k_ptr, stride_k, page, first, keys, low, stop, offs_d, HEAD_DIM, BLOCK_D, WIDE, FEATURES)
-        scores = tl.dot(q, tl.trans(decoded(k, q.dtype, FEATURES)), input_precision=PRECISION) * qk_scale
+        k = load_keys(
+            k_ptr, stride_k, page, first, keys, low, stop, offs_d, SIZES.HEAD_DIM, SIZES.BLOCK_D, SIZES.WIDE, FEATURES
+        )
+        # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(decoded(k, q.dtype, FEATURES)), input_precision=SIZES.PRECISION) * qk_scale
         if FEATURES.k_scale == BY_KEY:
             scores *= load_factors(k_scale_ptr, stride_k_scale, page, keys, low, stop, FEATURES)[None, :]
         if FEATURES.softcap:
@@ -213,83 +277,74 @@ def walk(
         alpha = tl.exp2((m_i - m_finite) * LOG2E)
         m_i = m_new
         l_i = l_i * alpha + tl.sum(p, 1)
-        v = decoded(
-            load_keys(v_ptr, stride_v, page, first, keys, low, stop, offs_v, VALUE_DIM, BLOCK_V, WIDE, FEATURES),
-            q.dtype, FEATURES,
-        )  # fmt: skip
+        v = load_keys(
+            v_ptr, stride_v, page, first, keys, low, stop, offs_v, SIZES.VALUE_DIM, SIZES.BLOCK_V, SIZES.WIDE, FEATURES
+        )
+        v = decoded(v, q.dtype, FEATURES)
         if FEATURES.v_scale == BY_KEY:
             # Not into p, whose small weights would leave the range of float16.
             factors = load_factors(v_scale_ptr, stride_v_scale, page, keys, low, stop, FEATURES)
             v = (v.to(tl.float32) * factors[:, None]).to(q.dtype)
-        acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=SIZES.PRECISION)
     if FEATURES.v_scale == BY_HEAD:
         acc = acc * tl.load(v_scale_ptr)
     return m_i, l_i, acc
 
 
 @triton.jit
-def row_of(sequence, kv_head, row_tile, numbers, BLOCK_M: tl.constexpr, ALL_SEQUENCES: tl.constexpr):
-    """Which (sequence, query head, position) each of an item's rows is, and how many of the BLOCK_M there are.
-
-    ALL_SEQUENCES: the rows of a key head of the whole batch, one sequence after the other: the readers of a prefix.
-    """
+def row_of(sequence, kv_head, row_tile, numbers, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rows of an item. Those of all sequences follow one another."""
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     own = numbers.group * numbers.rows
     count = own
     of_sequence = row * 0 + sequence
-    if ALL_SEQUENCES:
+    if FEATURES.all_sequences:
         count = own * numbers.batch
         of_sequence = row // own
         row = row % own
     head = kv_head * numbers.group + row // numbers.rows
     used = tl.minimum(count - row_tile * BLOCK_M, BLOCK_M)
-    return of_sequence, head, row % numbers.rows, used
+    return Rows(of_sequence, head, row % numbers.rows, used)
 
 
 @triton.jit
-def row_offsets(strides, sequences, heads, rows):
+def row_offsets(x, rows):
     """Offsets of the rows of a ``[B, H, N, ...]`` tensor."""
-    return (
-        sequences.to(tl.int64) * strides.b + heads.to(tl.int64) * strides.h + rows.to(tl.int64) * strides.n
-    )  # fmt: skip
+    of_sequence = rows.sequences.to(tl.int64) * x.b
+    return of_sequence + rows.heads.to(tl.int64) * x.h + rows.positions.to(tl.int64) * x.n
 
 
 @triton.jit
-def load_queries(q_ptr, stride_q, sequences, heads, rows, used, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_M: tl.constexpr):  # fmt: skip
-    """The rows of an item, [BLOCK_M, BLOCK_D]; zeros past ``used``."""
-    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    offsets = row_offsets(stride_q, sequences, heads, rows)[:, None] + offs_d.to(tl.int64)[None, :] * stride_q.d
-    return load_tile(q_ptr, offsets, offs_m, offs_d, used, HEAD_DIM, BLOCK_D, True)
+def load_queries(q, rows, SIZES: tl.constexpr):
+    """The rows of an item, [BLOCK_M, BLOCK_D]; zeros past those that there are."""
+    offs_m, offs_d = tl.arange(0, SIZES.BLOCK_M), tl.arange(0, SIZES.BLOCK_D)
+    offsets = row_offsets(q, rows)[:, None] + offs_d.to(tl.int64)[None, :] * q.d
+    return load_tile(q.ptr, offsets, offs_m, offs_d, rows.used, SIZES.HEAD_DIM, SIZES.BLOCK_D, True)
 
 
 @triton.jit
-def finish(
-    m_i, l_i, acc, sequences, heads, rows, used, out_ptr, lse_ptr, sinks_ptr, prefix_out_ptr, prefix_lse_ptr,
-    stride_out, stride_lse, stride_prefix,
-    FEATURES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    ALL_SEQUENCES: tl.constexpr,
-):  # fmt: skip
+def finish(m_i, l_i, acc, rows, sinks_ptr, results, FEATURES: tl.constexpr, SIZES: tl.constexpr):
     """Write out and lse of an item from the sum over its keys, the prefix and the sink.
 
-    The result of a prefix itself (ALL_SEQUENCES) stays in float32, and the sink waits.
+    The result of a prefix itself stays in float32, and the sink waits.
     """
-    offs_m, offs_v = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
-    mask_m = offs_m < used
-    mask = mask_m[:, None] & (offs_v[None, :] < VALUE_DIM)
-    if FEATURES.after_prefix and not ALL_SEQUENCES:
+    out, lse_view, prefix_out = results.out, results.lse, results.prefix_out
+    offs_m, offs_v = tl.arange(0, SIZES.BLOCK_M), tl.arange(0, SIZES.BLOCK_V)
+    mask_m = offs_m < rows.used
+    mask = mask_m[:, None] & (offs_v[None, :] < SIZES.VALUE_DIM)
+    if FEATURES.after_prefix and not FEATURES.all_sequences:
         # A finished result is a sum whose l is 1 and whose m is its lse; nothing at all where that is -inf.
-        statistics = prefix_lse_ptr + row_offsets(stride_lse, sequences, heads, rows)
+        statistics = results.prefix_lse_ptr + row_offsets(lse_view, rows)
         m_p = tl.load(statistics, mask=mask_m, other=float("-inf"))
-        before = row_offsets(stride_prefix, sequences, heads, rows)[:, None] + offs_v[None, :]
-        acc_p = tl.load(prefix_out_ptr + before, mask=mask, other=0.0)
+        before = row_offsets(prefix_out, rows)[:, None] + offs_v[None, :]
+        acc_p = tl.load(prefix_out.ptr + before, mask=mask, other=0.0)
         m_i, l_i, acc = merged(m_i, l_i, acc, m_p, tl.where(m_p == float("-inf"), 0.0, 1.0), acc_p, NATURAL)
-    if FEATURES.sinks and not ALL_SEQUENCES:
-        sink = tl.load(sinks_ptr + heads, mask=mask_m, other=float("-inf")).to(tl.float32)
+    if FEATURES.sinks and not FEATURES.all_sequences:
+        sink = tl.load(sinks_ptr + rows.heads, mask=mask_m, other=float("-inf")).to(tl.float32)
         m_i, l_i, acc = merged(m_i, l_i, acc, sink, tl.where(sink == float("-inf"), 0.0, 1.0), acc * 0.0, NATURAL)
     denominator = tl.where(l_i == 0.0, 1.0, l_i)
     lse = tl.where(l_i == 0.0, float("-inf"), m_i + tl.log2(denominator) * LN2)
-    tl.store(lse_ptr + row_offsets(stride_lse, sequences, heads, rows), lse, mask=mask_m)
-    out = (acc / denominator[:, None]).to(out_ptr.dtype.element_ty)
-    offsets = row_offsets(stride_out, sequences, heads, rows)[:, None] + offs_v.to(tl.int64)[None, :] * stride_out.d
-    tl.store(out_ptr + offsets, out, mask=mask)
+    tl.store(lse_view.ptr + row_offsets(lse_view, rows), lse, mask=mask_m)
+    result = (acc / denominator[:, None]).to(out.ptr.dtype.element_ty)
+    offsets = row_offsets(out, rows)[:, None] + offs_v.to(tl.int64)[None, :] * out.d
+    tl.store(out.ptr + offsets, result, mask=mask)

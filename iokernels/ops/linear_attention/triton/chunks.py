@@ -1,7 +1,8 @@
 """What the Triton kernels of this room share: where a segment lies, its decays, and the layout of a state.
 
 A sequence is cut into segments of ``segment_rows`` tokens where heads alone do not fill the GPU, and a segment into
-chunks of BLOCK_C, which a block walks in order. Decays leave :func:`chunk_decay` as the sums of :mod:`.triton_sums`.
+chunks of BLOCK_C, which a block walks in order. Decays leave :func:`chunk_decay` as the sums of
+``ops.shared.triton_sums``.
 
 Bytes beside those that each kernel names: of a decay, an element a token or one a block; of packed sequences, 8 of
 offsets a block and, where they are split, 4 for every step of the search for the sequence and 4 for its first segment.
@@ -9,13 +10,13 @@ offsets a block and, where they are split, 4 for every step of the search for th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from iokernels.ops.shared.triton_sums import clamped, from_start, log2_between, no_sums, sums_of, sums_of_one, to_end
-from iokernels.ops.shared.triton_tiles import at_head, locate
+from iokernels.ops.shared.triton_tiles import View, at_head, locate
 
 NO_DECAY, PER_HEAD, PER_TOKEN = 0, 1, 2
 """Values of ``Features.decay``."""
@@ -31,26 +32,69 @@ class Features(NamedTuple):
     taylor: bool
     has_state: bool  # the walk starts from a state in memory, else from zeros
     writes_state: bool  # the last state goes to memory: unsplit walks
-    crossing: bool  # backward: the gradient of decays is wanted
+    decay_gradient: bool  # backward: the gradient of decays is wanted
+
+
+class Inputs(NamedTuple):
+    """What the operator reads."""
+
+    q: View  # [B, Hk, N, K]
+    k: View  # [B, Hk, N, K]
+    v: View  # [B, H, N, V]
+    decay: View  # [1, H, 1] or [B, H, N], or none
+
+
+class Offsets(NamedTuple):
+    """Where packed sequences begin, int32 [S + 1] both: their rows, and where they are cut their segments."""
+
+    rows_ptr: Any
+    segments_ptr: Any
+
+
+class Sizes(NamedTuple):
+    """Tile shapes, as a kernel is compiled for them."""
+
+    K_WIDTH: int
+    V_WIDTH: int
+    BLOCK_K: int  # K_WIDTH rounded up to a power of two, or a slice of it
+    BLOCK_V: int
+    BLOCK_C: int  # rows of a chunk
+    WIDE: bool  # offsets inside a tile need 64 bits
+    PRECISION: str
+
+
+VARYING = ("heads", "group", "sequences", "seqlen", "per_sequence", "segment_rows", "search_steps")
+"""Integers that vary between calls: one compiled kernel serves all of them. ``group`` is heads of v to one of q and k,
+``per_sequence`` the segments of each sequence unless they are packed, ``search_steps`` those of :func:`segment_of`."""
+
+
+class Counts(NamedTuple):
+    """What ``VARYING`` names, inside a kernel."""
+
+    heads: Any
+    group: Any
+    sequences: Any
+    seqlen: Any
+    per_sequence: Any
+    segment_rows: Any
+    search_steps: Any
 
 
 @triton.jit
-def segment_of(
-    segment, cu_seqlens_ptr, segments_ptr, sequences, seqlen, per_sequence, segment_rows, search_steps,
-    FEATURES: tl.constexpr,
-):  # fmt: skip
+def segment_of(segment, offsets, counts, FEATURES: tl.constexpr):
     """The sequence of a segment, its batch index, its first row, how many rows it has, and whether it is the last.
 
-    Packed: ``seqlen`` counts all rows, and ``segments_ptr`` holds each sequence's first segment, int32 [S + 1]. A
-    segment past the last one has no rows.
+    Packed: ``counts.seqlen`` counts all rows. A segment past the last one has no rows.
     """
+    seqlen, segment_rows = counts.seqlen, counts.segment_rows
     index = 0
     if FEATURES.varlen:
         sequence = segment
         if FEATURES.split:
+            segments_ptr = offsets.segments_ptr
             low = segment * 0
-            high = low + sequences
-            for _ in range(search_steps):
+            high = low + counts.sequences
+            for _ in range(counts.search_steps):
                 middle = (low + high) // 2
                 starts_before = tl.load(segments_ptr + middle) <= segment
                 low = tl.where(starts_before, middle, low)
@@ -58,10 +102,10 @@ def segment_of(
             sequence = low
             index = segment - tl.load(segments_ptr + low)
         batch = 0
-        start, length = locate(cu_seqlens_ptr, sequence, seqlen, seqlen, True)
+        start, length = locate(offsets.rows_ptr, sequence, seqlen, seqlen, True)
     else:
-        sequence = segment // per_sequence
-        index = segment % per_sequence
+        sequence = segment // counts.per_sequence
+        index = segment % counts.per_sequence
         batch = sequence
         start = 0
         length = seqlen
@@ -73,12 +117,12 @@ def segment_of(
 
 
 @triton.jit
-def head_decay(decay_ptr, strides, batch, head, start, FEATURES: tl.constexpr):
+def head_decay(decay, batch, head, start, FEATURES: tl.constexpr):
     """Where the decays of a segment lie in one head, and the one of all tokens where there is one."""
     if FEATURES.decay == 2:
-        return at_head(decay_ptr, strides, batch, head, start), 0.0
+        return at_head(decay.ptr, decay, batch, head, start), 0.0
     elif FEATURES.decay == 1:
-        return 0, tl.load(at_head(decay_ptr, strides, batch, head, start)).to(tl.float32)
+        return 0, tl.load(at_head(decay.ptr, decay, batch, head, start)).to(tl.float32)
     else:
         return 0, 0.0
 
@@ -109,11 +153,12 @@ def weigh_pairs(tile, sums, REVERSE: tl.constexpr, STRICT: tl.constexpr, BLOCK_C
         seen = early < late
     else:
         seen = early <= late
+    tile = tl.where(seen, tile, 0.0)  # not a product with 0, for what is not seen may have overflowed
     if FEATURES.decay > 0:
         # Masked before the exponential: the other half would be positive.
         return tile * tl.exp2(tl.where(seen, log2_between(sums, REVERSE), float("-inf")))
     else:
-        return tl.where(seen, tile, 0.0)
+        return tile
 
 
 @triton.jit
@@ -127,12 +172,12 @@ def state_weights(sums, REVERSE: tl.constexpr):
 
 @triton.jit
 def load_state(
-    ptr, strides, outer, head, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    state, outer, head, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """The part ``[rows, columns]`` of a state, float32, or zeros where there is none."""
     if FEATURES.has_state:
-        place = at_head(ptr, strides, outer, head, 0) + rows[:, None] * strides.n + columns[None, :] * strides.d
+        place = at_head(state.ptr, state, outer, head, 0) + rows[:, None] * state.n + columns[None, :] * state.d
         return tl.load(place, mask=(rows[:, None] < ROWS) & (columns[None, :] < COLUMNS), other=0.0)
     else:
         return tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -145,6 +190,18 @@ def load_line(ptr, stride, offsets, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FE
         return tl.load(ptr + offsets * stride, mask=offsets < WIDTH, other=0.0)
     else:
         return tl.zeros([BLOCK], tl.float32)
+
+
+@triton.jit
+def load_column(column, batch, head, start, rows, length):
+    """The normaliser's numbers of these rows, 0 past the end."""
+    return tl.load(at_head(column.ptr, column, batch, head, start) + rows, mask=rows < length, other=0.0)
+
+
+@triton.jit
+def ones(rows, length):
+    """A column of ones, 0 past the end."""
+    return tl.where(rows < length, 1.0, 0.0)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The forward kernel of linear attention: the walk over q, k and v.
 
-Maths and accounts stand in :mod:`.triton_walk`, and with the Taylor map in :mod:`.triton_taylor`.
+Maths and accounts stand in :mod:`.walk`, and with the Taylor map in :mod:`.taylor`.
 """
 
 from __future__ import annotations
@@ -8,62 +8,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .chunks import VARYING, Counts
 from .taylor import taylor_walk
 from .walk import walk
 
 
-@triton.jit(do_not_specialize=["heads", "group", "sequences", "seqlen", "per_sequence", "segment_rows", "search_steps"])
+@triton.jit(do_not_specialize=VARYING)
 def linear_attention_fwd_kernel(
-    q_ptr,  # [B, Hk, N, K]
-    k_ptr,  # [B, Hk, N, K]
-    v_ptr,  # [B, H, N, V]
-    out_ptr,  # [B, H, N, V]
-    denominator_ptr,  # float32 [B, H, N] or None
-    decay_ptr,  # [1, H, 1], [B, H, N] or None
-    state_ptr,  # float32 [S, H, K, W] before every sequence, or [P, H, K, W] before every segment, or None
-    last_ptr,  # float32 [S, H, K, W] or None
-    cu_seqlens_ptr,  # int32 [S + 1] or None
-    segments_ptr,  # int32 [S + 1] or None
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_out,
-    stride_rows,  # of the denominator
-    stride_decay,
-    stride_state,
-    stride_last,
+    inputs,
+    offsets,
+    out,  # [B, H, N, V]
+    denominator,  # float32 [B, H, N] or none
+    initial,  # float32 [S, H, K, W] before every sequence, or [P, H, K, W] before every segment, or none
+    last,  # float32 [S, H, K, W] or none
     heads,
-    group,  # heads of v to one of q and k
+    group,
     sequences,
     seqlen,
-    per_sequence,  # segments
+    per_sequence,
     segment_rows,
     search_steps,
     scale,
     FEATURES: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    V_WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """out, den and the last state of BLOCK_V columns of one head of one segment."""
+    q, k, v, decay = inputs
+    counts = Counts(heads, group, sequences, seqlen, per_sequence, segment_rows, search_steps)
     if FEATURES.taylor:
-        taylor_walk(
-            q_ptr, k_ptr, v_ptr, out_ptr, None, denominator_ptr,
-            decay_ptr, state_ptr, last_ptr, cu_seqlens_ptr, segments_ptr,
-            stride_q, stride_k, stride_v, stride_out, stride_rows, stride_decay, stride_state, stride_last,
-            heads, group, sequences, seqlen, per_sequence, segment_rows, search_steps, scale,
-            FEATURES, False, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_C, WIDE, PRECISION,
-        )  # fmt: skip
+        taylor_walk(q, k, v, out, denominator, decay, offsets, initial, last, counts, scale, FEATURES, False, SIZES)
     else:
         walk(
-            q_ptr, k_ptr, v_ptr, out_ptr, None, None, None, denominator_ptr,
-            decay_ptr, state_ptr, last_ptr, cu_seqlens_ptr, segments_ptr, None, None, None, None, None,
-            stride_q, stride_k, stride_v, stride_out, stride_rows, stride_decay, stride_state, stride_last,
-            stride_rows, stride_rows, stride_rows,
-            heads, group, group, 1, sequences, seqlen, per_sequence, segment_rows, search_steps, scale,
-            FEATURES, False, False, True, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_C, WIDE, PRECISION,
+            q, k, v, out, denominator, decay, offsets, initial, last, None, None, counts, scale,
+            FEATURES, False, False, SIZES,
         )  # fmt: skip

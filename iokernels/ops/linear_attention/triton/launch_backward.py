@@ -16,14 +16,19 @@ from iokernels.ops.linear_attention.options import (
     wanted_gradients,
     zeroed,
 )
-from iokernels.ops.linear_attention.triton.backward import linear_attention_bwd_normalize_kernel
 from iokernels.ops.shared.layout import empty_in_order_of
-from iokernels.ops.shared.triton_tiles import Strides, is_wide, padded, strides
+from iokernels.ops.shared.triton_tiles import View, is_wide, padded, strides, view
 from iokernels.runtime.device import guard
 
-from .backward import linear_attention_bwd_dk_kernel, linear_attention_bwd_dq_kernel, linear_attention_bwd_dv_kernel
-from .launch import Launch, resources, rows_strides
+from .backward import (
+    linear_attention_bwd_dk_kernel,
+    linear_attention_bwd_dq_kernel,
+    linear_attention_bwd_dv_kernel,
+    linear_attention_bwd_normalize_kernel,
+)
+from .launch import Launch, resources, rows_view
 from .tuning import RESTART
+from .walk import DecayGradient
 
 
 def backward(
@@ -89,37 +94,34 @@ class _Backward:
 
     def _dq(self, dq: Tensor, before: Tensor | None) -> Tensor | None:
         """Fill dq, and return r [B, H, N] where decays want a gradient."""
-        launch, options, crossing = self.launch, self.options, self.needs.log_decay
-        config = launch.config("linear_attention_bwd_dq", crossing)
+        launch, options, wanted = self.launch, self.options, self.needs.log_decay
+        config = launch.config("linear_attention_bwd_dq", wanted)
         over, width = ("v", self.v.shape[3]) if options.taylor else ("k", self.q.shape[3])
-        r = self._shares(triton.cdiv(width, config.width)) if crossing else None
+        r = self._shares(triton.cdiv(width, config.width)) if wanted else None
         linear_attention_bwd_dq_kernel[launch.grid(self.cut, config, width)](
-            self.q, self.k, self.v, self.dout, self.dden, dq, r, launch.decay, before, launch.offsets, self.cut.table,
-            strides(self.q), strides(self.k), strides(self.v), strides(self.dout), rows_strides(self.v), strides(dq),
-            rows_strides(self.v), strides(launch.decay), _exchanged(before), *launch.sizes(self.cut), options.scale,
-            FEATURES=launch.features(self.cut, has_state=before is not None, writes_state=False, crossing=crossing),
-            **launch.constants(config, over),
-            WIDE=is_wide(config.chunk, self.q, self.k, self.v, self.dout, dq), **resources(config),
+            launch.inputs, self.cut.offsets, view(self.dout), rows_view(self.dden, self.v), view(dq),
+            DecayGradient(None, None, view(None), rows_view(r, self.v, options.taylor)), _exchanged(before),
+            *launch.varying(self.cut), options.scale,
+            FEATURES=launch.features(self.cut, has_state=before is not None, writes_state=False, decay_gradient=wanted),
+            SIZES=launch.sizes(config, self.q, self.k, self.v, self.dout, dq, over=over), **resources(config),
         )  # fmt: skip
         return None if r is None else _sum_of(r)
 
     def _dk(self, dk: Tensor, r: Tensor | None, behind: Tensor | None, before: Tensor | None) -> Tensor | None:
         """Fill dk, and return the gradient of every token's decay [B, H, N] where it is wanted."""
-        launch, options, crossing = self.launch, self.options, self.needs.log_decay
-        config = launch.config("linear_attention_bwd_dk", crossing)
+        launch, options, wanted = self.launch, self.options, self.needs.log_decay
+        config = launch.config("linear_attention_bwd_dk", wanted)
         over, width = ("v", self.v.shape[3]) if options.taylor else ("k", self.q.shape[3])
-        dg = self._shares(triton.cdiv(width, config.width)) if crossing else None
-        end = before if self.cut.split and crossing else None
-        final = self.state if crossing else None
+        dg = self._shares(triton.cdiv(width, config.width)) if wanted else None
+        end = before if self.cut.split and wanted else None
+        final = self.state if wanted else None
+        states = _exchanged(final if end is None else end)._replace(ptr=final)
         linear_attention_bwd_dk_kernel[launch.grid(self.cut, config, width)](
-            self.q, self.k, self.v, self.dout, self.dden, dk, r, dg, launch.decay, behind, end, final,
-            launch.offsets, self.cut.table,
-            strides(self.q), strides(self.k), strides(self.v), strides(self.dout), rows_strides(self.v), strides(dk),
-            rows_strides(self.v), strides(launch.decay), _exchanged(behind), _exchanged(final if end is None else end),
-            *launch.sizes(self.cut), options.scale,
-            FEATURES=launch.features(self.cut, has_state=behind is not None, writes_state=False, crossing=crossing),
-            **launch.constants(config, over),
-            WIDE=is_wide(config.chunk, self.q, self.k, self.v, self.dout, dk), **resources(config),
+            launch.inputs, self.cut.offsets, view(self.dout), rows_view(self.dden, self.v), view(dk),
+            DecayGradient(r, end, states, rows_view(dg, self.v, options.taylor)), _exchanged(behind),
+            *launch.varying(self.cut), options.scale,
+            FEATURES=launch.features(self.cut, has_state=behind is not None, writes_state=False, decay_gradient=wanted),
+            SIZES=launch.sizes(config, self.q, self.k, self.v, self.dout, dk, over=over), **resources(config),
         )  # fmt: skip
         return None if dg is None else _sum_of(dg)
 
@@ -129,12 +131,10 @@ class _Backward:
         config = launch.config("linear_attention_bwd_dv", self.needs.log_decay)
         writes = dinitial is not None and not cut.split
         linear_attention_bwd_dv_kernel[launch.grid(cut, config)](
-            self.q, self.k, self.dout, self.dden, dv, launch.decay, behind, dinitial if writes else None,
-            launch.offsets, cut.table,
-            strides(self.q), strides(self.k), strides(self.dout), rows_strides(self.v), strides(dv),
-            strides(launch.decay), strides(behind), strides(dinitial), *launch.sizes(cut), self.options.scale,
+            launch.inputs, cut.offsets, view(self.dout), rows_view(self.dden, self.v), view(dv), view(behind),
+            view(dinitial if writes else None), *launch.varying(cut), self.options.scale,
             FEATURES=launch.features(cut, has_state=behind is not None, writes_state=writes),
-            **launch.constants(config), WIDE=is_wide(config.chunk, self.q, self.k, self.dout, dv), **resources(config),
+            SIZES=launch.sizes(config, self.q, self.k, self.dout, dv), **resources(config),
         )  # fmt: skip
 
     def _shares(self, slices: int) -> Tensor:
@@ -145,10 +145,10 @@ def _sum_of(shares: Tensor) -> Tensor:
     return shares[0] if shares.shape[0] == 1 else shares.sum(0)
 
 
-def _exchanged(state: Tensor | None) -> Strides:
-    """Strides of a state with rows and columns exchanged."""
+def _exchanged(state: Tensor | None) -> View:
+    """A state with rows and columns exchanged."""
     own = strides(state)
-    return Strides(own.b, own.h, own.d, own.n)
+    return View(state, own.b, own.h, own.d, own.n)
 
 
 def _normalized(dout: Tensor, out: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def _normalized(dout: Tensor, out: Tensor, denominator: Tensor) -> tuple[Tensor,
     block_v = padded(width)
     block_m = max(16, 4096 // block_v)
     linear_attention_bwd_normalize_kernel[(batch * heads * triton.cdiv(rows, block_m),)](
-        dout, out, denominator, dnum, dden, strides(dout), strides(out), strides(dnum), heads, rows,
+        view(dout), view(out), denominator, view(dnum), dden, heads, rows,
         V_WIDTH=width, BLOCK_V=block_v, BLOCK_M=block_m, WIDE=is_wide(block_m, dout, out, dnum), num_warps=4,
     )  # fmt: skip
     return dnum, dden

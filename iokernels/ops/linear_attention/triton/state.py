@@ -5,7 +5,7 @@
 
 with L_p the sum of a segment's log decays: sequence parallelism (LASP-2, Sun et al., 2025, arXiv:2502.07563) inside one
 GPU. Going back the same of ``s exp(b_i) f(q_i) dN_i^T`` gives the gradient of the state behind every segment. A walk
-(:mod:`.triton_walk`) then starts from its segment's own state.
+(:mod:`.walk`) then starts from its segment's own state.
 
 FLOPs: 2 N F W a head. Bytes: k once for each slice of V, v once, and each state of a segment, float32, four times.
 """
@@ -18,33 +18,45 @@ import triton.language as tl
 from iokernels.ops.shared.triton_sums import whole
 from iokernels.ops.shared.triton_tiles import at_head, at_row, load_tile, tile_offsets
 
-from .chunks import chunk_decay, head_decay, segment_of, square_rows, squares, state_weights
-from .walk import load_beside
+from .chunks import (
+    VARYING,
+    Counts,
+    chunk_decay,
+    head_decay,
+    load_column,
+    ones,
+    segment_of,
+    square_rows,
+    squares,
+    state_weights,
+)
 
 
 @triton.jit
 def segment_state(
-    y_ptr, z_ptr, za_ptr, decay_ptr, states_ptr, totals_ptr, cu_seqlens_ptr, segments_ptr,
-    stride_y, stride_z, stride_rows, stride_decay, stride_states,
-    heads, group, sequences, seqlen, per_sequence, segment_rows, search_steps, scale,
-    FEATURES: tl.constexpr, REVERSE: tl.constexpr, Y_WIDTH: tl.constexpr, Z_WIDTH: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    y_view, z_view, column, decay, states, totals_ptr, offsets, counts, scale,
+    FEATURES: tl.constexpr, REVERSE: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
-    """The state of one segment alone, BLOCK_Z columns of it, and the sum of its log2 decays."""
+    """The state of one segment alone, BLOCK_Z columns of it, and the sum of its log2 decays. Going back ``column`` is
+    dden."""
+    Y_WIDTH: tl.constexpr = SIZES.K_WIDTH
+    Z_WIDTH: tl.constexpr = SIZES.V_WIDTH
+    BLOCK_Y: tl.constexpr = SIZES.BLOCK_K
+    BLOCK_Z: tl.constexpr = SIZES.BLOCK_V
+    BLOCK_C: tl.constexpr = SIZES.BLOCK_C
     SLICES: tl.constexpr = (Z_WIDTH + BLOCK_Z - 1) // BLOCK_Z
     COLUMNS: tl.constexpr = SLICES * BLOCK_Z
     slice_z = tl.program_id(0) % SLICES
-    head = tl.program_id(0) // SLICES % heads
-    segment = tl.program_id(0) // SLICES // heads
-    _sequence, batch, start, length, _is_last = segment_of(
-        segment, cu_seqlens_ptr, segments_ptr, sequences, seqlen, per_sequence, segment_rows, search_steps, FEATURES
-    )
+    head = tl.program_id(0) // SLICES % counts.heads
+    segment = tl.program_id(0) // SLICES // counts.heads
+    _sequence, batch, start, length, _is_last = segment_of(segment, offsets, counts, FEATURES)
     offs_c, offs_y = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_Y)
     offs_z = slice_z * BLOCK_Z + tl.arange(0, BLOCK_Z)
-    y_head = at_head(y_ptr, stride_y, batch, head // group, start)
-    z_head = at_head(z_ptr, stride_z, batch, head, start)
-    y_offsets, z_offsets = tile_offsets(stride_y, offs_c, offs_y, WIDE), tile_offsets(stride_z, offs_c, offs_z, WIDE)
-    decay_head, decay = head_decay(decay_ptr, stride_decay, batch, head, start, FEATURES)
+    y_head = at_head(y_view.ptr, y_view, batch, head // counts.group, start)
+    z_head = at_head(z_view.ptr, z_view, batch, head, start)
+    y_offsets = tile_offsets(y_view, offs_c, offs_y, SIZES.WIDE)
+    z_offsets = tile_offsets(z_view, offs_c, offs_z, SIZES.WIDE)
+    decay_head, head_decayed = head_decay(decay, batch, head, start, FEATURES)
 
     state, z_sum = tl.zeros([BLOCK_Y, BLOCK_Z], tl.float32), tl.zeros([BLOCK_Y], tl.float32)
     if FEATURES.taylor:
@@ -58,9 +70,9 @@ def segment_state(
         if REVERSE:
             first = (chunks - 1 - step) * BLOCK_C
         rows = first + offs_c
-        y = load_tile(at_row(y_head, stride_y, first), y_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
-        z = load_tile(at_row(z_head, stride_z, first), z_offsets, rows, offs_z, length, Z_WIDTH, COLUMNS, True)
-        sums = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
+        y = load_tile(at_row(y_head, y_view, first), y_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
+        z = load_tile(at_row(z_head, z_view, first), z_offsets, rows, offs_z, length, Z_WIDTH, COLUMNS, True)
+        sums = chunk_decay(decay_head, head_decayed, decay.n, first, length, BLOCK_C, FEATURES)
         _seen, kept = state_weights(sums, REVERSE)
         decayed = whole(sums)
         all_decay += sums.whole_high + sums.whole_low
@@ -69,7 +81,7 @@ def segment_state(
             linear = kept * scale
         wide = z.to(tl.float32)
         state = tl.dot(
-            tl.trans(y), (wide * linear[:, None]).to(z.dtype), state * decayed, input_precision=PRECISION
+            tl.trans(y), (wide * linear[:, None]).to(z.dtype), state * decayed, input_precision=SIZES.PRECISION
         )  # fmt: skip
         if FEATURES.taylor:
             quadratic = linear
@@ -78,52 +90,50 @@ def segment_state(
             y_square = squares(y, BLOCK_C, BLOCK_Y)
             constant = constant * decayed + tl.sum(wide * kept[:, None], 0)
             square = tl.dot(
-                tl.trans(y_square), (wide * quadratic[:, None]).to(z.dtype), square * decayed, input_precision=PRECISION
+                tl.trans(y_square),
+                (wide * quadratic[:, None]).to(z.dtype),
+                square * decayed,
+                input_precision=SIZES.PRECISION,
             )
         if FEATURES.normalize:
-            za = load_beside(za_ptr, stride_rows, batch, head, start, rows, length, BLOCK_C)
-            z_sum = z_sum * decayed + tl.sum(y.to(tl.float32) * (linear * za)[:, None], 0)
+            z_column = ones(rows, length)
+            if REVERSE:
+                z_column = load_column(column, batch, head, start, rows, length)
+            z_sum = z_sum * decayed + tl.sum(y.to(tl.float32) * (linear * z_column)[:, None], 0)
             if FEATURES.taylor:
-                constant_sum = constant_sum * decayed + tl.sum(kept * za, 0)
-                square_sum = square_sum * decayed + tl.sum(y_square.to(tl.float32) * (quadratic * za)[:, None], 0)
+                constant_sum = constant_sum * decayed + tl.sum(kept * z_column, 0)
+                square_sum = square_sum * decayed + tl.sum(y_square.to(tl.float32) * (quadratic * z_column)[:, None], 0)
 
-    place = at_head(states_ptr, stride_states, segment, head, 0)
+    place = at_head(states.ptr, states, segment, head, 0)
     columns, first_slice = offs_z[None, :] < Z_WIDTH, slice_z == 0
-    beside = place + Z_WIDTH * stride_states.d
+    beside = place + Z_WIDTH * states.d
     if FEATURES.taylor:
-        at = place + offs_z * stride_states.d
+        at = place + offs_z * states.d
         tl.store(at, constant, mask=offs_z < Z_WIDTH)
         offs_s = tl.arange(0, BLOCK_Y * BLOCK_Y)
         pairs, _exchanged = square_rows(offs_s, Y_WIDTH, BLOCK_Y)
         real = pairs <= Y_WIDTH + Y_WIDTH * Y_WIDTH
-        at = place + pairs[:, None] * stride_states.n + offs_z[None, :] * stride_states.d
+        at = place + pairs[:, None] * states.n + offs_z[None, :] * states.d
         tl.store(at, square, mask=real[:, None] & columns)
         if FEATURES.normalize:
             tl.store(beside, constant_sum, mask=first_slice)
-            tl.store(beside + pairs * stride_states.n, square_sum, mask=real & first_slice)
-        place += stride_states.n
-        beside += stride_states.n
-    at = place + offs_y[:, None] * stride_states.n + offs_z[None, :] * stride_states.d
+            tl.store(beside + pairs * states.n, square_sum, mask=real & first_slice)
+        place += states.n
+        beside += states.n
+    at = place + offs_y[:, None] * states.n + offs_z[None, :] * states.d
     tl.store(at, state, mask=(offs_y[:, None] < Y_WIDTH) & columns)
     if FEATURES.normalize:
-        tl.store(beside + offs_y * stride_states.n, z_sum, mask=(offs_y < Y_WIDTH) & first_slice)
+        tl.store(beside + offs_y * states.n, z_sum, mask=(offs_y < Y_WIDTH) & first_slice)
     if FEATURES.decay > 0:
-        tl.store(totals_ptr + tl.cast(segment, tl.int64) * heads + head, all_decay, mask=first_slice)
+        tl.store(totals_ptr + tl.cast(segment, tl.int64) * counts.heads + head, all_decay, mask=first_slice)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "sequences", "seqlen", "per_sequence", "segment_rows", "search_steps"])
+@triton.jit(do_not_specialize=VARYING)
 def linear_attention_fwd_state_kernel(
-    k_ptr,  # [B, Hk, N, K]
-    v_ptr,  # [B, H, N, V]
-    decay_ptr,  # [1, H, 1], [B, H, N] or None
-    states_ptr,  # float32 [P, H, F, W]
+    inputs,
+    offsets,
+    states,  # float32 [P, H, F, W]
     totals_ptr,  # float32 [P, H]: log2; not written without decay
-    cu_seqlens_ptr,  # int32 [S + 1] or None
-    segments_ptr,  # int32 [S + 1] or None
-    stride_k,
-    stride_v,
-    stride_decay,
-    stride_states,
     heads,
     group,
     sequences,
@@ -131,40 +141,24 @@ def linear_attention_fwd_state_kernel(
     per_sequence,
     segment_rows,
     search_steps,
-    scale,
     FEATURES: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    V_WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """What every segment adds to the state."""
+    counts = Counts(heads, group, sequences, seqlen, per_sequence, segment_rows, search_steps)
     segment_state(
-        k_ptr, v_ptr, None, decay_ptr, states_ptr, totals_ptr, cu_seqlens_ptr, segments_ptr,
-        stride_k, stride_v, stride_v, stride_decay, stride_states,
-        heads, group, sequences, seqlen, per_sequence, segment_rows, search_steps, scale,
-        FEATURES, False, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_C, WIDE, PRECISION,
-    )  # fmt: skip
+        inputs.k, inputs.v, None, inputs.decay, states, totals_ptr, offsets, counts, 1.0, FEATURES, False, SIZES
+    )
 
 
-@triton.jit(do_not_specialize=["heads", "group", "sequences", "seqlen", "per_sequence", "segment_rows", "search_steps"])
+@triton.jit(do_not_specialize=VARYING)
 def linear_attention_bwd_state_kernel(
-    q_ptr,  # [B, Hk, N, K]
-    dout_ptr,  # [B, H, N, V]
-    dden_ptr,  # float32 [B, H, N] or None
-    decay_ptr,  # [1, H, 1], [B, H, N] or None
-    states_ptr,  # float32 [P, H, F, W]
+    inputs,
+    offsets,
+    dout,  # [B, H, N, V]
+    dden,  # float32 [B, H, N] or none
+    states,  # float32 [P, H, F, W]
     totals_ptr,  # float32 [P, H]: log2; not written without decay
-    cu_seqlens_ptr,  # int32 [S + 1] or None
-    segments_ptr,  # int32 [S + 1] or None
-    stride_q,
-    stride_dout,
-    stride_rows,  # of dden
-    stride_decay,
-    stride_states,
     heads,
     group,
     sequences,
@@ -174,21 +168,11 @@ def linear_attention_bwd_state_kernel(
     search_steps,
     scale,
     FEATURES: tl.constexpr,
-    K_WIDTH: tl.constexpr,
-    V_WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """What every segment adds to the gradient of the state before it."""
-    segment_state(
-        q_ptr, dout_ptr, dden_ptr, decay_ptr, states_ptr, totals_ptr, cu_seqlens_ptr, segments_ptr,
-        stride_q, stride_dout, stride_rows, stride_decay, stride_states,
-        heads, group, sequences, seqlen, per_sequence, segment_rows, search_steps, scale,
-        FEATURES, True, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_C, WIDE, PRECISION,
-    )  # fmt: skip
+    counts = Counts(heads, group, sequences, seqlen, per_sequence, segment_rows, search_steps)
+    segment_state(inputs.q, dout, dden, inputs.decay, states, totals_ptr, offsets, counts, scale, FEATURES, True, SIZES)
 
 
 @triton.jit

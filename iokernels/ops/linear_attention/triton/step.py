@@ -21,17 +21,9 @@ from .chunks import square_rows
 
 @triton.jit(do_not_specialize=["heads", "group", "seqlen"])
 def linear_attention_step_kernel(
-    q_ptr,  # [B, Hk, N, K]
-    k_ptr,  # [B, Hk, N, K]
-    v_ptr,  # [B, H, N, V]
+    inputs,
     state_ptr,  # float32 [B, H, F, W], contiguous, in place
-    out_ptr,  # [B, H, N, V]
-    decay_ptr,  # [1, H, 1], [B, H, N] or None
-    stride_q,
-    stride_k,
-    stride_v,
-    stride_out,
-    stride_decay,
+    out_view,  # [B, H, N, V]
     heads,
     group,
     seqlen,
@@ -43,6 +35,7 @@ def linear_attention_step_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """BLOCK_V columns of out and of the state of one head."""
+    q_view, k_view, v_view, decay = inputs
     SLICES: tl.constexpr = (V_WIDTH + BLOCK_V - 1) // BLOCK_V
     COLUMNS: tl.constexpr = V_WIDTH + 1 if FEATURES.normalize else V_WIDTH
     ROWS: tl.constexpr = 1 + K_WIDTH + K_WIDTH * K_WIDTH if FEATURES.taylor else K_WIDTH
@@ -62,7 +55,7 @@ def linear_attention_step_kernel(
         z_constant, z_square = 0.0, tl.zeros([BLOCK_K * BLOCK_K], tl.float32)
     kept = 1.0
     if FEATURES.decay == 1:
-        kept = keep(decay_ptr, stride_decay, batch, head, 0)
+        kept = keep(decay, batch, head, 0)
 
     for turn in tl.range(0, TURNS):
         slice_v = tl.program_id(0) % (SLICES // TURNS) + turn
@@ -81,14 +74,14 @@ def linear_attention_step_kernel(
                 z_square = tl.load(state + pairs * COLUMNS + V_WIDTH, mask=mask_p, other=0.0)
 
         for token in tl.range(0, seqlen):
-            q_row = at_head(q_ptr, stride_q, batch, head // group, token)
-            k_row = at_head(k_ptr, stride_k, batch, head // group, token)
-            v_row = at_head(v_ptr, stride_v, batch, head, token)
-            q = tl.load(q_row + offs_k * stride_q.d, mask=mask_k, other=0.0).to(tl.float32) * scale
-            k = tl.load(k_row + offs_k * stride_k.d, mask=mask_k, other=0.0).to(tl.float32)
-            v = tl.load(v_row + offs_v * stride_v.d, mask=mask_v, other=0.0).to(tl.float32)
+            q_row = at_head(q_view.ptr, q_view, batch, head // group, token)
+            k_row = at_head(k_view.ptr, k_view, batch, head // group, token)
+            v_row = at_head(v_view.ptr, v_view, batch, head, token)
+            q = tl.load(q_row + offs_k * q_view.d, mask=mask_k, other=0.0).to(tl.float32) * scale
+            k = tl.load(k_row + offs_k * k_view.d, mask=mask_k, other=0.0).to(tl.float32)
+            v = tl.load(v_row + offs_v * v_view.d, mask=mask_v, other=0.0).to(tl.float32)
             if FEATURES.decay == 2:
-                kept = keep(decay_ptr, stride_decay, batch, head, token)
+                kept = keep(decay, batch, head, token)
             linear = linear * kept + k[:, None] * v[None, :]
             out = tl.sum(q[:, None] * linear, 0)
             if FEATURES.taylor:
@@ -99,14 +92,14 @@ def linear_attention_step_kernel(
                 out += constant + tl.sum(q_pairs[:, None] * square, 0)
             if FEATURES.normalize:
                 z_linear = z_linear * kept + k
-                below = tl.sum(q * z_linear, 0)
+                denominator = tl.sum(q * z_linear, 0)
                 if FEATURES.taylor:
                     z_constant = z_constant * kept + 1.0
                     z_square = z_square * kept + k_pairs
-                    below += z_constant + tl.sum(q_pairs * z_square, 0)
-                out = out * tl.where(below == 0.0, 0.0, 1.0 / below)
-            out_row = at_head(out_ptr, stride_out, batch, head, token)
-            tl.store(out_row + offs_v * stride_out.d, out.to(out_ptr.dtype.element_ty), mask=mask_v)
+                    denominator += z_constant + tl.sum(q_pairs * z_square, 0)
+                out = out * tl.where(denominator == 0.0, 0.0, 1.0 / denominator)
+            out_row = at_head(out_view.ptr, out_view, batch, head, token)
+            tl.store(out_row + offs_v * out_view.d, out.to(out_view.ptr.dtype.element_ty), mask=mask_v)
 
         # Threads that hold the same element have all read it before one of them writes it.
         tl.debug_barrier()
@@ -122,6 +115,6 @@ def linear_attention_step_kernel(
 
 
 @triton.jit
-def keep(decay_ptr, strides, batch, head, token):
+def keep(decay, batch, head, token):
     """What one token keeps of the state."""
-    return tl.exp2(clamped(tl.load(at_head(decay_ptr, strides, batch, head, token))) * LOG2E)
+    return tl.exp2(clamped(tl.load(at_head(decay.ptr, decay, batch, head, token))) * LOG2E)

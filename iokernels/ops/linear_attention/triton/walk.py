@@ -28,83 +28,102 @@ once; for K = V = d in bfloat16 and one slice that is 8 d a token and head. The 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from iokernels.ops.shared.triton_sums import whole
-from iokernels.ops.shared.triton_tiles import at_head, at_row, load_tile, store_tile, tile_offsets
+from iokernels.ops.shared.triton_tiles import View, at_head, at_row, load_tile, store_tile, tile_offsets
 
-from .chunks import chunk_decay, head_decay, load_line, load_state, segment_of, state_weights, weigh_pairs
+from .chunks import (
+    chunk_decay,
+    head_decay,
+    load_column,
+    load_line,
+    load_state,
+    ones,
+    segment_of,
+    state_weights,
+    weigh_pairs,
+)
+
+
+class DecayGradient(NamedTuple):
+    """What the gradient of decays takes where it is wanted."""
+
+    r_ptr: Any  # float32 [B, H, N]: going back, the r of all slices
+    before_ptr: Any  # float32 [P, H, F, W]: going back and split, the state before every segment
+    final: View  # float32 [S, H, F, W]: going back, the state behind every sequence; its strides are those of both
+    share: View  # float32 [slices, B, H, N]: receives r, or a slice's share of dg; ``d`` is from one to the next
 
 
 @triton.jit
 def walk(
-    x_ptr, y_ptr, z_ptr, out_ptr,
-    xa_ptr, ya_ptr, za_ptr,  # float32 [B, H, N] or None for ones
-    below_ptr,  # float32 [B, H, N]: den, by which the forward pass divides; None otherwise
-    decay_ptr, state_ptr, last_ptr, cu_seqlens_ptr, segments_ptr,
-    u_ptr, partner_ptr, end_ptr, final_ptr, crossing_ptr,  # of the gradient of decays, see below
-    stride_x, stride_y, stride_z, stride_out, stride_rows, stride_decay, stride_state, stride_last,
-    stride_u, stride_end, stride_crossing,
-    heads, x_group, y_group, z_group, sequences, seqlen, per_sequence, segment_rows, search_steps, scale,
-    FEATURES: tl.constexpr, REVERSE: tl.constexpr, CONTRACTS: tl.constexpr, DIVIDES: tl.constexpr,
-    Y_WIDTH: tl.constexpr, Z_WIDTH: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_Z: tl.constexpr, BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x_view, y_view, z_view, out_view, column, decay, offsets, initial, last, u_view, gradient, counts, scale,
+    FEATURES: tl.constexpr, REVERSE: tl.constexpr, CONTRACTS: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
     """One segment, head and slice of columns. CONTRACTS: the normaliser's column stands beside x and y, not z.
 
-    With ``FEATURES.crossing`` u is what out is a gradient of. Forward, ``crossing_ptr`` [slices, B, H, N] receives r;
-    reversed, ``partner_ptr`` holds the r of all slices, ``final_ptr`` the state behind every sequence, ``end_ptr``
-    (split) the state before every segment, and ``crossing_ptr`` receives this slice's share of the gradient of every
-    log decay.
+    ``column`` [B, H, N], float32, is the normaliser's: den, which the forward pass writes, or dden, which the backward
+    pass reads. The column of the other side is ones. Where decays want a gradient, ``u_view`` is what out is a gradient
+    of.
     """
+    Y_WIDTH: tl.constexpr = SIZES.V_WIDTH if CONTRACTS else SIZES.K_WIDTH
+    Z_WIDTH: tl.constexpr = SIZES.K_WIDTH if CONTRACTS else SIZES.V_WIDTH
+    BLOCK_Y: tl.constexpr = SIZES.BLOCK_V if CONTRACTS else SIZES.BLOCK_K
+    BLOCK_Z: tl.constexpr = SIZES.BLOCK_K if CONTRACTS else SIZES.BLOCK_V
+    BLOCK_C: tl.constexpr = SIZES.BLOCK_C
     SLICES: tl.constexpr = (Z_WIDTH + BLOCK_Z - 1) // BLOCK_Z
     COLUMNS: tl.constexpr = SLICES * BLOCK_Z
     slice_z = tl.program_id(0) % SLICES
-    head = tl.program_id(0) // SLICES % heads
-    segment = tl.program_id(0) // SLICES // heads
-    sequence, batch, start, length, is_last = segment_of(
-        segment, cu_seqlens_ptr, segments_ptr, sequences, seqlen, per_sequence, segment_rows, search_steps, FEATURES
-    )
+    head = tl.program_id(0) // SLICES % counts.heads
+    segment = tl.program_id(0) // SLICES // counts.heads
+    sequence, batch, start, length, is_last = segment_of(segment, offsets, counts, FEATURES)
     offs_c, offs_y = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_Y)
     offs_z = slice_z * BLOCK_Z + tl.arange(0, BLOCK_Z)
-    x_head = at_head(x_ptr, stride_x, batch, head // x_group, start)
-    y_head = at_head(y_ptr, stride_y, batch, head // y_group, start)
-    z_head = at_head(z_ptr, stride_z, batch, head // z_group, start)
-    out_head = at_head(out_ptr, stride_out, batch, head, start)
-    x_offsets, y_offsets = tile_offsets(stride_x, offs_c, offs_y, WIDE), tile_offsets(stride_y, offs_c, offs_y, WIDE)
-    z_offsets, out_offsets = (
-        tile_offsets(stride_z, offs_c, offs_z, WIDE),
-        tile_offsets(stride_out, offs_c, offs_z, WIDE),
-    )
-    decay_head, decay = head_decay(decay_ptr, stride_decay, batch, head, start, FEATURES)
+    # A head of q or k serves a group of those of v and out.
+    if CONTRACTS:
+        y_head_index, z_head_index = head, head // counts.group
+    else:
+        y_head_index, z_head_index = head // counts.group, head
+    x_head = at_head(x_view.ptr, x_view, batch, y_head_index, start)
+    y_head = at_head(y_view.ptr, y_view, batch, y_head_index, start)
+    z_head = at_head(z_view.ptr, z_view, batch, z_head_index, start)
+    out_head = at_head(out_view.ptr, out_view, batch, head, start)
+    x_offsets = tile_offsets(x_view, offs_c, offs_y, SIZES.WIDE)
+    y_offsets = tile_offsets(y_view, offs_c, offs_y, SIZES.WIDE)
+    z_offsets = tile_offsets(z_view, offs_c, offs_z, SIZES.WIDE)
+    out_offsets = tile_offsets(out_view, offs_c, offs_z, SIZES.WIDE)
+    decay_head, head_decayed = head_decay(decay, batch, head, start, FEATURES)
     if FEATURES.split:
         outer = segment
     else:
         outer = sequence
-    state = load_state(
-        state_ptr, stride_state, outer, head, offs_y, offs_z, Y_WIDTH, Z_WIDTH, BLOCK_Y, BLOCK_Z, FEATURES
-    )
+    state = load_state(initial, outer, head, offs_y, offs_z, Y_WIDTH, Z_WIDTH, BLOCK_Y, BLOCK_Z, FEATURES)
     y_sum = tl.zeros([BLOCK_Z], tl.float32)
     z_sum = tl.zeros([BLOCK_Y], tl.float32)
     if FEATURES.normalize and FEATURES.has_state:
-        line = at_head(state_ptr, stride_state, outer, head, 0)
+        line = at_head(initial.ptr, initial, outer, head, 0)
         if CONTRACTS:
-            y_sum = load_line(line + Y_WIDTH * stride_state.n, stride_state.d, offs_z, Z_WIDTH, BLOCK_Z, FEATURES)
+            y_sum = load_line(line + Y_WIDTH * initial.n, initial.d, offs_z, Z_WIDTH, BLOCK_Z, FEATURES)
         else:
-            z_sum = load_line(line + Z_WIDTH * stride_state.d, stride_state.n, offs_y, Y_WIDTH, BLOCK_Y, FEATURES)
+            z_sum = load_line(line + Z_WIDTH * initial.d, initial.n, offs_y, Y_WIDTH, BLOCK_Y, FEATURES)
     carried = 0.0
-    if FEATURES.crossing and REVERSE and FEATURES.has_state:
+    if FEATURES.decay_gradient:
+        share = gradient.share
+    if FEATURES.decay_gradient and REVERSE and FEATURES.has_state:
         # What reaches past this segment: the gradient of the state behind it, times that state.
-        end = at_head(final_ptr, stride_end, sequence, head, 0)
+        final = gradient.final
+        end = at_head(final.ptr, final, sequence, head, 0)
         if FEATURES.split:  # noqa: SIM102 - the first is known to the compiler, the second is not
             if not is_last:
-                end = at_head(end_ptr, stride_end, segment + 1, head, 0)
+                end = at_head(gradient.before_ptr, final, segment + 1, head, 0)
         inside = (offs_y[:, None] < Y_WIDTH) & (offs_z[None, :] < Z_WIDTH)
-        behind = tl.load(end + offs_y[:, None] * stride_end.n + offs_z[None, :] * stride_end.d, mask=inside, other=0.0)
+        behind = tl.load(end + offs_y[:, None] * final.n + offs_z[None, :] * final.d, mask=inside, other=0.0)
         carried = tl.sum(tl.sum(state * behind, 1), 0)
         if FEATURES.normalize:
-            behind = load_line(end + Y_WIDTH * stride_end.n, stride_end.d, offs_z, Z_WIDTH, BLOCK_Z, FEATURES)
+            behind = load_line(end + Y_WIDTH * final.n, final.d, offs_z, Z_WIDTH, BLOCK_Z, FEATURES)
             carried += tl.sum(y_sum * behind, 0)
 
     chunks = tl.cdiv(length, BLOCK_C)
@@ -113,41 +132,43 @@ def walk(
         if REVERSE:
             first = (chunks - 1 - step) * BLOCK_C
         rows = first + offs_c
-        x = load_tile(at_row(x_head, stride_x, first), x_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
-        y = load_tile(at_row(y_head, stride_y, first), y_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
-        z = load_tile(at_row(z_head, stride_z, first), z_offsets, rows, offs_z, length, Z_WIDTH, COLUMNS, True)
-        sums = chunk_decay(decay_head, decay, stride_decay.n, first, length, BLOCK_C, FEATURES)
+        x = load_tile(at_row(x_head, x_view, first), x_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
+        y = load_tile(at_row(y_head, y_view, first), y_offsets, rows, offs_y, length, Y_WIDTH, BLOCK_Y, True)
+        z = load_tile(at_row(z_head, z_view, first), z_offsets, rows, offs_z, length, Z_WIDTH, COLUMNS, True)
+        sums = chunk_decay(decay_head, head_decayed, decay.n, first, length, BLOCK_C, FEATURES)
         seen, kept = state_weights(sums, REVERSE)
 
-        scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        from_state = tl.dot(x, state.to(x.dtype), input_precision=PRECISION)
+        scores = tl.dot(x, tl.trans(y), input_precision=SIZES.PRECISION)
+        from_state = tl.dot(x, state.to(x.dtype), input_precision=SIZES.PRECISION)
         if FEATURES.normalize and CONTRACTS:
-            xa = load_beside(xa_ptr, stride_rows, batch, head, start, rows, length, BLOCK_C)
-            ya = load_beside(ya_ptr, stride_rows, batch, head, start, rows, length, BLOCK_C)
-            scores += xa[:, None] * ya[None, :]
-            from_state += xa[:, None] * y_sum[None, :]
+            if REVERSE:
+                x_column, y_column = ones(rows, length), load_column(column, batch, head, start, rows, length)
+            else:
+                x_column, y_column = load_column(column, batch, head, start, rows, length), ones(rows, length)
+            scores += x_column[:, None] * y_column[None, :]
+            from_state += x_column[:, None] * y_sum[None, :]
         if not REVERSE:
             from_state = from_state * scale
         if FEATURES.decay > 0:
             from_state = from_state * seen[:, None]
-        pairs = weigh_pairs(scores, sums, REVERSE, FEATURES.crossing, BLOCK_C, FEATURES)
+        pairs = weigh_pairs(scores, sums, REVERSE, FEATURES.decay_gradient, BLOCK_C, FEATURES)
         # Scaled after the product, so that from_state cannot become its accumulator: Triton would lay that out as the
         # head of a chain of products, in twice the registers.
-        out = tl.dot(pairs.to(z.dtype), z, input_precision=PRECISION) * scale + from_state
-        if FEATURES.crossing:
+        out = tl.dot(pairs.to(z.dtype), z, input_precision=SIZES.PRECISION) * scale + from_state
+        if FEATURES.decay_gradient:
             u = load_tile(
-                at_row(at_head(u_ptr, stride_u, batch, head // z_group, start), stride_u, first),
-                tile_offsets(stride_u, offs_c, offs_z, WIDE), rows, offs_z, length, Z_WIDTH, COLUMNS, True,
+                at_row(at_head(u_view.ptr, u_view, batch, z_head_index, start), u_view, first),
+                tile_offsets(u_view, offs_c, offs_z, SIZES.WIDE), rows, offs_z, length, Z_WIDTH, COLUMNS, True,
             )  # fmt: skip
             crossed = tl.sum(out * u.to(tl.float32), 1)
             itself = tl.sum(tl.where(offs_c[:, None] == offs_c[None, :], scores * scale, 0.0), 1)
             out += itself[:, None] * z.to(tl.float32)
-            place = at_head(crossing_ptr, stride_crossing, batch, head, start) + rows
-            place += tl.cast(slice_z, tl.int64) * stride_crossing.d
+            place = at_head(share.ptr, share, batch, head, start) + rows
+            place += tl.cast(slice_z, tl.int64) * share.d
             if REVERSE:
-                partner = at_head(partner_ptr, stride_rows, batch, head, start)
+                r_head = at_head(gradient.r_ptr, share, batch, head, start)
                 mine = (rows < length) & (slice_z == 0)
-                difference = tl.load(partner + rows, mask=mine, other=0.0) - crossed
+                difference = tl.load(r_head + rows, mask=mine, other=0.0) - crossed
                 tl.store(place, carried + tl.cumsum(difference, 0, reverse=True), mask=rows < length)
                 carried += tl.sum(difference, 0)
             else:
@@ -156,40 +177,33 @@ def walk(
         if REVERSE:
             weight = kept * scale
         if FEATURES.normalize and not CONTRACTS:
-            za = load_beside(za_ptr, stride_rows, batch, head, start, rows, length, BLOCK_C)
+            z_column = ones(rows, length)
+            if REVERSE:
+                z_column = load_column(column, batch, head, start, rows, length)
             y_wide = y.to(tl.float32)
-            if DIVIDES:
-                below = tl.sum(x.to(tl.float32) * z_sum[None, :], 1) * seen + tl.sum(pairs * za[None, :], 1)
-                below = below * scale
-                out = out * tl.where(below == 0.0, 0.0, 1.0 / below)[:, None]
-                place = at_head(below_ptr, stride_rows, batch, head, start)
-                tl.store(place + rows, below, mask=(rows < length) & (slice_z == 0))
-            z_sum = z_sum * whole(sums) + tl.sum(y_wide * (weight * za)[:, None], 0)
+            if not REVERSE:
+                denominator = tl.sum(x.to(tl.float32) * z_sum[None, :], 1) * seen + tl.sum(pairs * z_column[None, :], 1)
+                denominator = denominator * scale
+                out = out * tl.where(denominator == 0.0, 0.0, 1.0 / denominator)[:, None]
+                place = at_head(column.ptr, column, batch, head, start)
+                tl.store(place + rows, denominator, mask=(rows < length) & (slice_z == 0))
+            z_sum = z_sum * whole(sums) + tl.sum(y_wide * (weight * z_column)[:, None], 0)
         if FEATURES.normalize and CONTRACTS:
-            y_sum = y_sum * whole(sums) + tl.sum(z.to(tl.float32) * (weight * ya)[:, None], 0)
+            y_sum = y_sum * whole(sums) + tl.sum(z.to(tl.float32) * (weight * y_column)[:, None], 0)
         store_tile(
-            at_row(out_head, stride_out, first), out_offsets, out.to(out_ptr.dtype.element_ty), rows, offs_z, length,
+            at_row(out_head, out_view, first), out_offsets, out.to(out_view.ptr.dtype.element_ty), rows, offs_z, length,
             Z_WIDTH,
         )  # fmt: skip
         if FEATURES.decay > 0:
             state = state * whole(sums)
         if FEATURES.decay > 0 or REVERSE:
             z = (z.to(tl.float32) * weight[:, None]).to(z.dtype)
-        state = tl.dot(tl.trans(y), z, state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(y), z, state, input_precision=SIZES.PRECISION)
 
     if FEATURES.writes_state:
-        last = at_head(last_ptr, stride_last, sequence, head, 0)
+        last_head = at_head(last.ptr, last, sequence, head, 0)
         inside = (offs_y[:, None] < Y_WIDTH) & (offs_z[None, :] < Z_WIDTH)
-        tl.store(last + offs_y[:, None] * stride_last.n + offs_z[None, :] * stride_last.d, state, mask=inside)
+        tl.store(last_head + offs_y[:, None] * last.n + offs_z[None, :] * last.d, state, mask=inside)
         if FEATURES.normalize:
             mine = (offs_y < Y_WIDTH) & (slice_z == 0)
-            tl.store(last + offs_y * stride_last.n + Z_WIDTH * stride_last.d, z_sum, mask=mine)
-
-
-@triton.jit
-def load_beside(ptr, strides, batch, head, start, rows, length, BLOCK: tl.constexpr):
-    """The normaliser's column of these rows: ones where ``ptr`` is None, 0 past the end."""
-    if ptr is None:
-        return tl.where(rows < length, 1.0, 0.0)
-    else:
-        return tl.load(at_head(ptr, strides, batch, head, start) + rows, mask=rows < length, other=0.0)
+            tl.store(last_head + offs_y * last.n + Z_WIDTH * last.d, z_sum, mask=mine)

@@ -17,12 +17,24 @@ without), dx once, and the table: 4 (W + 1) a tile and channel. DRAM serves x an
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from iokernels.ops.shared.triton_tiles import at_head
+from iokernels.ops.shared.triton_tiles import at_head, view_of
 
-from .tiles import channel_offsets, load_extended, load_rows, rows_of, silu_slope, tile_of
+from .tiles import VARYING, channel_offsets, load_extended, load_rows, rows_of, silu_slope, tile_of
+
+
+class Wanted(NamedTuple):
+    """What a launch computes, and from what."""
+
+    ROWS: bool  # the gradient of rows: of x, or of the state
+    SUMS: bool  # those of weight or bias
+    DOUT: bool  # there is a gradient of out
+    DFINAL: bool  # and of the final state
+    ROW_BASE: int  # the first row of a block: 0 for x, -(W - 1) for the state
 
 
 @triton.constexpr_function
@@ -32,22 +44,12 @@ def _is_read(s, rows, sums, silu, width, left):
     return (silu and rows) or (own and (silu or sums))
 
 
-@triton.jit(do_not_specialize=["channels", "seqlen", "out_len", "total", "sequences", "tiles", "channel_blocks"])
+@triton.jit(do_not_specialize=VARYING)
 def short_conv_bwd_kernel(
-    dout_ptr,  # [B, H, M] or None
-    dfinal_ptr,  # [S, H, W - 1] or None
-    x_ptr,  # [B, H, N]
-    weight_ptr,  # [H, W], contiguous
-    bias_ptr,  # [H] or None
-    state_ptr,  # [S, H, W - 1] or None
-    cu_seqlens_ptr,  # int32 [S + 1] or None
-    drows_ptr,  # [B, H, N], or with ROW_BASE < 0 the gradient of the state, [S, H, W - 1]
+    inputs,
+    given,
+    drows,  # [B, H, N], or with ROW_BASE < 0 the gradient of the state, [S, H, W - 1]
     sums_ptr,  # float32 [slots, W + 1, H] or None
-    stride_dout,
-    stride_dfinal,
-    stride_x,
-    stride_state,
-    stride_drows,
     channels,
     seqlen,
     out_len,
@@ -56,93 +58,86 @@ def short_conv_bwd_kernel(
     tiles,
     channel_blocks,
     FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,  # whether the gradient of the rows is wanted
-    SUMS: tl.constexpr,  # whether those of weight or bias are
-    DOUT: tl.constexpr,
-    DFINAL: tl.constexpr,
-    ROW_BASE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LEFT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    WIDE: tl.constexpr,
+    WANTED: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """dx of BLOCK_N rows of BLOCK_H channels, and what they add to dweight and dbias."""
+    WIDTH: tl.constexpr = SIZES.WIDTH
     pid = tl.program_id(0)
     slot = pid // channel_blocks
-    first_channel = (pid % channel_blocks) * BLOCK_H
-    if ROW_BASE < 0:
+    first_channel = (pid % channel_blocks) * SIZES.BLOCK_H
+    if WANTED.ROW_BASE < 0:
         sequence = slot
-        start, length = rows_of(cu_seqlens_ptr, sequence, seqlen, total, FEATURES.varlen)
-        first_row = ROW_BASE
+        start, length = rows_of(inputs.cu_seqlens_ptr, sequence, seqlen, total, FEATURES.varlen)
+        first_row = WANTED.ROW_BASE
     else:
         sequence, start, length, first_row = tile_of(
-            cu_seqlens_ptr, slot, tiles, seqlen, total, sequences, FEATURES.varlen, BLOCK_N, BLOCK_S
-        )
+            inputs.cu_seqlens_ptr, slot, tiles, seqlen, total, sequences, FEATURES.varlen,
+            SIZES.BLOCK_N, SIZES.BLOCK_S,
+        )  # fmt: skip
     out_length = length if FEATURES.varlen else out_len
     batch = 0 if FEATURES.varlen else sequence
-    offs_n, offs_h = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
+    offs_n, offs_h = tl.arange(0, SIZES.BLOCK_N), tl.arange(0, SIZES.BLOCK_H)
     mask_h = first_channel + offs_h < channels
     row = first_row + offs_n
 
     weights = ()
     for w in tl.static_range(WIDTH):
-        tap = tl.load(weight_ptr + (first_channel + offs_h) * WIDTH + w, mask=mask_h, other=0.0)
+        tap = tl.load(inputs.weight_ptr + (first_channel + offs_h) * WIDTH + w, mask=mask_h, other=0.0)
         weights += (tap.to(tl.float32)[None, :],)
-    bias = tl.zeros([BLOCK_H], tl.float32)
+    bias = tl.full([SIZES.BLOCK_H], 0.0, tl.float32)
     if FEATURES.bias and FEATURES.silu:
-        bias = tl.load(bias_ptr + first_channel + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+        bias = tl.load(inputs.bias_ptr + first_channel + offs_h, mask=mask_h, other=0.0).to(tl.float32)
 
     # Tiles of x shifted by -(W - 1) ... W - 1 rows, of which sums alone, or a linear filter, need W.
-    x_base = at_head(x_ptr, stride_x, batch, first_channel, start + first_row)
-    state_base = at_head(state_ptr, stride_state, sequence, first_channel, 0) if FEATURES.state else state_ptr
+    x = view_of(inputs.x, batch, first_channel, start + first_row)
+    state = view_of(inputs.state, sequence, first_channel, 0) if FEATURES.state else inputs.state
     shifted = ()
     for s in tl.static_range(2 * WIDTH - 1):
-        if DOUT and _is_read(s, ROWS, SUMS, FEATURES.silu, WIDTH, LEFT):
+        if WANTED.DOUT and _is_read(s, WANTED.ROWS, WANTED.SUMS, FEATURES.silu, WIDTH, SIZES.LEFT):
             # In a block of rows from 0 on, only rows further back can be of the state.
-            x = load_extended(
-                x_base, stride_x, state_base, stride_state, offs_n + (s - WIDTH + 1), row + (s - WIDTH + 1), length,
-                offs_h, mask_h, WIDTH, FEATURES.state and (ROW_BASE < 0 or s < WIDTH - 1), WIDE,
+            by = s - WIDTH + 1
+            rows = load_extended(
+                x, state, offs_n + by, row + by, length, offs_h, mask_h, WIDTH,
+                FEATURES.state and (WANTED.ROW_BASE < 0 or s < WIDTH - 1), SIZES.WIDE,
             )  # fmt: skip
-            shifted += (x,)
+            shifted += (rows,)
         else:
             shifted += (0.0,)
 
-    drows = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    dout_base = at_head(dout_ptr, stride_dout, batch, first_channel, start + first_row) if DOUT else dout_ptr
+    gradient = tl.full([SIZES.BLOCK_N, SIZES.BLOCK_H], 0.0, tl.float32)
+    dout = view_of(given.dout, batch, first_channel, start + first_row) if WANTED.DOUT else given.dout
     for w in tl.static_range(WIDTH):
-        if DOUT and (ROWS or (SUMS and w == LEFT)):
-            d = load_rows(
-                dout_base, stride_dout, offs_n + (LEFT - w), row + (LEFT - w), out_length, offs_h, mask_h, WIDE
-            ).to(tl.float32)
+        if WANTED.DOUT and (WANTED.ROWS or (WANTED.SUMS and w == SIZES.LEFT)):
+            by = SIZES.LEFT - w
+            d = load_rows(dout, offs_n + by, row + by, out_length, offs_h, mask_h, SIZES.WIDE).to(tl.float32)
             if FEATURES.silu:
-                pre = tl.zeros([BLOCK_N, BLOCK_H], tl.float32) + bias[None, :]
+                pre = tl.full([SIZES.BLOCK_N, SIZES.BLOCK_H], 0.0, tl.float32) + bias[None, :]
                 for v in tl.static_range(WIDTH):
                     pre += weights[v] * shifted[v - w + WIDTH - 1].to(tl.float32)
                 d *= silu_slope(pre)
-            if ROWS:
-                drows += weights[w] * d
-            if SUMS and w == LEFT:
+            if WANTED.ROWS:
+                gradient += weights[w] * d
+            if WANTED.SUMS and w == SIZES.LEFT:
                 # Line of the table: slot, then W taps and the bias, then channels.
                 sums = sums_ptr + (tl.cast(slot, tl.int64) * (WIDTH + 1)) * channels + first_channel + offs_h
                 for v in tl.static_range(WIDTH):
-                    share = tl.sum(d * shifted[v - LEFT + WIDTH - 1].to(tl.float32), 0)
+                    share = tl.sum(d * shifted[v - SIZES.LEFT + WIDTH - 1].to(tl.float32), 0)
                     tl.store(sums + v * channels, share, mask=mask_h)
                 tl.store(sums + WIDTH * channels, tl.sum(d, 0), mask=mask_h)
 
-    if ROWS:
-        if DFINAL:
-            dfinal_base = at_head(dfinal_ptr, stride_dfinal, sequence, first_channel, 0)
+    if WANTED.ROWS:
+        if WANTED.DFINAL:
+            dfinal = view_of(given.dfinal, sequence, first_channel, 0)
             kept = row - (length - (WIDTH - 1))
-            drows += load_rows(
-                dfinal_base, stride_dfinal, kept, tl.where(row < length, kept, -1), WIDTH - 1, offs_h, mask_h, WIDE
-            ).to(tl.float32)
-        if ROW_BASE < 0:
-            drows_base = at_head(drows_ptr, stride_drows, sequence, first_channel, 0)
+            of_state = tl.where(row < length, kept, -1)
+            past = load_rows(dfinal, kept, of_state, WIDTH - 1, offs_h, mask_h, SIZES.WIDE)
+            gradient += past.to(tl.float32)
+        if WANTED.ROW_BASE < 0:
+            drows_base = at_head(drows.ptr, drows, sequence, first_channel, 0)
             mask = (row < 0)[:, None] & mask_h[None, :]
         else:
-            drows_base = at_head(drows_ptr, stride_drows, batch, first_channel, start + first_row)
+            drows_base = at_head(drows.ptr, drows, batch, first_channel, start + first_row)
             mask = (row < length)[:, None] & mask_h[None, :]
-        offsets = channel_offsets(stride_drows, offs_n, offs_h, WIDE)
-        tl.store(drows_base + offsets, drows.to(drows_ptr.dtype.element_ty), mask)
+        offsets = channel_offsets(drows, offs_n, offs_h, SIZES.WIDE)
+        tl.store(drows_base + offsets, gradient.to(drows.ptr.dtype.element_ty), mask)

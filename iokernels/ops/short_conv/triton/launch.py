@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from iokernels import autotune
 from iokernels.autotune import bucket
-from iokernels.ops.shared.triton_tiles import strides
+from iokernels.ops.shared.triton_tiles import view
 from iokernels.ops.short_conv.options import (
     ShortGradients,
     ShortNeeds,
@@ -22,12 +21,19 @@ from iokernels.ops.short_conv.options import (
 )
 from iokernels.runtime.device import DeviceSpec, guard, spec_of
 
-from .backward import short_conv_bwd_kernel
-from .forward import short_conv_fwd_kernel, short_conv_state_kernel
+from .backward import Wanted, short_conv_bwd_kernel
+from .forward import Sizes, short_conv_fwd_kernel, short_conv_state_kernel
 from .step import short_conv_step_kernel
-from .tiles import ShortFeatures, is_wide
+from .tiles import Gradients, Inputs, ShortFeatures, is_wide
 from .tuning import DIRECT_WIDTH, TUNABLES, ShortConfig, ShortProblem, dweight_inner, inner, product_rows
-from .wide import short_conv_wide_bwd_kernel, short_conv_wide_dweight_kernel, short_conv_wide_fwd_kernel
+from .wide import (
+    DweightSizes,
+    Pass,
+    short_conv_wide_bwd_kernel,
+    short_conv_wide_dweight_kernel,
+    short_conv_wide_fwd_kernel,
+)
+from .wide import Sizes as WideSizes
 
 
 def forward(x: Tensor, weight: Tensor, options: ShortOptions) -> tuple[Tensor, Tensor]:
@@ -88,11 +94,9 @@ def step(
     channel_blocks = triton.cdiv(channels, block_h)
     with guard(x.device):
         short_conv_step_kernel[(batch * channel_blocks,)](
-            x, weight.contiguous(), state, None if bias is None else bias.contiguous(),
-            None if state_indices is None else state_indices.contiguous(), out,
-            strides(x), strides(state), strides(out), channels, channel_blocks,
-            BIAS=bias is not None, INDICES=state_indices is not None, SILU=silu, WIDTH=weight.shape[1],
-            BLOCK_H=block_h, num_warps=max(1, min(4, block_h // 64)),
+            view(x), weight.contiguous(), view(state), None if bias is None else bias.contiguous(),
+            None if state_indices is None else state_indices.contiguous(), view(out), channels, channel_blocks,
+            SILU=silu, WIDTH=weight.shape[1], BLOCK_H=block_h, num_warps=max(1, min(4, block_h // 64)),
         )  # fmt: skip
     return out
 
@@ -120,6 +124,7 @@ class Launch:
         self.bias = None if options.bias is None else options.bias.contiguous()
         self.cu_seqlens = None if options.cu_seqlens is None else options.cu_seqlens.contiguous()
         self.block_s = bucket(self.sequences)
+        self.inputs = Inputs(view(x), view(self.state), self.weight, self.bias, self.cu_seqlens)
         self.single = x.dtype == torch.float32 or weight.dtype != x.dtype
 
     def problem(self, kernel: str, device: DeviceSpec) -> ShortProblem:
@@ -149,17 +154,23 @@ class Launch:
         tiles = triton.cdiv(rows, block_n)
         return tiles, tiles * self.batch
 
+    def varying(self, tiles: int, blocks: int) -> tuple[int, ...]:
+        """What ``VARYING`` names, in its order."""
+        return self.channels, self.seqlen, self.out_len, self.seqlen, self.sequences, tiles, blocks
+
+    def sizes(self, block_n: int, block_h: int, wide: bool) -> Sizes:
+        """What a kernel without products is compiled for."""
+        return Sizes(self.width, self.left, block_n, block_h, self.block_s, wide)
+
     def run_forward(self, out: Tensor) -> None:
         """Write the output."""
         config = self.config("short_conv_fwd")
         tiles, slots = self.tiles(self.out_len, config.block_n)
         blocks = triton.cdiv(self.channels, config.block_h)
         short_conv_fwd_kernel[(slots * blocks,)](
-            self.x, self.weight, self.bias, self.state, self.cu_seqlens, out,
-            strides(self.x), strides(self.state), strides(out), self.channels, self.seqlen, self.out_len, self.seqlen,
-            self.sequences, tiles, blocks, FEATURES=self.features, WIDTH=self.width, LEFT=self.left,
-            BLOCK_N=config.block_n, BLOCK_H=config.block_h, BLOCK_S=self.block_s,
-            WIDE=self.is_wide(config, self.x, out, self.state), num_warps=config.num_warps,
+            self.inputs, view(out), *self.varying(tiles, blocks), FEATURES=self.features,
+            SIZES=self.sizes(config.block_n, config.block_h, self.is_wide(config, self.x, out, self.state)),
+            num_warps=config.num_warps,
         )  # fmt: skip
 
     def run_state(self, final_state: Tensor) -> None:
@@ -167,10 +178,8 @@ class Launch:
         block_r, block_h = bucket(self.width - 1), min(64, bucket(self.channels))
         blocks = triton.cdiv(self.channels, block_h)
         short_conv_state_kernel[(self.sequences * blocks,)](
-            self.x, self.state, self.cu_seqlens, final_state, strides(self.x), strides(self.state),
-            strides(final_state), self.channels, self.seqlen, self.seqlen, blocks, FEATURES=self.features,
-            WIDTH=self.width, BLOCK_R=block_r, BLOCK_H=block_h,
-            WIDE=is_wide(2 * block_r, block_h, self.x, self.state), num_warps=4,
+            self.inputs, view(final_state), self.channels, self.seqlen, self.seqlen, blocks, FEATURES=self.features,
+            SIZES=self.sizes(block_r, block_h, is_wide(2 * block_r, block_h, self.x, self.state)), num_warps=4,
         )  # fmt: skip
 
     def sums(self) -> Tensor:
@@ -185,29 +194,24 @@ class Launch:
     ) -> None:
         """Write the gradients that are not None: of x, of the initial state, and the table of sums."""
         config = self.config("short_conv_bwd")
-        shared = (dout, dfinal, self.x, self.weight, self.bias, self.state, self.cu_seqlens)
-        steps = (strides(dout), strides(dfinal), strides(self.x), strides(self.state))
-        options: dict[str, Any] = {
-            "FEATURES": self.features, "DOUT": dout is not None, "DFINAL": dfinal is not None, "WIDTH": self.width,
-            "LEFT": self.left, "BLOCK_S": self.block_s,
-        }  # fmt: skip
+        given = Gradients(view(dout), view(dfinal))
         tiles, slots = self.tiles(max(self.seqlen, self.out_len), config.block_n)
         blocks = triton.cdiv(self.channels, config.block_h)
         if slots and (sums is not None or (dx is not None and dx.numel())):
             short_conv_bwd_kernel[(slots * blocks,)](
-                *shared, dx, sums, *steps, strides(dx), self.channels, self.seqlen, self.out_len, self.seqlen,
-                self.sequences, tiles, blocks, ROWS=dx is not None, SUMS=sums is not None, ROW_BASE=0,
-                BLOCK_N=config.block_n, BLOCK_H=config.block_h, WIDE=self.is_wide(config, self.x, dout, dx, self.state),
-                num_warps=config.num_warps, **options,
+                self.inputs, given, view(dx), sums, *self.varying(tiles, blocks), FEATURES=self.features,
+                WANTED=Wanted(dx is not None, sums is not None, dout is not None, dfinal is not None, 0),
+                SIZES=self.sizes(config.block_n, config.block_h, self.is_wide(config, self.x, dout, dx, self.state)),
+                num_warps=config.num_warps,
             )  # fmt: skip
         if dstate is not None and dstate.numel():
             block_n, block_h = bucket(self.width - 1), min(64, bucket(self.channels))
             blocks = triton.cdiv(self.channels, block_h)
             short_conv_bwd_kernel[(self.sequences * blocks,)](
-                *shared, dstate, None, *steps, strides(dstate), self.channels, self.seqlen, self.out_len, self.seqlen,
-                self.sequences, 1, blocks, ROWS=True, SUMS=False, ROW_BASE=1 - self.width, BLOCK_N=block_n,
-                BLOCK_H=block_h, WIDE=is_wide(4 * self.width, block_h, self.x, dout, dstate, self.state), num_warps=4,
-                **options,
+                self.inputs, given, view(dstate), None, *self.varying(1, blocks), FEATURES=self.features,
+                WANTED=Wanted(True, False, dout is not None, dfinal is not None, 1 - self.width),
+                SIZES=self.sizes(block_n, block_h, is_wide(4 * self.width, block_h, self.x, dout, dstate, self.state)),
+                num_warps=4,
             )  # fmt: skip
 
     def run_wide(
@@ -228,12 +232,13 @@ class Launch:
         single = rows.dtype == torch.float32 or self.weight.dtype != rows.dtype
         kernel = short_conv_wide_bwd_kernel if gradient or dout is not None else short_conv_wide_fwd_kernel
         kernel[(slots * blocks,)](
-            rows, self.weight, self.bias, self.state, dout, dfinal, self.cu_seqlens, out, strides(rows),
-            strides(self.state), strides(dout), strides(dfinal), strides(out), self.channels, rows.shape[2],
-            out.shape[2] if not row_base else self.seqlen, self.seqlen, self.sequences, tiles, blocks, left,
-            FEATURES=features, SLOPE=dout is not None, DFINAL=dfinal is not None, FLIP=gradient, ROW_BASE=row_base,
-            WIDTH=self.width, LINES=lines, Q=q, BLOCK_V=min(32, q), BLOCK_H=block_h, BLOCK_S=self.block_s,
-            WIDE=self.is_wide(config, rows, out, dout), SINGLE=single, PRECISION=self.precision(),
+            self.inputs._replace(x=view(rows)), Gradients(view(dout), view(dfinal)), view(out), self.channels,
+            rows.shape[2], out.shape[2] if not row_base else self.seqlen, self.seqlen, self.sequences, tiles, blocks,
+            left, FEATURES=features, PASS=Pass(dout is not None, dfinal is not None, gradient, row_base),
+            SIZES=WideSizes(
+                self.width, lines, q, min(32, q), block_h, self.block_s, self.is_wide(config, rows, out, dout), single,
+                self.precision(),
+            ),
             num_warps=config.num_warps,
         )  # fmt: skip
 
@@ -262,12 +267,12 @@ class Launch:
             tiles, slots = self.tiles(self.out_len, config.block_n)
             blocks = triton.cdiv(self.channels, config.block_h)
             short_conv_wide_dweight_kernel[(slots * blocks,)](
-                dsum, self.x, self.state, self.cu_seqlens, sums, strides(dsum), strides(self.x), strides(self.state),
-                self.channels, self.seqlen, self.out_len, self.seqlen, self.sequences, tiles, blocks, self.left,
-                FEATURES=self.features, WIDTH=self.width, LINES=config.block_n // q, BLOCK_C=16, Q=q, LAGS=lags,
-                BLOCK_W=bucket(self.width), BLOCK_H=config.block_h, BLOCK_S=self.block_s,
-                WIDE=self.is_wide(config, self.x, dsum, self.state),
-                SINGLE=dsum.dtype == torch.float32 or self.x.dtype == torch.float32, PRECISION=self.precision(),
+                view(dsum), self.inputs, sums, *self.varying(tiles, blocks), self.left, FEATURES=self.features,
+                SIZES=DweightSizes(
+                    self.width, config.block_n // q, 16, q, lags, bucket(self.width), config.block_h, self.block_s,
+                    self.is_wide(config, self.x, dsum, self.state),
+                    dsum.dtype == torch.float32 or self.x.dtype == torch.float32, self.precision(),
+                ),
                 num_warps=config.num_warps,
             )  # fmt: skip
 

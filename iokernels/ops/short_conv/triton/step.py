@@ -14,19 +14,14 @@ from iokernels.ops.shared.triton_tiles import at_head
 
 @triton.jit(do_not_specialize=["channels", "channel_blocks"])
 def short_conv_step_kernel(
-    x_ptr,  # [B, H]
+    x,  # [B, H]
     weight_ptr,  # [H, W], contiguous
-    state_ptr,  # [S, H, W - 1], written
+    state,  # [S, H, W - 1], written
     bias_ptr,  # [H] or None
     indices_ptr,  # int32 [B] or None: rows of the state
-    out_ptr,  # [B, H]
-    stride_x,
-    stride_state,
-    stride_out,
+    out,  # [B, H]
     channels,
     channel_blocks,
-    BIAS: tl.constexpr,
-    INDICES: tl.constexpr,
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -36,27 +31,29 @@ def short_conv_step_kernel(
     sequence, first_channel = pid // channel_blocks, (pid % channel_blocks) * BLOCK_H
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = first_channel + offs_h < channels
-    slot = tl.load(indices_ptr + sequence) if INDICES else sequence
+    slot = sequence
+    if indices_ptr is not None:
+        slot = tl.load(indices_ptr + sequence)
     used = slot >= 0
     mask = mask_h & used
     acc = tl.zeros([BLOCK_H], tl.float32)
-    if BIAS:
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + first_channel + offs_h, mask=mask, other=0.0).to(tl.float32)
     taps = weight_ptr + (first_channel + offs_h) * WIDTH
-    base = at_head(state_ptr, stride_state, tl.maximum(slot, 0), first_channel, 0) + offs_h * stride_state.h
-    x = tl.load(at_head(x_ptr, stride_x, sequence, first_channel, 0) + offs_h * stride_x.h, mask=mask, other=0.0)
+    base = at_head(state.ptr, state, tl.maximum(slot, 0), first_channel, 0) + offs_h * state.h
+    newest = tl.load(at_head(x.ptr, x, sequence, first_channel, 0) + offs_h * x.h, mask=mask, other=0.0)
     past = ()
     for w in tl.static_range(WIDTH - 1):
-        row = tl.load(base + w * stride_state.n, mask=mask, other=0.0)
+        row = tl.load(base + w * state.n, mask=mask, other=0.0)
         acc += tl.load(taps + w, mask=mask, other=0.0).to(tl.float32) * row.to(tl.float32)
         past += (row,)
-    acc += tl.load(taps + (WIDTH - 1), mask=mask, other=0.0).to(tl.float32) * x.to(tl.float32)
-    past += (x,)
+    acc += tl.load(taps + (WIDTH - 1), mask=mask, other=0.0).to(tl.float32) * newest.to(tl.float32)
+    past += (newest,)
     # Every thread has read before any writes where another has read.
     tl.debug_barrier()
     for w in tl.static_range(WIDTH - 1):
-        tl.store(base + w * stride_state.n, past[w + 1], mask=mask)
+        tl.store(base + w * state.n, past[w + 1], mask=mask)
     if SILU:
         acc = acc * tl.sigmoid(acc)
-    out = tl.where(used, acc, 0.0).to(out_ptr.dtype.element_ty)
-    tl.store(at_head(out_ptr, stride_out, sequence, first_channel, 0) + offs_h * stride_out.h, out, mask=mask_h)
+    result = tl.where(used, acc, 0.0).to(out.ptr.dtype.element_ty)
+    tl.store(at_head(out.ptr, out, sequence, first_channel, 0) + offs_h * out.h, result, mask=mask_h)

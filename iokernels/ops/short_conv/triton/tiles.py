@@ -6,13 +6,13 @@ A tile's base is the 64-bit address of its first row, and offsets inside it are 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iokernels.ops.shared.triton_tiles import locate
+from iokernels.ops.shared.triton_tiles import View, locate
 
 
 class ShortFeatures(NamedTuple):
@@ -22,6 +22,27 @@ class ShortFeatures(NamedTuple):
     state: bool  # an initial state
     silu: bool
     bias: bool
+
+
+class Inputs(NamedTuple):
+    """What the kernels read."""
+
+    x: View  # [B, H, N]
+    state: View  # [S, H, W - 1] or None
+    weight_ptr: Any  # [H, W], contiguous
+    bias_ptr: Any  # [H] or None
+    cu_seqlens_ptr: Any  # int32 [S + 1] or None
+
+
+class Gradients(NamedTuple):
+    """The gradients that a backward pass begins with."""
+
+    dout: View  # [B, H, M] or None
+    dfinal: View  # [S, H, W - 1] or None
+
+
+VARYING = ("channels", "seqlen", "out_len", "total", "sequences", "tiles", "channel_blocks")
+"""Integers that vary between calls: one compiled kernel serves all of them."""
 
 
 @triton.jit
@@ -63,24 +84,25 @@ def channel_offsets(strides, rows, channels, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, strides, local, row, length, channels, mask_h, WIDE: tl.constexpr):
-    """A tile of x: ``local`` are rows from the tile's base, ``row`` the same from the start of the sequence."""
+def load_rows(x, local, row, length, channels, mask_h, WIDE: tl.constexpr):
+    """A tile of x: ``local`` are rows from where the view begins, ``row`` the same from the start of the sequence."""
     mask = (row >= 0)[:, None] & (row < length)[:, None] & mask_h[None, :]
-    return tl.load(base + channel_offsets(strides, local, channels, WIDE), mask=mask, other=0.0)
+    return tl.load(x.ptr + channel_offsets(x, local, channels, WIDE), mask=mask, other=0.0)
 
 
 @triton.jit
-def load_extended(base, strides, state_base, stride_state, local, row, length, channels, mask_h,
-                  WIDTH: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def load_extended(
+    x, state, local, row, length, channels, mask_h, WIDTH: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr
+):
     """As :func:`load_rows`, with the WIDTH - 1 rows of the state before the first."""
-    x = load_rows(base, strides, local, row, length, channels, mask_h, WIDE)
+    rows = load_rows(x, local, row, length, channels, mask_h, WIDE)
     if STATE:
         kept = row + (WIDTH - 1)
         before = (row < 0)[:, None] & (kept >= 0)[:, None] & mask_h[None, :]
-        state = tl.load(state_base + channel_offsets(stride_state, kept, channels, WIDE), mask=before, other=0.0)
-        return tl.where(before, state, x)
+        past = tl.load(state.ptr + channel_offsets(state, kept, channels, WIDE), mask=before, other=0.0)
+        return tl.where(before, past, rows)
     else:
-        return x
+        return rows
 
 
 @triton.jit
