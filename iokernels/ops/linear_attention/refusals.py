@@ -10,10 +10,10 @@ from torch import Tensor
 from iokernels.runtime import device as devices
 from iokernels.runtime.contracts import short
 
-from .cuda.tuning import MAX_WIDTH as MAX_CUDA_WIDTH
-
 MAX_WIDTH = 256
 """Widest K and V that the Triton kernels take."""
+MAX_CUDA_WIDTH = 128
+"""Widest K and V of those in CUDA C++, where the state of 16 columns takes half as many registers of a thread."""
 MAX_TAYLOR_WIDTH = 32
 """Widest K of theirs with the Taylor map: the state has 1 + K + K^2 rows, and a block holds some columns of it."""
 

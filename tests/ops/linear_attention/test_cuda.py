@@ -10,7 +10,8 @@ import torch
 
 from iokernels import UnsupportedError, autotune, linear_attention, linear_attention_state, linear_attention_step
 from iokernels.ops.linear_attention.cuda import tuning as tuning_cuda
-from iokernels.ops.linear_attention.cuda.tuning import KERNELS, MAX_WIDTH, TUNABLES, Config, Problem
+from iokernels.ops.linear_attention.cuda.tuning import KERNELS, TUNABLES, Config, Problem
+from iokernels.ops.linear_attention.refusals import MAX_CUDA_WIDTH as MAX_WIDTH
 from iokernels.runtime.device import KNOWN
 from iokernels.testing import inputs
 from iokernels.testing.case import load

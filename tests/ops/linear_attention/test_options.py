@@ -13,6 +13,7 @@ from iokernels import autotune, lightning_attention, linear_attention
 from iokernels.ops.linear_attention.cuda import tuning as tuning_cuda
 from iokernels.ops.linear_attention.decays import alibi_slopes, minimax_slopes, retention_slopes
 from iokernels.ops.linear_attention.portable import CHUNK
+from iokernels.ops.linear_attention.refusals import MAX_CUDA_WIDTH
 from iokernels.testing import inputs
 from iokernels.testing.budget import check_relative_rms
 
@@ -69,7 +70,7 @@ WIDTHS = ((16, 16), (60, 16), (16, 100), (64, 128), (100, 60), (256, 40), (40, 2
     ("backend", "widths"),
     [
         *product(PYTHON, WIDTHS),
-        *(pytest.param("cuda", widths, marks=CUDA.marks) for widths in WIDTHS if max(widths) <= tuning_cuda.MAX_WIDTH),
+        *(pytest.param("cuda", widths, marks=CUDA.marks) for widths in WIDTHS if max(widths) <= MAX_CUDA_WIDTH),
     ],
     ids=str,
 )

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from iokernels.ops.linear_attention.api import lightning_attention, linear_attention
-from iokernels.ops.linear_attention.cuda.tuning import MAX_WIDTH as MAX_CUDA_WIDTH
 from iokernels.ops.linear_attention.options import columns, features
-from iokernels.ops.linear_attention.refusals import MAX_WIDTH
+from iokernels.ops.linear_attention.refusals import MAX_CUDA_WIDTH, MAX_WIDTH
 from iokernels.ops.shared.layout import state_dtype
 from iokernels.runtime.errors import UnsupportedError
 from iokernels.testing.case import Case, Implementation, Inputs, Limit, Outputs, Pass, Point, Prepare

@@ -11,6 +11,7 @@ from iokernels import autotune
 from iokernels.autotune import Tunable
 from iokernels.ops.linear_attention.cuda import tuning as tuning_cuda
 from iokernels.ops.linear_attention.options import Needs
+from iokernels.ops.linear_attention.refusals import MAX_CUDA_WIDTH
 from iokernels.ops.linear_attention.triton.tuning import TUNABLES, Problem
 from iokernels.runtime.device import DeviceSpec, assume
 from iokernels.testing.case import Tuning
@@ -39,7 +40,7 @@ def kernels(shape: Shape) -> tuple[str, ...]:
     """All of both passes; that of segments' states where sequences are cut, those in CUDA C++ where they can run."""
     cut = configs(shape, torch.bfloat16)["linear_attention_fwd"].segments > 1
     found = tuple(kernel for kernel in TUNABLES if kernel != _STEP and (cut or kernel != _STATE))
-    plain = not (shape.taylor or shape.normalize) and max(shape.d, shape.dv) <= tuning_cuda.MAX_WIDTH
+    plain = not (shape.taylor or shape.normalize) and max(shape.d, shape.dv) <= MAX_CUDA_WIDTH
     return (*found, *tuning_cuda.KERNELS) if plain else found
 
 

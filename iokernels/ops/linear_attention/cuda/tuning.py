@@ -21,9 +21,6 @@ FORWARD, BACKWARD_Q, BACKWARD_K, BACKWARD_V = KERNELS = (
     "linear_attention_cuda_bwd_dv",
 )
 
-MAX_WIDTH = 128
-"""Widest K and V of the kernels: the state of 16 columns takes half as many registers of a thread."""
-
 MOST_WARPS = 8
 
 SEGMENT = 1024
