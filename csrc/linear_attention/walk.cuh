@@ -108,27 +108,28 @@ DEVICE void score(Shared<Element> pairs, Shared<Element> x_tile, Shared<Element>
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const int column = 16 * other + 8 * n + 2 * pair;
-                float weight[2];
+                float weighed[2];
                 [[maybe_unused]] TwoSums theirs;
                 if constexpr (DECAY != NO_DECAY) theirs = TwoSums::of(sums, column);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int ahead = REVERSE ? column + i - row : row - column - i;
                     const bool seen = STRICT ? ahead > 0 : ahead >= 0;
+                    const float score = scores[n][2 * half + i];
+                    // Chosen and not multiplied by 0: what is not seen may have overflowed.
                     if constexpr (DECAY == NO_DECAY) {
-                        weight[i] = seen ? 1.0f : 0.0f;
+                        weighed[i] = seen ? score : 0.0f;
                     } else {
                         // Masked before the exponential: the other half would be positive.
                         const float between = REVERSE ? theirs.at[i].minus(own) : own.minus(theirs.at[i]);
-                        weight[i] = exp2_fast(seen ? between : -infinity());
+                        weighed[i] = seen ? score * exp2_fast(seen ? between : -infinity()) : 0.0f;
                     }
                     if constexpr (STRICT) {
                         if (ahead == 0) store_shared(itself + row, scores[n][2 * half + i]);
                     }
                 }
-                const float left = scores[n][2 * half], right = scores[n][2 * half + 1];
                 store_shared((pairs + (row * P_ROW + column)).template as<u32>(),
-                             pack<Element>(left * weight[0], right * weight[1]));
+                             pack<Element>(weighed[0], weighed[1]));
             }
         }
     }

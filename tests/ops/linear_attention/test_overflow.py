@@ -9,6 +9,8 @@ import torch
 
 from iokernels import linear_attention
 
+from ..backends import CUDA
+
 BACKENDS = ("reference", "torch", "triton")
 INF = float("inf")
 
@@ -51,3 +53,19 @@ def test_the_largest_weight_is_not_lost_on_the_way(backend: str) -> None:
     x, one = torch.full((1, 1, 1, 1), 2.4e19), torch.ones(1, 1, 1, 1)
     out = linear_attention(x, one, one, scale=1.0, feature_map="taylor", backend=backend)
     assert out.item() == pytest.approx(2.88e38, rel=1e-6)
+
+
+@pytest.mark.parametrize("decayed", [False, True], ids=["plain", "decayed"])
+@pytest.mark.parametrize("backend", [*BACKENDS, CUDA])
+def test_a_score_that_overflows_reaches_no_row_before_it(backend: str, decayed: bool) -> None:
+    """q . k is infinite from row 9 on."""
+    rows, huge = 24, 9
+    given: dict[str, Any] = {name: torch.rand(1, 1, rows, 16).bfloat16() for name in ("q", "k", "v")}
+    given["k"][:, :, huge:] = 3e38
+    given["q"] *= 8.0
+    if decayed:
+        given["log_decay"] = -torch.rand(1, 1, rows)
+    out = linear_attention(**given, scale=1.0, backend=backend)
+    alone = {name: x[:, :, :huge] for name, x in given.items()}
+    expected = linear_attention(**alone, scale=1.0, backend="reference")
+    torch.testing.assert_close(out[:, :, :huge], expected, rtol=3e-2, atol=3e-2)
