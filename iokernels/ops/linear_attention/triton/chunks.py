@@ -153,12 +153,10 @@ def weigh_pairs(tile, sums, REVERSE: tl.constexpr, STRICT: tl.constexpr, BLOCK_C
         seen = early < late
     else:
         seen = early <= late
-    tile = tl.where(seen, tile, 0.0)  # not a product with 0, for what is not seen may have overflowed
     if FEATURES.decay > 0:
-        # Masked before the exponential: the other half would be positive.
-        return tile * tl.exp2(tl.where(seen, log2_between(sums, REVERSE), float("-inf")))
-    else:
-        return tile
+        tile = tile * tl.exp2(log2_between(sums, REVERSE))
+    # Chosen and not multiplied by 0: what is not seen may have overflowed, and the decay between grows there.
+    return tl.where(seen, tile, 0.0)
 
 
 @triton.jit
