@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -56,10 +56,14 @@ def test_launch_parameters_as_text() -> None:
     assert config_text("op", {}) == "-"
 
 
+class Anything(NamedTuple):
+    """A problem without a key."""
+
+
 def tunable(kernel: str) -> autotune.Tunable[Any]:
     """A kernel without axes, by default launched with a word and its problem."""
     space: autotune.Space[Any] = autotune.Space("none", 1, (), ())
-    return autotune.Tunable(kernel, "triton", space, lambda problem: ("default", problem), lambda problem: {})
+    return autotune.Tunable(kernel, "triton", space, lambda problem: ("default", problem), Anything)
 
 
 @pytest.fixture
