@@ -38,10 +38,9 @@ def register(
     calls.
 
     The fields of the NamedTuple ``options`` are the last arguments of the operator; ``impl`` and ``fake`` get them as
-    one. ``fake`` receives the same arguments
-    as ``impl``, as meta tensors, and returns outputs of the same shapes, dtypes and strides. ``gradient`` gets the
-    arguments as the operator does, and is called in place of ``impl`` wherever autograd is on: it calls an
-    ``autograd.Function`` where an argument wants a gradient.
+    one. ``fake`` receives the same arguments as ``impl``, as meta tensors, and returns outputs of the same shapes,
+    dtypes and strides. ``gradient`` gets the arguments as the operator does, and is called in place of ``impl``
+    wherever autograd is on: it calls an ``autograd.Function`` where an argument wants a gradient.
     """
     arguments = inputs if options is None else f"{inputs}, {schema_of(options)}"
     _LIBRARY.define(f"{name}({arguments}) -> {results}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -26,6 +27,7 @@ def tensor_fields(options: type) -> tuple[str, ...]:
     return tuple(name for name, kind in _kinds(options).items() if kind.startswith("Tensor"))
 
 
+@cache
 def _kinds(options: type) -> dict[str, str]:
     return {name: _kind(hint) for name, hint in get_type_hints(options, include_extras=True).items()}
 

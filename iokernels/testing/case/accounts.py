@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from iokernels.testing.case.shape import Shape
-
-if TYPE_CHECKING:
-    pass
 
 Configs = Mapping[str, Any]
 """Launch parameters by the name under which :func:`iokernels.autotune.select` chooses them."""

@@ -1,8 +1,9 @@
-"""Kernel 2 of the backward pass: dk and dv. The maths and the accounts of both are in ``backward_q``.
+"""Kernel 2 of the backward pass: dk and dv. The maths and the accounts of both are in ``backward_q``; the lists
+are those of :mod:`iokernels.ops.block_sparse_attention.index.transposed`.
 
 A thread block owns BLOCK_N keys of one key head and walks over the rows of all its query heads, in four parts,
 
-    the list        rows of the query blocks that list a key block of the tile (:mod:`.transposed_lists`)
+    the list        rows of the query blocks that list a key block of the tile
     dense rows      rows whose lists have every key
     the sink        for keys of the sink, every other row
     the window      rows from the first key's position to ``window`` behind the last key's

@@ -1,6 +1,6 @@
 """Block-sparse attention forward in Triton: the online softmax of FlashAttention-2 over lists of key blocks.
 
-A thread block owns BLOCK_M rows that share a list and walks over their keys (:mod:`.triton_sparse_keys`) in steps of
+A thread block owns BLOCK_M rows that share a list and walks over their keys (:mod:`.keys`) in steps of
 BLOCK_N, keeping for each row the largest score m so far, the denominator l and the unnormalised output acc, in float32:
 
     m' = max(m, max_j s_j)    p_j = 2^(s_j - m')    l' = 2^(m - m') l + sum_j p_j    acc' = 2^(m - m') acc + p v

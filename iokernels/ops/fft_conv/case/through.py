@@ -1,6 +1,6 @@
 """How many bytes the Triton kernels of fft_conv request where transforms go through memory: the model of their tiling.
 
-Counted as in :mod:`.fft_conv_io`. A is what lies in memory between the steps: N0 M elements of the kernels' own dtype
+Counted as in :mod:`.traffic`. A is what lies in memory between the steps: N0 M elements of the kernels' own dtype
 for a block of a sequence, written by the first step, read and written in place by that of the rows, read by the last.
 """
 

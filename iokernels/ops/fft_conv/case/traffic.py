@@ -2,7 +2,7 @@
 
 Counted as a thread block requests them: each address once a load instruction, whatever the caches serve. The model is
 exact, with every option; a test holds it to what the tracer counts. Filters are transformed, and their gradient brought
-back to taps, by ``torch.fft``: that is not in here. :mod:`.fft_conv_through_io` has the transforms through memory.
+back to taps, by ``torch.fft``: that is not in here. :mod:`.through` has the transforms through memory.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Problem(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How transforms of one length cover a sequence: :mod:`.triton_fwd` has the words."""
+    """How transforms of one length cover a sequence: :mod:`.forward` has the words."""
 
     n1: int
     n2: int

@@ -2,7 +2,7 @@
 
 A step is one product of all heads, ``s = R h + b``, one addition that brings it, gate by gate, to what the inputs gave,
 and the cell's pointwise equations, whose results go straight to where they are kept. The backward
-pass is :mod:`.portable_bwd`.
+pass is :mod:`.backward`.
 
 Memory beyond what :class:`.options.Forward` keeps is that of a step. All of it is float32, float64 for float64 inputs.
 Values that are kept in that dtype are kept after their activations; others before, where rounding them costs less.

@@ -1,9 +1,10 @@
 """The backward pass of the backend ``torch``.
 
-What the pointwise gradients are made of does not depend on the gradient that comes back (:mod:`.cells`), so it is
-computed for many steps at a time, in whole-tensor operations. A step is then a handful of products and one batched
-product, ``dh = ds R``, which is added to the gradient of the output of the step before. The gradients of R and b take
-one product and one sum for those many steps. Memory: that of so many steps.
+What the pointwise gradients are made of does not depend on the gradient that comes back
+(:mod:`iokernels.ops.flash_rnn.cells`), so it is computed for many steps at a time, in whole-tensor operations. A step
+is then a handful of products and one batched product, ``dh = ds R``, which is added to the gradient of the output of
+the step before. The gradients of R and b take one product and one sum for those many steps. Memory: that of so many
+steps.
 """
 
 from __future__ import annotations

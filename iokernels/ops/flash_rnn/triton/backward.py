@@ -5,7 +5,7 @@
 where dh' is what the cell itself passes on. Blocks are those of the forward pass: BLOCK_B sequences of one head, R on
 chip; what the next step reads is fetched while this one runs. Nothing but dstates runs through time, so the gradients
 of R and b wait until the loop is over, when all ds_g are there: ``dR_g = sum_t ds_g h^T`` is one product of length B N
-(in :mod:`.triton_launch`).
+(in :mod:`.launch`).
 
 FLOPs: 2 G D^2 a step, head and sequence. Bytes: R once for every block; values, the S - 1 states after h (and h where
 the cell reads it), dout and the gradients of the gates once, and once more those of the recurrent parts that are apart.

@@ -1,6 +1,6 @@
 """``gated_delta_rule`` in chunked PyTorch: the backend ``torch``, for any device and any dtype.
 
-Rows are taken in chunks of C, a few chunks at a time (a segment); :mod:`.portable_delta_chunks` has the maths. FLOPs a
+Rows are taken in chunks of C, a few chunks at a time (a segment); :mod:`.chunks` has the maths. FLOPs a
 row and head: ``C (5 K + 3 V) + 6 K V`` forward. Bytes: q, k, v and out once, and a segment's intermediate results,
 which stay in a cache if its size allows (:data:`SEGMENT_ELEMENTS`). The backward pass keeps the state at the start of
 every segment, and makes the segment again.

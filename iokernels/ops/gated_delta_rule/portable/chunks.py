@@ -1,4 +1,4 @@
-"""The gated delta rule over a few chunks of rows, in batched matrix products: what :mod:`.portable_delta` walks with.
+"""The gated delta rule over a few chunks of rows, in batched matrix products: what the backend ``torch`` walks with.
 
 Maths (Yang et al., 2024, "Parallelizing Linear Transformers with the Delta Rule", arXiv:2406.06484, section 3; with
 decay, "Gated Delta Networks", arXiv:2412.06464, section 3.3). In a chunk of C rows let b be the running sum of the log

@@ -1,7 +1,7 @@
 """The CUDA kernel of select_hip: its configurations, its IO account, and compiling it without a GPU.
 
 Counted as threads request bytes: an address that is the same for a warp once for the warp. The model is exact where
-that of the Triton kernels is (:mod:`.hip_attention_io`).
+that of the Triton kernels is (:mod:`.traffic`).
 """
 
 from __future__ import annotations

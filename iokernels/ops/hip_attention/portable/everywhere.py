@@ -6,7 +6,7 @@ branch is cut in half, the centre unit of each of the 2 M halves is scored, and 
 one unit: ``log2(N / (M branch))`` steps with a choice among 2 M between them. The best units found are then listed as
 blocks of ``block_k`` keys, which score what their best unit does.
 
-FLOPs: ``4 M R D branch`` a step and block of queries; memory as in :mod:`.portable`.
+FLOPs: ``4 M R D branch`` a step and block of queries; memory as in :mod:`iokernels.ops.hip_attention.portable`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _WARP = 32
 
 @dataclass(frozen=True)
 class Problem(io.Problem):
-    """A call as :mod:`.lean_attention_io` has it, and the warps of a block: in its own pass, in that over a prefix."""
+    """A call as :mod:`.traffic` has it, and the warps of a block: in its own pass, in that over a prefix."""
 
     warps: tuple[int, int] = (1, 1)
 

@@ -1,6 +1,6 @@
 """LeanAttention in Triton (Sanovar et al., 2024, arXiv:2405.10480, section 4): equal shares of all keys.
 
-The tiles of BLOCK_N keys of all items (:mod:`.triton_walk`) form one line: items of a sequence after those of the one
+The tiles of BLOCK_N keys of all items (:mod:`.walk`) form one line: items of a sequence after those of the one
 before, key head by key head. Its length T is known on the device only. Of P blocks the first ``T mod P`` take
 ``T div P + 1`` consecutive tiles and the others one less, so that no block has more than one tile more than another,
 whatever batch, heads and lengths are; a block finds its first sequence by a prefix sum over the lengths, 256 at a time.

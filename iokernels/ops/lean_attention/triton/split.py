@@ -1,7 +1,7 @@
 """Fixed parts of every item, and a second kernel that combines them (FlashDecoding): what ``lean`` is compared
 with, and what it leaves to others.
 
-Every item (:mod:`.triton_walk`) is cut at multiples of ``part_tiles`` tiles, which the host chooses without knowing the
+Every item (:mod:`.walk`) is cut at multiples of ``part_tiles`` tiles, which the host chooses without knowing the
 lengths, and there is a block for every part that the longest sequence could have. Where lengths differ, blocks of the
 short ones have nothing to do. In return a row's bits depend on its own keys and on ``part_tiles`` alone: the schedule
 of batch invariance. An item of one part is finished by its block, and the second kernel passes it over.

@@ -78,7 +78,7 @@ def backward(
 
 
 def _by_taps(x: Tensor, width: int, options: ShortOptions) -> bool:
-    """Whether the call is one for :mod:`.portable_taps`."""
+    """Whether the call is one for :mod:`.taps`."""
     few = width <= taps.MOST_TAPS
     return few and options.cu_seqlens is None and options.initial_state is None and x.numel() > 0
 
